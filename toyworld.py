@@ -67,11 +67,10 @@ THINGS = {
              rect(.06, .78, .98, .9, "k"), rect(.34, .36, .54, .4, "w"),
              rect(.42, .47, .62, .51, "w")],
     "spoon": [oval(.5, .24, .2, .23), rect(.44, .4, .56, .98), oval(.5, .22, .11, .14, "d")],
-    "book": [poly("c", .02, .16, .5, .26, .98, .16, .98, .82, .5, .94, .02, .82),
-             poly("w", .08, .1, .49, .2, .49, .84, .08, .74),
-             poly("w", .92, .1, .51, .2, .51, .84, .92, .74), rect(.14, .3, .42, .34, "k"),
-             rect(.14, .46, .42, .5, "k"), rect(.58, .3, .86, .34, "k"),
-             rect(.58, .46, .86, .5, "k")],
+    "book": [poly("c", .02, .1, .5, .2, .98, .1, .98, .82, .5, .94, .02, .82),
+             poly("d", .47, .19, .53, .19, .53, .94, .47, .94), rect(.12, .3, .4, .36, "w"),
+             rect(.12, .46, .4, .52, "w"), rect(.6, .3, .88, .36, "w"),
+             rect(.6, .46, .88, .52, "w")],
     "chair": [rect(.14, .02, .28, .98), rect(.14, .5, .86, .62), rect(.74, .56, .86, .98),
               rect(.14, .06, .62, .16, "d"), rect(.14, .26, .62, .36, "d"),
               rect(.52, .06, .62, .5, "d")],
@@ -102,6 +101,13 @@ ROUTINE = ["are you hungry ?", "good job !", "all done .", "let 's go outside ."
            "let 's wash your hands .", "are you tired ?", "where 's daddy ?", "one , two , three !",
            "no , not in your mouth .", "that 's so funny .", "you 're such a good girl .",
            "say bye bye .", "can you give it to mummy ?", "what do you think ?", "up we go !"]
+
+COLUMNS = {
+    "labeled_s": ("trial_id", "target_category", "real_category", "image", "subset"),
+    "vtwt": ("image", "positive_phrase", "negative_phrase", "subset"),
+    "baby_winoground": ("instance_id", "positive_phrase", "negative_phrase", "image", "image_tag",
+                        "subset"),
+    "caption": ("image", "text", "subset"), "probe": ("image", "kind", "colour")}
 
 
 @dataclass(frozen=True)
@@ -135,38 +141,11 @@ def held_out(thing):
     return list(COLOURS).index(thing.colour) == (3 * kind + kind // 8) % 8
 
 
-def load_sprites(directory):
-    """{name: RGBA image} from transparent PNGs; the name is the first line of the .txt beside the
-    PNG ("A green apple." -> "green apple"), else the file name. Pictures with no transparency
-    (backgrounds, not things) and names of over three words are passed over.
-
-    Raises ValueError when fewer than eight are left, too few for the trials' foils."""
-    sprites = {}
-    for path in sorted(directory.rglob("*.png")):
-        text = path.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
-        words = (lines or [path.stem.replace("_", " ").replace("-", " ")])[0].lower()
-        words = words.split(".")[0].replace(",", " ,").split()
-        name = " ".join(words[1:] if words and words[0] in ("a", "an", "the") else words)
-        with Image.open(path) as image:
-            image = image.convert("RGBA")
-        box = image.getchannel("A").getbbox()
-        if box and 0 < len(name.split()) <= 3 and image.getchannel("A").getextrema()[0] == 0:
-            image = image.crop(box)
-            image.thumbnail((160, 160))
-            sprites.setdefault(name, image)
-    if len(sprites) < 8:
-        raise ValueError(f"{directory}: {len(sprites)} transparent PNGs with a short name, "
-                         "need at least 8 to make trials of")
-    return sprites
-
-
 def random_thing(rng, kinds, held=False, but=()):
     """A thing whose kind is not among `but`; held=True draws from the held-out pairs only."""
     while True:
-        drawn = isinstance(kinds[next(iter(kinds))], list)
-        thing = Thing(pick(rng, list(kinds)), pick(rng, list(COLOURS)) if drawn else "")
-        if held_out(thing) == (held and drawn) and thing.kind not in but:
+        thing = Thing(pick(rng, list(kinds)), pick(rng, list(COLOURS)) if kinds is THINGS else "")
+        if held_out(thing) == held and thing.kind not in but:
             return thing
 
 
@@ -237,18 +216,87 @@ def draw_thing(image, thing, kinds, centre, side, tilt, mirrored):
                        round(centre[1] + x * sine + y * cosine)) for x, y in points], shades[shade])
 
 
+def speak(line, scene, rng=None):
+    """A line of the grammar, filled in; given an rng, every other colour is left unsaid."""
+    words = {"where": scene.where}
+    for suffix, thing in zip(("", "2", "3"), scene.things):
+        name = thing.name if rng is None or rng.randint(2) else thing.kind
+        words |= {"a" + suffix: ("an " if name[0] in "aeiou" else "a ") + name,
+                  "the" + suffix: "the " + name, "thing" + suffix: thing.kind,
+                  "colour" + suffix: thing.colour}
+    return line.format(**words)
+
+
 def utterance(scene, rng, routine=12):
     """What is said over a scene: one line of lower-case words, spaced like CVCL's transcripts.
 
     In `routine` of a hundred cases the words name nothing that is in view."""
     if rng.randint(100) < routine:
         return pick(rng, ROUTINE)
-    things, words = scene.things, {"where": scene.where}
-    for suffix, thing in zip(("", "2", "3"), things):
-        name = thing.name if rng.randint(2) else thing.kind
-        words |= {"a" + suffix: ("an " if name[0] in "aeiou" else "a ") + name,
-                  "the" + suffix: "the " + name, "thing" + suffix: thing.kind,
-                  "colour" + suffix: thing.colour}
-    one = NAMING if not things[0].colour or rng.randint(4) else COLOUR
-    lines = (one, TOGETHER if rng.randint(2) else WHERE, THREE)[len(things) - 1]
-    return pick(rng, lines).format(**words)
+    one = COLOUR if scene.things[0].colour and rng.randint(4) == 0 else NAMING
+    lines = (one, TOGETHER if rng.randint(2) else WHERE, THREE)[len(scene.things) - 1]
+    return speak(pick(rng, lines), scene, rng=rng)
+
+
+def evaluation(rng, size, kinds, times=1):
+    """The four BabyVLM tasks and a probe: ({file: (header, rows)}, {image name: frame}).
+
+    The columns are BabyVLM's own, and `subset`, by which eval.py reports apart: "seen" pairs of
+    colour and thing, "held_out" ones and, in Winoground, "binding" (whose colour is which) and
+    "place" (what is on what). probe.csv labels frames for the eye's linear probe."""
+    images, rows = {}, {name: [] for name in COLUMNS}
+    drawn = kinds is THINGS
+
+    def shoot(folder, *things, where=""):
+        name = f"{folder.replace(' ', '_')}/img_{len(images)}.png"
+        images[name] = film(Scene(rng.randint(len(ROOMS)), things, where), rng, size, kinds)
+        return name
+
+    def foil(thing, recolour):
+        """A thing, never a held-out one, that differs from this one in colour or in kind alone."""
+        other = thing
+        while other == thing or held_out(other):
+            random = random_thing(rng, kinds)
+            other = Thing(thing.kind, random.colour) if recolour else Thing(random.kind, thing.colour)
+        return other
+
+    def compare(subset, positive, negative, image, foil_image):
+        number = len(rows["baby_winoground"]) // 2
+        for name, tag in ((image, "positive"), (foil_image, "negative")):
+            rows["baby_winoground"].append((number, positive, negative, name, tag, subset))
+
+    for subset, held, share in (("seen", False, 3), ("held_out", True, 1))[:2 if drawn else 1]:
+        for trial in range(80 * share * times):
+            target = random_thing(rng, kinds, held)
+            shown = [target]
+            while len(shown) < 4:
+                shown.append(random_thing(rng, kinds, but=[t.kind for t in shown]))
+            rows["labeled_s"] += [(f"{subset}_{trial}", target.kind, thing.kind,
+                                   shoot(thing.kind, thing), subset) for thing in shown]
+        for trial in range(140 * share * times):
+            thing = random_thing(rng, kinds, held)
+            other = foil(thing, drawn and trial % 2)
+            rows["vtwt"].append((shoot("vtwt", thing), thing.name, other.name, subset))
+        for trial in range(50 * share * times):
+            thing = random_thing(rng, kinds, held)
+            other = foil(thing, drawn and trial % 2)
+            compare(subset, thing.name, other.name, shoot("winoground", thing),
+                    shoot("winoground", other))
+        for trial in range(70 * share * times):
+            scene = Scene(0, (random_thing(rng, kinds, held),))
+            rows["caption"].append((shoot("caption", *scene.things), speak("look , {a} !", scene),
+                                    subset))
+    for trial in range(50 * times):
+        a, b = two = random_scene(rng, kinds, 2).things
+        compare("place", *(speak("the {thing} is on the {thing2} .", Scene(0, pair))
+                           for pair in (two, two[::-1])),
+                shoot("winoground", a, b, where="on"), shoot("winoground", b, a, where="on"))
+        c, d = Thing(a.kind, b.colour), Thing(b.kind, a.colour)
+        if a.colour != b.colour and not held_out(c) and not held_out(d):
+            compare("binding", *(speak("{a} and {a2} .", Scene(0, pair))
+                                 for pair in ((a, b), (c, d))),
+                    shoot("winoground", a, b), shoot("winoground", c, d))
+    for trial in range(1600 * times if drawn else 0):
+        thing = random_thing(rng, kinds)
+        rows["probe"].append((shoot("probe", thing), thing.kind, thing.colour))
+    return {name: (COLUMNS[name], lines) for name, lines in rows.items() if lines}, images

@@ -42,6 +42,8 @@ class Attention(nn.Module):
         N, T, E = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.heads, E // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D)
+        if x.device.type == "cpu":  # there, SDPA's bf16 backward takes five times fp32's time
+            q, k, v = q.float(), k.float(), v.float()
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, E))
 
 
@@ -197,16 +199,16 @@ class DINO(nn.Module):
         self.local_views, self.student_temperature = local_views, 0.1
         self.temperature = temperature
         self.momentum = momentum
-        self.entropy = 0.0
+        self.view_size, self.near_size, self.wide, self.near = 48, 32, (0.4, 1.0), (0.15, 0.5)
 
     def encode(self, network, x):
         return network["head"](network["backbone"](x)[:, 0])  # (n, K)
 
     def forward(self, frames, others, generator, rows=slice(None)):
         """frames, others (N, 3, S, S) in 0..1: two frames of one clip each. Returns the loss."""
-        size = frames.shape[-1]
-        wide = [views(f, size, (0.5, 1.0), generator, rows) for f in (frames, others)]
-        near = [views((frames, others)[i % 2], size // 2, (0.15, 0.5), generator, rows)
+        size = self.view_size
+        wide = [views(f, size, self.wide, generator, rows) for f in (frames, others)]
+        near = [views((frames, others)[i % 2], self.near_size, self.near, generator, rows)
                 for i in range(self.local_views)]
         with torch.no_grad():
             t = self.encode(self.teacher, torch.cat(wide)).float()
