@@ -160,14 +160,14 @@ class Tokenizer:
             raise DataError(f"{path}: want {{word: id}} with ids 0 to n - 1 and an <unk>")
         return cls({word.encode("utf-8"): i for word, i in words.items()}, "word")
 
-    def save(self, path):
-        with writing(path) as file:
-            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-                file.write(base64.b64encode(token) + b" %d\n" % rank)
+    def dump(self):
+        """The ranks in tiktoken's text form: a line of base64 and rank for each token."""
+        return "".join(f"{base64.b64encode(token).decode()} {rank}\n"
+                       for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]))
 
     @classmethod
-    def load(cls, path, kind):
-        lines = (line.split() for line in Path(path).read_bytes().splitlines())
+    def parse(cls, text, kind):
+        lines = (line.split() for line in text.splitlines())
         return cls({base64.b64decode(token): int(rank) for token, rank in lines}, kind)
 
 
@@ -270,7 +270,8 @@ class Data:
         if self.meta["format"] != FORMAT:
             raise DataError(f"{self.directory}: format {self.meta['format']}, this version reads "
                             f"{FORMAT}: prepare it again with data.py")
-        self.tokenizer = Tokenizer.load(self.directory / "tokenizer.tiktoken", self.meta["tokenizer"])
+        self.tokenizer = Tokenizer.parse((self.directory / "tokenizer.tiktoken").read_text(),
+                                         self.meta["tokenizer"])
 
     def count(self, split, kind):
         return self.meta["splits"][split].get(kind, 0)
@@ -424,7 +425,8 @@ def prepare(directory, config, splits):
     else:
         tokenizer = Tokenizer.train(splits["train"][0](), config.vocab_size or 6000)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(directory / "tokenizer.tiktoken")
+    with writing(directory / "tokenizer.tiktoken") as file:
+        file.write(tokenizer.dump().encode())
     meta = {"format": FORMAT, "source": config.source, "S": config.size, "P": 0, "E": 0,
             "dtype": "float16", "tower": None, "tokenizer": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size, "longest_caption": 0, "splits": {},
@@ -479,9 +481,10 @@ def prepare_toy(config, directory):
         splits[split] = text, frames, max(1, config.scenes // share) * config.clip
     rng = np.random.RandomState([config.seed, 2])
     tables, images = toyworld.evaluation(rng, config.size, kinds, config.trials)
-    for name, frame in tqdm(images.items(), "trials", unit="image"):
-        with writing(directory / "eval" / "images" / name) as file:
-            Image.fromarray(frame).save(file, "PNG")
+    for name, frame in tqdm(images.items(), "trials", unit="image", mininterval=1):
+        path = directory / "eval" / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(frame).save(path)
     for name, (header, rows) in tables.items():
         write_csv(directory / "eval" / f"{name}.csv", header, rows)
     return prepare(directory, config, splits)

@@ -88,7 +88,8 @@ THINGS = {
 NAMING = ["look , {a} !", "that 's {a} .", "it 's {a} .", "here 's {the} .", "see {the} ?",
           "what 's that ? it 's {a} .", "where 's {the} ? there it is .", "oh , {a} !", "{a} .",
           "do you see {the} ? yes , {a} .", "good girl ! you found {the} .",
-          "is that {a} ? yes , that 's right .", "do you want {the} ?", "{the} , yeah ."]
+          "is that {a} ? yes , that 's right .", "do you want {the} ?", "{name} .", "{name} !",
+          "{name} , yeah ."]
 COLOUR = ["the {thing} is {colour} .", "what colour is the {thing} ? it 's {colour} .",
           "it 's {colour} . {a} .", "{colour} . {colour} {thing} ."]
 TOGETHER = ["{a} and {a2} .", "look , {a} and {a2} !", "there 's {a} and {a2} ."]
@@ -222,8 +223,8 @@ def speak(line, scene, rng=None):
     for suffix, thing in zip(("", "2", "3"), scene.things):
         name = thing.name if rng is None or rng.randint(2) else thing.kind
         words |= {"a" + suffix: ("an " if name[0] in "aeiou" else "a ") + name,
-                  "the" + suffix: "the " + name, "thing" + suffix: thing.kind,
-                  "colour" + suffix: thing.colour}
+                  "the" + suffix: "the " + name, "name" + suffix: name,
+                  "thing" + suffix: thing.kind, "colour" + suffix: thing.colour}
     return line.format(**words)
 
 

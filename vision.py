@@ -7,13 +7,14 @@ Phase 0 trains it without labels: a student that sees small crops must agree wit
 average of itself, the teacher, that sees large ones (Caron et al. 2021, arXiv 2104.14294).
 Knows nothing of files and argv. Letters: N images, S side, P patches, E width, H heads, D E / H.
 """
+import hashlib
 import math
+import re
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in every DINO release
@@ -75,7 +76,7 @@ class ViT(nn.Module):
 
     def __init__(self, size=64, patch=8, width=128, depth=4, heads=4):
         super().__init__()
-        self.size, self.patch, self.width = size, patch, width
+        self.size, self.patch, self.width, self.heads = size, patch, width, heads
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, width))
         self.patch_embed = PatchEmbed(patch, width)
@@ -87,6 +88,11 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def shape(self):
+        """The arguments that make a tower like this one."""
+        return {"size": self.size, "patch": self.patch, "width": self.width,
+                "depth": len(self.blocks), "heads": self.heads}
 
     def positions(self, height, width):
         """Position embeddings for a picture of height x width patches, (1, 1 + P, E).
@@ -142,35 +148,37 @@ class Head(nn.Module):
         return F.linear(x, F.normalize(self.last.weight, dim=-1))
 
 
-def views(frames, size, scale, generator, rows=slice(None), grey=0.4):
-    """Random views of frames (N, 3, S, S) in 0..1 -> (n, 3, size, size), normalised.
+def views(frames, size, scale, generator, rank=0, world=1, grey=0.4):
+    """Random views of frames (n, 3, S, S) in 0..1 -> (n, 3, size, size), normalised.
 
     A view is a crop of `scale` (low, high) of the area, maybe mirrored, its hue turned by any
     angle, brighter or darker, maybe grey. Colour is made useless on purpose: with colour left in,
     colour alone tells the pictures of a small world apart and the tower never learns shape.
-    The random numbers are drawn for all N and `rows` of them used, so that two ranks that take
-    half the rows each see what one process would."""
-    N = len(frames)
-    draw = lambda *shape: torch.rand(N, *shape, generator=generator)[rows].to(frames.device)
+    The random numbers are drawn for all `world` ranks and this one's used, so that two ranks with
+    half the frames each see what one process would."""
+    n = len(frames)
+
+    def draw(*shape):
+        numbers = torch.rand(n * world, *shape, generator=generator)
+        return numbers[rank * n:(rank + 1) * n].to(frames.device)
+
     side = (scale[0] + (scale[1] - scale[0]) * draw()).sqrt()
-    aspect = ((draw() - 0.5) * 2 * math.log(4 / 3)).exp().sqrt()
-    sides = torch.stack([side * aspect, side / aspect], 1).clamp(max=1)  # (n, 2) width, height
-    centre = (2 * draw(2) - 1) * (1 - sides)
-    flip = torch.where(draw() < 0.5, -1.0, 1.0)
-    frames = frames[rows]
-    theta = torch.zeros(len(frames), 2, 3, device=frames.device)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = sides[:, 0] * flip, sides[:, 1], centre
-    grid = F.affine_grid(theta, (len(frames), 3, size, size), align_corners=False)
+    aspect = (2 * draw() - 1).mul(math.log(4 / 3) / 2).exp()
+    sides = torch.stack([side * aspect, side / aspect], 1).clamp(max=1)  # (n, 2): width, height
+    theta = torch.zeros(n, 2, 3, device=frames.device)
+    theta[:, 0, 0] = sides[:, 0] * torch.where(draw() < 0.5, -1.0, 1.0)
+    theta[:, 1, 1] = sides[:, 1]
+    theta[:, :, 2] = (2 * draw(2) - 1) * (1 - sides)
+    grid = F.affine_grid(theta, (n, 3, size, size), align_corners=False)
     x = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
 
     angle = 2 * math.pi * draw()  # turn the hue: rotate RGB about its grey axis (Rodrigues)
     cosine, sine = angle.cos(), angle.sin() / math.sqrt(3)
     a, b, c = (1 + 2 * cosine) / 3, (1 - cosine) / 3 - sine, (1 - cosine) / 3 + sine
-    turn = torch.stack([a, b, c, c, a, b, b, c, a], 1).view(-1, 3, 3)
+    turn = torch.stack([a, b, c, c, a, b, b, c, a], 1).view(n, 3, 3)
     turn = torch.where((draw() < grey)[:, None, None], torch.full_like(turn, 1 / 3), turn)
     x = torch.einsum("nij,njhw->nihw", turn, x)
-    x = (x * (0.6 + 0.8 * draw())[:, None, None, None]).clamp(0, 1)
-    return normalise(x)
+    return normalise((x * (0.6 + 0.8 * draw())[:, None, None, None]).clamp(0, 1))
 
 
 def normalise(x):
@@ -180,58 +188,118 @@ def normalise(x):
 
 
 class DINO(nn.Module):
-    """Student, teacher and their loss. Train it like any module, call after_step after each step.
+    """Student, teacher and their loss. Call after_step after each optimizer step.
 
     The teacher's output is centred (so that no prototype wins always) and sharpened by a low
     temperature (so that not all win equally): the two pulls keep it from collapsing. A loss that
     falls proves nothing; watch linear_probe."""
 
-    def __init__(self, tower, teacher, prototypes=512, hidden=256, bottleneck=64, local_views=4,
-                 temperature=0.04, warmup_temperature=0.04, momentum=0.996):
+    def __init__(self, student, teacher, prototypes=256, hidden=256, bottleneck=64, local_views=0,
+                 temperature=0.04, momentum=0.99):
         super().__init__()
-        self.student = nn.ModuleDict({
-            "backbone": tower, "head": Head(tower.width, hidden, bottleneck, prototypes)})
-        self.teacher = nn.ModuleDict({
-            "backbone": teacher, "head": Head(tower.width, hidden, bottleneck, prototypes)})
+        head = lambda: Head(student.width, hidden, bottleneck, prototypes)
+        self.student = nn.ModuleDict({"backbone": student, "head": head()})
+        self.teacher = nn.ModuleDict({"backbone": teacher, "head": head()})
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.register_buffer("centre", torch.zeros(prototypes))
-        self.local_views, self.student_temperature = local_views, 0.1
-        self.temperature = temperature
-        self.momentum = momentum
-        self.view_size, self.near_size, self.wide, self.near = 48, 32, (0.4, 1.0), (0.15, 0.5)
+        self.register_buffer("mean", torch.zeros(prototypes))  # of this step's teacher outputs
+        self.local_views, self.temperature, self.momentum = local_views, temperature, momentum
 
-    def encode(self, network, x):
-        return network["head"](network["backbone"](x)[:, 0])  # (n, K)
-
-    def forward(self, frames, others, generator, rows=slice(None)):
-        """frames, others (N, 3, S, S) in 0..1: two frames of one clip each. Returns the loss."""
-        size = self.view_size
-        wide = [views(f, size, self.wide, generator, rows) for f in (frames, others)]
-        near = [views((frames, others)[i % 2], self.near_size, self.near, generator, rows)
+    def views(self, frames, others, generator, rank=0, world=1):
+        """Two wide views, one of each moment, and `local_views` near ones, at 3/4 and 1/2 of the
+        side: frames, others (n, S, S, 3) uint8 -> ((2 n, 3, ...), (local_views n, 3, ...) or None).
+        The tower's positions are interpolated to fit."""
+        pair = [f.permute(0, 3, 1, 2) / 255 for f in (frames, others)]
+        patch = self.student["backbone"].patch
+        wide, near = (round(pair[0].shape[-1] * share / patch) * patch for share in (0.75, 0.5))
+        wide = torch.cat([views(f, wide, (0.4, 1.0), generator, rank, world) for f in pair])
+        near = [views(pair[i % 2], near, (0.15, 0.5), generator, rank, world)
                 for i in range(self.local_views)]
+        return wide, torch.cat(near) if near else None
+
+    def forward(self, wide, near=None):
+        """(teacher outputs, loss): each student view's cross-entropy against the teacher's other
+        wide views, their mean."""
+        encode = lambda network, x: network["head"](network["backbone"](x)[:, 0]).float()  # (n, K)
         with torch.no_grad():
-            t = self.encode(self.teacher, torch.cat(wide)).float()
-            target = ((t - self.centre) / self.temperature).softmax(-1).chunk(2)
-            mean = t.mean(0)
-            if dist.is_initialized():
-                dist.all_reduce(mean)
-                mean /= dist.get_world_size()
-            self.centre.lerp_(mean, 0.1)
-        wide = self.encode(self.student, torch.cat(wide)).float()
-        logits = [*wide.chunk(2)]
-        if near:
-            logits += self.encode(self.student, torch.cat(near)).float().chunk(len(near))
-        terms = [-(p * (q / self.student_temperature).log_softmax(-1)).sum(-1).mean()
-                 for i, p in enumerate(target) for j, q in enumerate(logits) if i != j]
-        return sum(terms) / len(terms)
+            outputs = encode(self.teacher, wide)
+            self.mean.copy_(outputs.mean(0))
+            targets = ((outputs - self.centre) / self.temperature).softmax(-1).chunk(2)
+        guesses = encode(self.student, wide).chunk(2)
+        if near is not None:
+            guesses += encode(self.student, near).chunk(self.local_views)
+        terms = [-(target * (guess / 0.1).log_softmax(-1)).sum(-1).mean()
+                 for i, target in enumerate(targets) for j, guess in enumerate(guesses) if i != j]
+        return outputs, sum(terms) / len(terms)
 
     @torch.no_grad()
     def after_step(self, progress):
-        """Move the teacher; its momentum climbs to 1 along a cosine. progress: 0 to 1."""
+        """Move centre and teacher, whose momentum climbs to 1 along a cosine. progress: 0 to 1."""
+        if dist.is_initialized():
+            dist.all_reduce(self.mean)
+            self.mean /= dist.get_world_size()
+        self.centre.lerp_(self.mean, 0.1)
         momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
         for slow, fast in zip(self.teacher.parameters(), self.student.parameters()):
             slow.lerp_(fast, 1 - momentum)
+
+
+# ---------------------------------------------------------------------------------------------
+# From frames to features, and from checkpoints to towers
+
+
+def preprocess(frames, device="cpu"):
+    """Frames (N, S, S, 3) uint8 -> the tower's input (N, 3, S, S): the one way in, in training,
+    feature extraction and sampling alike."""
+    return normalise(torch.as_tensor(frames, device=device).permute(0, 3, 1, 2) / 255)
+
+
+def extract(tower, frames, select_layer=-1, keep_cls=False, batch=256):
+    """Yield features of frames (N, S, S, 3) uint8, in order, as float16 arrays (n, P, E)."""
+    device = tower.pos_embed.device
+    for start in range(0, len(frames), batch):
+        x = preprocess(np.array(frames[start:start + batch]), device)
+        yield tower.features(x, select_layer, keep_cls).cpu().to(torch.float16).numpy()
+
+
+def fingerprint(tower, select_layer=-1, keep_cls=False):
+    """sha256 of the tower's weights and of what is taken from it: which features are whose."""
+    digest = hashlib.sha256(f"{select_layer} {keep_cls}".encode())
+    for name, value in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_tower(state, heads=0):
+    """A ViT, in eval mode, filled strictly from a checkpoint's dict; its shape is read off it.
+
+    Takes a backbone's state dict, or a DINO training checkpoint, whose teacher is used. Prefixes
+    `module.`, `backbone.`, `encoder.` come off the start of keys, and DINO's own `head.*` is left
+    out; otherwise each key must be used and each parameter filled. heads 0: width / 64, as in all
+    published ViTs. Raises ValueError naming the keys that are missing, left over or misshapen."""
+    state = state.get("teacher", state)
+    state = {re.sub(r"^((module|backbone|encoder)\.)+", "", key): value
+             for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    try:
+        width, patch = state["pos_embed"].shape[2], state["patch_embed.proj.weight"].shape[2]
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    except KeyError as error:
+        raise ValueError(f"not a DINO ViT: no key {error} among {', '.join(list(state)[:5])} "
+                         "...") from None
+    depth = 1 + max([int(key.split(".")[1]) for key in state if key.startswith("blocks.")] or [0])
+    tower = ViT(side * patch, patch, width, depth, heads or max(1, width // 64))
+    own = tower.state_dict()
+    faults = {"missing": [key for key in own if key not in state],
+              "left over": [key for key in state if key not in own],
+              "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+                                   for key in own if key in state and own[key].shape != state[key].shape]}
+    if any(faults.values()):
+        raise ValueError("; ".join(f"{len(keys)} keys {fault}: {', '.join(keys[:4])}"
+                                   for fault, keys in faults.items() if keys))
+    tower.load_state_dict(state)
+    return tower.eval()
 
 
 def linear_probe(features, labels, split):

@@ -1,0 +1,184 @@
+"""
+Show a picture, read what the model says.
+
+    python sample.py --image img.jpg                          # a caption
+    python sample.py --image a.jpg --image b.jpg              # several pictures in one context
+    python sample.py --image img.jpg --prompt "the ball is"   # go on from these words
+    python sample.py --prompt "where 's the" --temperature 0.8 --num_samples 3       # words alone
+    python sample.py --image img.jpg --attention out.png      # where each word looked
+
+Without --checkpoint it takes out/toy/phase2.pt or else assets/toy.pt, a small model of the toy
+world that comes with the repository. A checkpoint is one self-contained file.
+"""
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import configs
+from data import DataError, Tokenizer, read_image
+from model import BabyLLaVA, GPT, GPTConfig, Projector
+from vision import ViT, preprocess
+
+FORMAT = 1  # of checkpoints; another is refused
+
+
+@dataclass
+class Config:
+    image: str = ""  # a picture file; give it again for each further picture
+    prompt: str = ""  # the caption begins with these words
+    checkpoint: str = ""  # a .pt that train.py wrote; empty: out/toy/phase2.pt, else assets/toy.pt
+    num_samples: int = 1  # how many to say
+    max_new_tokens: int = 50  # a limit for a model that does not stop by itself
+    temperature: float = 0.0  # 0: the likeliest word each time; 1: as likely as it was learnt
+    top_k: int = 0  # choose among this many likeliest tokens; 0: all
+    seed: int = 1  # of the choices
+    attention: str = ""  # a PNG to draw, for each word, where in the picture the model looked
+    device: str = ""  # cpu, cuda, mps; empty: cuda where there is one
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def read_checkpoint(path):
+    """The dict that train.py wrote, read without running any code in it (weights_only).
+
+    Raises DataError for no file, a foreign or broken one, or another format."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such checkpoint; train one: python train.py configs/toy.py") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: not a checkpoint, or cut short ({reason})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise DataError(f"{path}: not a nanoBabyLLaVA checkpoint of format {FORMAT}")
+    return checkpoint
+
+
+def build(checkpoint, device="cpu", **backends):
+    """From a checkpoint's dict: a namespace of model, tower, tokenizer, config and the rest.
+
+    Parts that a phase does not have yet are None. Everything is in eval mode on `device`."""
+    parts = SimpleNamespace(tokenizer=None, tower=None, model=None, meta=checkpoint)
+    if "vision" in checkpoint:
+        parts.tower = ViT(**checkpoint["vision"])
+        parts.tower.load_state_dict(checkpoint["tower"])
+        parts.tower.eval().to(device)
+    if "gpt" in checkpoint:
+        parts.tokenizer = Tokenizer.parse(checkpoint["ranks"], checkpoint["tokenizer"])
+        config = GPTConfig(**checkpoint["gpt"], **backends)
+        projector = None
+        if "projector" in checkpoint:
+            projector = Projector(checkpoint["projector"], checkpoint["E"], config.n_embd)
+        parts.model = BabyLLaVA(GPT(config), projector, parts.tokenizer.image)
+        parts.model.load_state_dict(checkpoint["model"])
+        parts.model.eval().to(device)
+    return parts
+
+
+def load(path, device="cpu"):
+    return build(read_checkpoint(path), device)
+
+
+def see(parts, frames):
+    """Features (N, P, E) of frames (N, S, S, 3) uint8, as the tower was used in training."""
+    x = preprocess(frames, parts.tower.pos_embed.device)
+    return parts.tower.features(x, parts.meta["select_layer"], parts.meta["keep_cls"]).float()
+
+
+def caption(parts, frames, max_new_tokens=50, batch=100):
+    """Greedy captions of frames (N, S, S, 3) uint8, one string each."""
+    lines = []
+    for start in range(0, len(frames), batch):
+        features = see(parts, frames[start:start + batch])
+        prompt = torch.full(features.shape[:2], parts.tokenizer.image, device=features.device)
+        tokens = torch.stack([*parts.model.generate(
+            prompt, features, max_new_tokens, stop=parts.tokenizer.eos)], 1)  # (n, words)
+        lines += [parts.tokenizer.decode(row[row != parts.tokenizer.eos].tolist()).strip()
+                  for row in tokens]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def begin(parts, images, prompt):
+    """(tokens (1, T), features or None, frames) that a sample goes on from."""
+    tokenizer, device = parts.tokenizer, parts.model.gpt.cos.device
+    words = tokenizer.encode(prompt)
+    if not images:
+        return torch.tensor([[tokenizer.eos, *words]], device=device), None, None
+    if parts.model.projector is None:
+        raise DataError("this checkpoint cannot see: give one of phase 1 or 2, or no --image")
+    frames = np.stack([read_image(path, parts.tower.size) for path in images])
+    features = see(parts, frames)
+    tokens = [tokenizer.image] * (features.shape[0] * features.shape[1]) + words
+    if len(tokens) >= parts.model.gpt.config.block_size:
+        raise DataError(f"{len(images)} images and the prompt make {len(tokens)} tokens; this model "
+                        f"holds {parts.model.gpt.config.block_size} and needs some for its words")
+    return torch.tensor([tokens], device=device), features, frames
+
+
+def draw_attention(path, parts, tokens, features, frames, first):
+    """One row an image: the picture, then for each word the picture lit where that word's query
+    looked, mean over layers and heads. The query is the position that predicted the word."""
+    maps = parts.model.look(tokens, features)[0]  # (T, T)
+    P, side = features.shape[1], int((features.shape[1]) ** 0.5)
+    scale, height = 128, 128 + 14
+    said = tokens[0, first:]
+    sheet = Image.new("RGB", (scale * (1 + len(said)), height * len(frames)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, frame in enumerate(frames):
+        picture = Image.fromarray(frame).resize((scale, scale))
+        sheet.paste(picture, (0, i * height))
+        for j, token in enumerate(said):
+            light = maps[first + j - 1, i * P:(i + 1) * P][-side * side:].view(side, side)  # no CLS
+            light = (light / light.max().clamp(min=1e-9) * 255).byte().cpu().numpy()
+            light = Image.fromarray(light).resize((scale, scale), Image.Resampling.BICUBIC)
+            dark = picture.point(lambda value: value // 4)
+            sheet.paste(Image.composite(picture, dark, light), ((j + 1) * scale, i * height))
+            word = parts.tokenizer.decode([int(token)]).strip() or "<eos>"
+            draw.text(((j + 1) * scale + 4, i * height + scale + 1), word, "black")
+    sheet.save(path)
+
+
+def main(argv):
+    images = [arg.partition("=")[2] if "=" in arg else argv[i + 1] if i + 1 < len(argv) else ""
+              for i, arg in enumerate(argv) if arg.partition("=")[0] == "--image"]
+    config = configs.load(Config, argv, __doc__)
+    fallback = Path(__file__).parent / "assets" / "toy.pt"
+    default = "out/toy/phase2.pt" if Path("out/toy/phase2.pt").exists() else fallback
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parts = load(config.checkpoint or default, device)
+    if parts.model is None:
+        raise DataError(f"{config.checkpoint}: an eye alone; give a checkpoint of phase 0, 1 or 2")
+    tokens, features, frames = begin(parts, images, config.prompt)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for number in range(config.num_samples):
+        said = []
+        if config.prompt:
+            print(config.prompt, end="", flush=True)
+        for token in parts.model.generate(tokens, features, config.max_new_tokens,
+                                          config.temperature, config.top_k, parts.tokenizer.eos,
+                                          generator):
+            before = parts.tokenizer.decode(said)
+            said.append(int(token))
+            print(parts.tokenizer.decode(said)[len(before):], end="", flush=True)
+        print("" if said and said[-1] == parts.tokenizer.eos else " ... (stopped at the limit)")
+        if config.attention and not number:
+            if features is None:
+                raise DataError("--attention needs an --image to look at")
+            spoken = torch.cat([tokens, torch.tensor([said], device=device)], 1)
+            draw_attention(config.attention, parts, spoken, features, frames, tokens.shape[1])
+
+
+if __name__ == "__main__":
+    configs.run(main, DataError, ValueError)
