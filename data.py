@@ -47,7 +47,7 @@ class Config:
     scenes: int = 3000  # toy: training scenes to film; validation films a tenth as many
     clip: int = 4  # toy: frames filmed of each scene
     lines: int = 20000  # toy: utterances of language alone, for phase 0
-    trials: int = 1  # toy: evaluation trials, times (240 Labeled-S, 400 VTWT, 150 Winoground, ...)
+    trials: float = 1.0  # toy: 1 makes 320 Labeled-S trials, 560 VTWT, some 290 Winoground ...
     sprites: str = ""  # toy: a folder of transparent PNGs to draw instead of the drawn things
     csv: str = ""  # pairs: a CSV file with columns image and caption, one pair a row
     images: str = ""  # pairs: the folder its image names are in

@@ -11,7 +11,7 @@ All randomness is numpy's RandomState, whose stream is frozen for ever (NEP 19),
 flat integer polygons, so that a seed gives the same bytes on every machine.
 """
 from dataclasses import dataclass
-from math import cos, pi, sin
+from math import ceil, cos, pi, sin
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -239,7 +239,7 @@ def utterance(scene, rng, routine=12):
     return speak(pick(rng, lines), scene, rng=rng)
 
 
-def evaluation(rng, size, kinds, times=1):
+def evaluation(rng, size, kinds, times=1.0):
     """The four BabyVLM tasks and a probe: ({file: (header, rows)}, {image name: frame}).
 
     The columns are BabyVLM's own, and `subset`, by which eval.py reports apart: "seen" pairs of
@@ -267,27 +267,27 @@ def evaluation(rng, size, kinds, times=1):
             rows["baby_winoground"].append((number, positive, negative, name, tag, subset))
 
     for subset, held, share in (("seen", False, 3), ("held_out", True, 1))[:2 if drawn else 1]:
-        for trial in range(80 * share * times):
+        for trial in range(ceil(80 * share * times)):
             target = random_thing(rng, kinds, held)
             shown = [target]
             while len(shown) < 4:
                 shown.append(random_thing(rng, kinds, but=[t.kind for t in shown]))
             rows["labeled_s"] += [(f"{subset}_{trial}", target.kind, thing.kind,
                                    shoot(thing.kind, thing), subset) for thing in shown]
-        for trial in range(140 * share * times):
+        for trial in range(ceil(140 * share * times)):
             thing = random_thing(rng, kinds, held)
             other = foil(thing, drawn and trial % 2)
             rows["vtwt"].append((shoot("vtwt", thing), thing.name, other.name, subset))
-        for trial in range(50 * share * times):
+        for trial in range(ceil(50 * share * times)):
             thing = random_thing(rng, kinds, held)
             other = foil(thing, drawn and trial % 2)
             compare(subset, thing.name, other.name, shoot("winoground", thing),
                     shoot("winoground", other))
-        for trial in range(70 * share * times):
+        for trial in range(ceil(70 * share * times)):
             scene = Scene(0, (random_thing(rng, kinds, held),))
             rows["caption"].append((shoot("caption", *scene.things), speak("look , {a} !", scene),
                                     subset))
-    for trial in range(50 * times):
+    for trial in range(ceil(50 * times)):
         a, b = two = random_scene(rng, kinds, 2).things
         compare("place", *(speak("the {thing} is on the {thing2} .", Scene(0, pair))
                            for pair in (two, two[::-1])),
@@ -297,7 +297,7 @@ def evaluation(rng, size, kinds, times=1):
             compare("binding", *(speak("{a} and {a2} .", Scene(0, pair))
                                  for pair in ((a, b), (c, d))),
                     shoot("winoground", a, b), shoot("winoground", c, d))
-    for trial in range(1600 * times if drawn else 0):
+    for trial in range(ceil(1600 * times) if drawn else 0):
         thing = random_thing(rng, kinds)
         rows["probe"].append((shoot("probe", thing), thing.kind, thing.colour))
     return {name: (COLUMNS[name], lines) for name, lines in rows.items() if lines}, images

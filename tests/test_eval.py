@@ -1,0 +1,158 @@
+"""The scorer, against loops and counted sets; chance where there is nothing to know."""
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import sample
+from data import DataError
+
+
+def test_scores_are_the_mean_over_phrase_tokens(recipe):
+    """One pair at a time, without padding, in fp64 softmax: the slow truth."""
+    parts = sample.load(recipe / "phase2.pt")
+    torch.manual_seed(0)
+    features = torch.randn(3, 4, parts.tower.width)
+    phrases = ["red ball", "a", "look , a red ball ! oh , what is that ?", "red ball"]
+    rows = [0, 2, 1, 2]
+    fast = evaluation.phrase_nll(parts, features, rows, phrases, batch=3)
+    for score, row, phrase in zip(fast, rows, phrases):
+        words = parts.tokenizer.encode(phrase)
+        tokens = torch.tensor([[parts.tokenizer.image] * 4 + words])
+        logits = parts.model(tokens, features=features[row:row + 1])[0][0].double().log_softmax(-1)
+        slow = -sum(logits[3 + i, word] for i, word in enumerate(words)) / len(words)
+        assert abs(score - slow) < 1e-5
+
+
+def test_a_model_that_knows_nothing_scores_chance():
+    """All scores tied: each rule must give exactly its chance, which the published one does not."""
+    tied = lambda images, phrases: np.zeros(len(images))
+    four = [dict(trial_id=0, target_category="a", real_category=c, image=c) for c in "abcd"]
+    assert evaluation.labeled_s(four, tied)["accuracy"] == 0.25
+    pair = [dict(image="x", positive_phrase="p", negative_phrase="n")]
+    assert evaluation.vtwt(pair, tied)["accuracy"] == 0.5
+    two = [dict(instance_id=0, positive_phrase="p", negative_phrase="n", image=t, image_tag=t)
+           for t in ("positive", "negative")]
+    result = evaluation.baby_winoground(two, tied)
+    assert result["image"]["accuracy"] == result["text"]["accuracy"] == 0.25
+
+
+def test_winogrounds_rules_and_chances_over_every_order():
+    """All 24 orders of four distinct scores, written out from the paper's inequalities."""
+    rows = [dict(instance_id=0, positive_phrase="p", negative_phrase="n", image=t, image_tag=t)
+            for t in ("positive", "negative")]
+    totals = {}
+    for scores in itertools.permutations(range(4)):
+        L00, L01, L10, L11 = scores
+        got = evaluation.baby_winoground(rows, lambda images, phrases: np.array(scores, float))
+        want = {"image": L00 < L10 and L11 < L01, "text": L00 < L01 and L11 < L10,
+                "positive_context": L00 < L10 and L00 < L01,
+                "negative_context": L11 < L01 and L11 < L10}
+        want["group"] = want["image"] and want["text"]
+        for rule, value in want.items():
+            assert got[rule]["accuracy"] == value
+            totals[rule] = totals.get(rule, 0) + value
+    for rule, total in totals.items():
+        assert total / 24 == pytest.approx(got[rule]["chance"])
+
+
+def test_the_lowest_wins_wherever_it_stands():
+    rows = [dict(trial_id=t, target_category="b", real_category=c, image=c)
+            for t in range(2) for c in "abcd"]
+    nll = lambda images, phrases: np.array([3, 1, 2, 4, 1, 3, 2, 4.0])
+    assert evaluation.labeled_s(rows, nll)["accuracy"] == 0.5
+    rows[1]["real_category"] = "a"
+    with pytest.raises(DataError, match="0 pictures of its target"):
+        evaluation.labeled_s(rows, nll)
+
+
+def test_the_interval_is_wilsons():
+    assert evaluation.wilson(8, 10) == [0.4902, 0.9433]  # Brown, Cai and DasGupta 2001's formula
+    low, high = evaluation.wilson(0, 20)
+    assert low == 0 and 0.15 < high < 0.17
+
+
+def test_meteor_is_nltks_without_its_thesaurus():
+    nltk = pytest.importorskip("nltk.translate.meteor_score")
+    empty = SimpleNamespace(synsets=lambda word: [])
+    plain = SimpleNamespace(stem=lambda word: word)
+    rng = np.random.RandomState(0)
+    for _ in range(300):
+        a, b = ([str(w) for w in rng.randint(0, 6, rng.randint(1, 10))] for _ in range(2))
+        theirs = nltk.single_meteor_score(a, b, stemmer=plain, wordnet=empty)
+        assert evaluation.meteor_exact(a, b) == pytest.approx(theirs)
+
+
+def test_captions_without_a_word_score_nothing():
+    assert evaluation.meteor_exact(["a"], []) == 0.0
+
+
+class Oracle:
+    """A model that sees: its features are one-hot things, its phrases cost nothing if true."""
+
+    def __init__(self, dataset):
+        self.rows = [row for _, row in data.read_csv(dataset / "eval/vtwt.csv", ("image",))]
+
+
+def test_dealing_the_pictures_anew_brings_chance(recipe, home, monkeypatch):
+    """A scorer that knows the truth is perfect, and at chance once pictures are shuffled."""
+    parts = sample.load(recipe / "phase2.pt")
+    dataset = data.Data("data/tiny")
+    import toyworld
+    rng = np.random.RandomState(0)
+    kinds = list(toyworld.THINGS)
+    labels = rng.randint(0, len(kinds), 600)
+    rows = []
+    for i, label in enumerate(labels):
+        foil = (label + rng.randint(1, len(kinds))) % len(kinds)
+        rows.append(dict(image=str(i), positive_phrase=kinds[label], negative_phrase=kinds[foil]))
+    knows = lambda deal: lambda images, phrases: np.array(
+        [float(kinds[labels[deal[int(i)]]] != p) for i, p in zip(images, phrases)])
+    assert evaluation.vtwt(rows, knows(np.arange(600)))["accuracy"] == 1.0
+    shuffled = evaluation.vtwt(rows, knows(rng.permutation(600)))
+    assert shuffled["ci95"][0] < 0.5 < shuffled["ci95"][1]
+
+
+def test_results_name_chance_interval_and_subsets(recipe):
+    results = json.loads((recipe / "results.json").read_text())
+    tasks = results["tasks"]
+    assert set(tasks) == {"labeled_s", "vtwt", "baby_winoground", "caption"}
+    for name in ("labeled_s", "vtwt"):
+        assert {"accuracy", "chance", "n", "ci95", "subsets"} <= set(tasks[name])
+        assert set(tasks[name]["subsets"]) == {"seen", "held_out"}
+        low, high = tasks[name]["ci95"]
+        assert 0 <= low <= tasks[name]["accuracy"] <= high <= 1
+    assert {"image", "text", "group", "positive_context", "negative_context"} <= set(
+        tasks["baby_winoground"])
+    assert ("meteor" in tasks["caption"]) != ("meteor_exact" in tasks["caption"])
+    assert math.isfinite(results["val_loss"])
+
+
+def test_validation_loss_is_the_mean_over_all_words(recipe, home):
+    parts = sample.load(recipe / "phase2.pt")
+    batches = data.PairBatches(data.Data("data/tiny"), "val", 48)
+    tokens, targets, features = (torch.as_tensor(x) for x in batches(0, len(batches), shuffle=False))
+    logits = parts.model(tokens, features=features)[0].double().log_softmax(-1)
+    asked = targets != -100
+    slow = -logits[asked].gather(1, targets[asked][:, None]).mean()
+    assert evaluation.val_loss(parts.model, batches, len(batches)) == pytest.approx(float(slow), abs=1e-5)
+
+
+def test_grammar_pairs_prefer_the_likelier_sentence(recipe, home, tmp_path):
+    parts = sample.load(recipe / "phase0.pt")
+    (tmp_path / "a.txt").write_text("red ball a .\nlook , a red ball !\nx\nx\n")
+    result = evaluation.zorro(tmp_path, parts, 2)["paradigms"]["a"]
+    scores = []
+    for line in ("red ball a .", "look , a red ball !"):
+        tokens = torch.tensor([[parts.tokenizer.eos] + parts.tokenizer.encode(line)])
+        logits = parts.model(tokens)[0][0, :-1].double().log_softmax(-1)
+        scores.append(float(logits.gather(1, tokens[0, 1:, None]).sum()))
+    assert result["accuracy"] == ((scores[1] > scores[0]) + 0.5) / 2 and result["n"] == 2
+    with pytest.raises(DataError, match="no .txt files"):
+        evaluation.zorro(tmp_path / "none", parts, 2)

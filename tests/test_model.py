@@ -1,0 +1,192 @@
+"""The GPT, its kernels' references and generation, against fp64, Llama and a full forward."""
+import numpy as np
+import pytest
+import torch
+
+from kernels import attention, rms_norm, visible
+from model import GPT, BabyLLaVA, GPTConfig, Projector
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    config = GPTConfig(**{**dict(vocab_size=50, block_size=40, n_layer=2, n_head=4, n_embd=32,
+                                 n_kv_head=2), **changes})
+    gpt = GPT(config)
+    for parameter in gpt.parameters():  # larger than at the start, so that mistakes show
+        parameter.data.normal_(0, 0.3)
+    return BabyLLaVA(gpt, Projector("mlp2x_gelu", 12, 32), image_token=49).eval()
+
+
+def with_image(P=5, words=(3, 1, 4, 1, 5)):
+    torch.manual_seed(1)
+    return torch.tensor([[49] * P + list(words), [49] * P + list(words)[::-1]]), torch.randn(2, P, 12)
+
+
+@pytest.mark.parametrize("T, keys", [(1, 1), (7, 7), (1, 9), (3, 9)])
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_attention_backends_equal_fp64_loops(T, keys, prefix, heads):
+    torch.manual_seed(T)
+    q = torch.randn(2, T, heads[0], 8)
+    k, v = torch.randn(2, 2, keys, heads[1], 8)
+    expected = torch.zeros(2, T, heads[0], 8, dtype=torch.float64)
+    for b in range(2):
+        for h in range(heads[0]):
+            for i in range(T):
+                at = keys - T + i
+                seen = [j for j in range(keys) if j <= at or j < prefix]
+                kv = h * heads[1] // heads[0]
+                s = torch.stack([q[b, i, h].double() @ k[b, j, kv].double() for j in seen]) / 8 ** 0.5
+                expected[b, i, h] = s.softmax(0) @ v[b, seen, kv].double()
+    for backend in ("sdpa", "reference", None):
+        assert (attention(q, k, v, prefix, backend) - expected).abs().max() < 1e-5
+
+
+def test_rms_norm_backends_equal_the_formula():
+    x, r, w = torch.randn(3, 5, 12), torch.randn(3, 5, 12), torch.randn(12)
+    total = (x + r).double()
+    expected = total / (total.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
+    for backend in ("torch", "reference", None):
+        y, stream = rms_norm(x, w, 1e-5, r, backend)
+        assert (y - expected).abs().max() < 1e-5 and torch.equal(stream, x + r)
+        assert torch.equal(rms_norm(x + r, w, 1e-5, None, backend), y)
+
+
+@pytest.mark.parametrize("call", [lambda b: attention(*[torch.ones(1, 2, 2, 8)] * 3, backend=b),
+                                  lambda b: rms_norm(torch.ones(2), torch.ones(2), 1e-5, None, b)])
+def test_a_backend_that_is_not_here_is_refused(call):
+    with pytest.raises(ValueError, match="triton"):
+        call("triton")
+    with pytest.raises(ValueError, match="no backend 'flash'"):
+        call("flash")
+
+
+def test_no_word_sees_a_later_one():
+    model, (tokens, features) = tiny(), with_image()
+    before = model(tokens, features=features)[0]
+    tokens[:, 8] = 7
+    after = model(tokens, features=features)[0]
+    assert torch.equal(before[:, :8], after[:, :8]) and not torch.equal(before[:, 8], after[:, 8])
+    features[:, 3] += 1
+    last = model(tokens, features=features)[0]
+    assert torch.equal(after[:, :3], last[:, :3]) and not torch.equal(after[:, 3], last[:, 3])
+
+
+def test_the_gpt_is_a_llama():
+    """Weights mapped over by name to Hugging Face's independent implementation: same logits."""
+    transformers = pytest.importorskip("transformers")
+    gpt = tiny().gpt
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=gpt.config.n_hidden, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=10000.0,
+        max_position_embeddings=40, tie_word_embeddings=True)).eval()
+    state = {}
+    for name, value in gpt.state_dict().items():
+        if "qkv_proj" in name:
+            for part, rows in zip(("q_proj", "k_proj", "v_proj"), value.split([32, 16, 16])):
+                state["model." + name.replace("qkv_proj", part)] = rows
+        elif "gate_up_proj" in name:
+            for part, rows in zip(("gate_proj", "up_proj"), value.chunk(2)):
+                state["model." + name.replace("gate_up_proj", part)] = rows
+        else:
+            state["model." + name] = value
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    llama.load_state_dict(state)
+    tokens = torch.randint(0, 50, (3, 40))
+    with torch.no_grad():
+        assert (gpt.head(gpt(tokens)) - llama(tokens).logits).abs().max() < 1e-4
+
+
+def test_cached_generation_equals_the_full_forward():
+    model, (tokens, features) = tiny(), with_image()
+    steps = list(model.generate(tokens, features, max_new_tokens=12))
+    for token in steps:
+        full = model(tokens, features=features)[0][:, -1]
+        assert torch.equal(token, full.argmax(-1))
+        tokens = torch.cat([tokens, token[:, None]], 1)
+    assert len(steps) == 12
+
+
+def test_generation_stops_at_eos_and_at_the_context():
+    model, (tokens, features) = tiny(), with_image()
+    first = next(model.generate(tokens, features))
+    stop = int(first[0])
+    steps = torch.stack(list(model.generate(tokens, features, 99, stop=stop)), 1)
+    assert (steps[0] == stop).all()  # row 0 goes on saying stop while row 1 speaks
+    assert tokens.shape[1] + steps.shape[1] <= 40
+    alone = list(model.generate(tokens[:1], features[:1], 99, stop=stop))
+    assert len(alone) == 1
+    assert len(list(model.generate(tokens, features, 99))) == 40 - tokens.shape[1]
+
+
+def test_sampling_keeps_to_top_k_and_to_its_seed():
+    model, (tokens, features) = tiny(), with_image()
+    draw = lambda seed, **how: torch.stack(list(model.generate(
+        tokens, features, 10, generator=torch.Generator().manual_seed(seed), **how)))
+    assert torch.equal(draw(1, temperature=1.0), draw(1, temperature=1.0))
+    assert not torch.equal(draw(1, temperature=1.0), draw(2, temperature=1.0))
+    assert torch.equal(draw(1, temperature=1.0, top_k=1), draw(5))
+
+
+def test_features_fill_the_placeholders_in_order():
+    model, (tokens, features) = tiny(), with_image()
+    x = model.embed(tokens, features)
+    assert torch.allclose(x[:, :5], model.projector(features), atol=1e-6)
+    assert torch.equal(x[:, 5:], model.gpt.embed_tokens(tokens[:, 5:]))
+    scattered = torch.tensor([[49, 3, 49, 49, 7, 49, 49]])  # two images of 2 and 3 rows
+    y = model.embed(scattered, features[:1])
+    assert torch.allclose(y[0, [0, 2, 3, 5, 6]], model.projector(features)[0], atol=1e-6)
+    with pytest.raises(ValueError, match="5 image placeholders for 10"):
+        next(model.generate(scattered, features))
+
+
+def test_the_loss_is_the_mean_over_asked_targets():
+    model, (tokens, features) = tiny(), with_image()
+    targets = torch.full_like(tokens, -100)
+    targets[0, 5:8] = torch.tensor([2, 9, 11])
+    logits, loss = model(tokens, targets, features)
+    by_hand = -logits.double().log_softmax(-1)[0, [5, 6, 7], [2, 9, 11]].mean()
+    assert abs(loss - by_hand) < 1e-5
+
+
+def test_attention_maps_are_distributions_over_the_past():
+    model, (tokens, features) = tiny(), with_image()
+    maps = model.look(tokens, features)
+    assert maps.shape == (2, 10, 10) and torch.allclose(maps.sum(-1), torch.ones(2, 10), atol=1e-5)
+    assert (maps[:, ~visible(10, 10, 0, "cpu")] == 0).all()
+
+
+@pytest.mark.parametrize("kind, layers", [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 3),
+                                          ("mlp3x_gelu", 5), ("identity", 0)])
+def test_projectors_are_llavas(kind, layers):
+    projector = Projector(kind, 32, 32)
+    assert len([*projector.modules()]) - (layers > 1) == max(layers, 1)
+    assert projector(torch.randn(2, 5, 32)).shape == (2, 5, 32)
+    if kind == "mlp2x_gelu":  # BabyLLaVA's: E = 2048, C = 256
+        assert sum(p.numel() for p in Projector(kind, 2048, 256).parameters()) == 590_336
+
+
+@pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp", "resampler", "identity"])
+def test_an_unknown_projector_is_refused(kind):
+    with pytest.raises(ValueError, match="no projector"):
+        Projector(kind, 12, 32)
+
+
+def test_bad_head_widths_and_overlong_texts_are_refused():
+    with pytest.raises(ValueError, match="head width"):
+        GPTConfig(n_embd=30, n_head=4)
+    with pytest.raises(ValueError, match="block_size is 40"):
+        tiny().gpt(torch.zeros(1, 41, dtype=torch.long))
+
+
+def test_one_batch_is_learnt_by_heart():
+    model, (tokens, features) = tiny(), with_image()
+    targets = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)
+    targets[:, :4] = -100
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        loss = model(tokens, targets, features)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.01
