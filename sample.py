@@ -11,8 +11,8 @@ Without --checkpoint it takes out/toy/phase2.pt or else assets/toy.pt, a small m
 world that comes with the repository. A checkpoint is one self-contained file.
 """
 import pickle
-import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,15 +163,14 @@ def main(argv):
     tokens, features, frames = begin(parts, images, config.prompt)
     generator = torch.Generator(device).manual_seed(config.seed)
     for number in range(config.num_samples):
-        said = []
-        if config.prompt:
-            print(config.prompt, end="", flush=True)
-        for token in parts.model.generate(tokens, features, config.max_new_tokens,
-                                          config.temperature, config.top_k, parts.tokenizer.eos,
-                                          generator):
-            before = parts.tokenizer.decode(said)
-            said.append(int(token))
-            print(parts.tokenizer.decode(said)[len(before):], end="", flush=True)
+        before, said, prompt = "", [], parts.tokenizer.encode(config.prompt)
+        for token in chain([None], parts.model.generate(
+                tokens, features, config.max_new_tokens, config.temperature, config.top_k,
+                parts.tokenizer.eos, generator)):
+            said += [] if token is None else [int(token)]
+            text = parts.tokenizer.decode(prompt + said)
+            print(text[len(before):], end="", flush=True)
+            before = text
         print("" if said and said[-1] == parts.tokenizer.eos else " ... (stopped at the limit)")
         if config.attention and not number:
             if features is None:

@@ -88,8 +88,8 @@ THINGS = {
 NAMING = ["look , {a} !", "that 's {a} .", "it 's {a} .", "here 's {the} .", "see {the} ?",
           "what 's that ? it 's {a} .", "where 's {the} ? there it is .", "oh , {a} !", "{a} .",
           "do you see {the} ? yes , {a} .", "good girl ! you found {the} .",
-          "is that {a} ? yes , that 's right .", "do you want {the} ?", "{name} .", "{name} !",
-          "{name} , yeah ."]
+          "is that {a} ? yes , that 's right .", "do you want {the} ?", "{name} .", "{thing} !",
+          "{thing} . {thing} .", "{thing} , yeah .", "{thing} ? yes , {a} ."]
 COLOUR = ["the {thing} is {colour} .", "what colour is the {thing} ? it 's {colour} .",
           "it 's {colour} . {a} .", "{colour} . {colour} {thing} ."]
 TOGETHER = ["{a} and {a2} .", "look , {a} and {a2} !", "there 's {a} and {a2} ."]
@@ -297,7 +297,7 @@ def evaluation(rng, size, kinds, times=1.0):
             compare("binding", *(speak("{a} and {a2} .", Scene(0, pair))
                                  for pair in ((a, b), (c, d))),
                     shoot("winoground", a, b), shoot("winoground", c, d))
-    for trial in range(ceil(1600 * times) if drawn else 0):
+    for trial in range(ceil(2400 * times) if drawn else 0):
         thing = random_thing(rng, kinds)
         rows["probe"].append((shoot("probe", thing), thing.kind, thing.colour))
     return {name: (COLUMNS[name], lines) for name, lines in rows.items() if lines}, images

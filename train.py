@@ -60,18 +60,18 @@ class Config:
     dropout: float = 0.0  # in the GPT, while it trains
     projector: str = "mlp2x_gelu"  # linear, mlpNx_gelu, identity
     # steps, learning rate, and batch over all processes, for each thing that is trained
-    vision_steps: int = 850  # DINO
+    vision_steps: int = 1500  # DINO
     vision_lr: float = 1e-3
-    vision_batch: int = 64  # frames
-    phase0_steps: int = 500  # GPT
+    vision_batch: int = 32  # frames
+    phase0_steps: int = 300  # GPT
     phase0_lr: float = 1e-3
-    phase0_batch: int = 32  # rows of block_size tokens
+    phase0_batch: int = 16  # rows of block_size tokens
     phase1_steps: int = 150  # projector
     phase1_lr: float = 3e-3
-    phase1_batch: int = 64  # pairs
-    phase2_steps: int = 600  # projector and GPT
-    phase2_lr: float = 1e-3
-    phase2_batch: int = 64  # pairs
+    phase1_batch: int = 32  # pairs
+    phase2_steps: int = 1200  # projector and GPT
+    phase2_lr: float = 2e-3
+    phase2_batch: int = 32  # pairs
     grad_accum: int = 1  # cut each process's share of a batch into this many pieces
     warmup: float = 0.03  # share of the steps over which the rate climbs; then a cosine to 0
     weight_decay: float = 0.1  # of matrices; vectors are not decayed
