@@ -19,7 +19,6 @@ import io
 import json
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -334,9 +333,10 @@ class Order:
     def __call__(self, start, count):
         """Cards number start .. start + count - 1 of the endless deck."""
         positions = np.arange(start, start + count)
-        for deck in {int(p) // self.n for p in positions} - set(self.decks):
-            self.decks = dict(list(self.decks.items())[-1:])  # keep the last deck and the new one
-            self.decks[deck] = np.random.RandomState([self.seed, deck]).permutation(self.n)
+        wanted = {int(p) // self.n for p in positions}
+        self.decks = {deck: self.decks[deck] if deck in self.decks else
+                      np.random.RandomState([self.seed, deck]).permutation(self.n)
+                      for deck in wanted}  # one deck, or two where a batch spans the passes
         return np.array([self.decks[int(p) // self.n][int(p) % self.n] for p in positions])
 
 

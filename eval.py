@@ -127,8 +127,8 @@ def vtwt(rows, nll):
 
 
 def baby_winoground(rows, nll):
-    """Two pictures, two phrases, L[picture][phrase], 0 the positive one. Chances: facts of four
-    numbers in random order; group is 1/6, since one order in six has both diagonals lower."""
+    """Two pictures, two phrases, L[picture][phrase], 0 the positive one. The chances are
+    those of four scores in random order: four of the 24 orders pass the group rule."""
     scores = nll([row["image"] for row in rows for _ in range(2)],
                  [row[f"{tag}_phrase"] for row in rows for tag in ("positive", "negative")])
     L = defaultdict(dict)
@@ -273,13 +273,12 @@ def evaluate(parts, dataset, config):
             parts.tower, parts.meta["select_layer"], parts.meta["keep_cls"]):
         batches = data.PairBatches(dataset, "val", parts.model.gpt.config.block_size)
         results["val_loss"] = val_loss(parts.model, batches, 64)
-    root, frames, features = dataset.directory / "eval", {}, {}
+    root, sheet = dataset.directory / "eval", []
     tests = {"labeled_s": (labeled_s, ("trial_id", "target_category", "real_category", "image")),
              "vtwt": (vtwt, ("image", "positive_phrase", "negative_phrase")),
              "baby_winoground": (baby_winoground, ("instance_id", "positive_phrase",
                                                    "negative_phrase", "image", "image_tag")),
              "caption": (captions, ("image", "text"))}
-    sheet = []
     for task, (test, columns) in tests.items():
         if not (root / f"{task}.csv").exists():
             continue
@@ -328,25 +327,21 @@ def contact_sheet(sheet, columns=6, rows=6):
 
 
 def rows_of(tasks):
-    """(test, measure, subset, result) for each accuracy in results["tasks"]."""
+    """(test, measure, subset, score, 95 % interval, chance, n) as text, for each number there is."""
     for task, result in tasks.items():
         for subset, part in [("all", result), *result.get("subsets", {}).items()]:
-            measures = {"": part} if "n" in part else part
-            for measure, value in measures.items():
-                if isinstance(value, dict) and "n" in value:
-                    yield task, measure, subset, value
+            for measure, r in ({"": part} if "n" in part else part).items():
+                if "n" not in r:
+                    continue  # the subsets themselves
+                name = next(iter(r))  # accuracy, meteor or meteor_exact
+                interval = "{:.3f} - {:.3f}".format(*r["ci95"]) if "ci95" in r else ""
+                chance = f"{r['chance']:.3f}" if r["chance"] else ""
+                yield (task, measure or name, subset, f"{r[name]:.3f}", interval, chance, str(r["n"]))
 
 
 def report(results, page, log):
     """report.html: one file, no script, nothing fetched."""
-    cells = []
-    for task, measure, subset, r in rows_of(results["tasks"]):
-        value = r.get("accuracy", r.get("meteor", r.get("meteor_exact")))
-        kind = measure or ("accuracy" if "accuracy" in r else next(iter(r)))
-        interval = "{:.3f} - {:.3f}".format(*r["ci95"]) if "ci95" in r else ""
-        chance = f"{r['chance']:.3f}" if r["chance"] else ""
-        cells.append(f"<tr><td>{task}<td>{kind}<td>{subset}<td>{value:.3f}<td>{interval}"
-                     f"<td>{chance}<td>{r['n']}")
+    cells = ["<tr><td>" + "<td>".join(row) for row in rows_of(results["tasks"])]
     curves = defaultdict(list)
     for line in log:
         if "loss" in line:
@@ -393,12 +388,9 @@ def main(argv):
     if page:
         with data.writing(out / "captions.png") as file:
             page.save(file, "PNG")
-    for task, measure, subset, r in rows_of(results["tasks"]):
-        score = r.get("accuracy", r.get("meteor", r.get("meteor_exact")))
-        interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if "ci95" in r else " " * 14
-        chance = f"chance {r['chance']:.3f}" if r["chance"] else ""
-        kind = measure or ("accuracy" if "accuracy" in r else next(iter(r)))
-        print(f"{task:16} {kind:17} {subset:9} {score:.3f} {interval} n {r['n']:4} {chance}")
+    for row in [("test", "measure", "subset", "score", "95 % interval", "chance", "n"),
+                *rows_of(results["tasks"])]:
+        print("{:16} {:17} {:9} {:6} {:14} {:7} {:>5}".format(*row))
     for name in ("val_loss", "bits_per_character"):
         if name in results:
             print(f"{name} {results[name]:.4f}")

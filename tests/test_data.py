@@ -87,7 +87,7 @@ def test_the_toy_world_is_the_same_bytes_everywhere():
         scene = toyworld.random_scene(rng, toyworld.THINGS)
         digest.update(toyworld.utterance(scene, rng).encode())
         digest.update(toyworld.film(scene, rng, 32, toyworld.THINGS).tobytes())
-    assert digest.hexdigest()[:16] == "HASH"
+    assert digest.hexdigest()[:16] == "37a5dc627a572b17"
 
 
 def test_held_out_pairs_are_never_filmed_or_spoken_of():
@@ -120,13 +120,15 @@ def test_trials_have_one_answer_and_babyvlm_columns(world):
 def test_bins_hold_what_was_said(world):
     dataset = data.Data(world / "data/tiny")
     pairs, captions = dataset.open("train", "pairs"), dataset.open("train", "captions")
-    assert len(pairs) == 24 and dataset.open("train", "frames").shape == (24, 16, 16, 3)
+    assert len(pairs) == 48 and dataset.open("train", "frames").shape == (24, 16, 16, 3)
     assert list(dataset.open("train", "clips")[:4]) == [0, 0, 1, 1]
     rng = np.random.RandomState([1, 0, 1])  # data.Config's seed, the training split, its frames
-    for frame, first, length in pairs[:2]:
-        if frame == 0:
+    for i, (frame, first, length) in enumerate(pairs[:8]):  # two clips, two frames, two utterances
+        if i % 4 == 0:
             scene = toyworld.random_scene(rng, toyworld.THINGS)
-        toyworld.film(scene, rng, 16, toyworld.THINGS)
+        if i % 2 == 0:
+            shot = toyworld.film(scene, rng, 16, toyworld.THINGS)
+            assert np.array_equal(dataset.open("train", "frames")[frame], shot)
         assert dataset.tokenizer.decode(captions[first:first + length - 1]) == \
             toyworld.utterance(scene, rng)
         assert captions[first + length - 1] == dataset.tokenizer.eos
@@ -257,12 +259,12 @@ def test_captioned_pictures_and_transcripts_are_imported(tmp_path, monkeypatch, 
     for i in range(120):
         picture(tmp_path / f"{i}.png", "RGB")
         rows.append(f'{i}.png,"a ball , number {i}"')
-    (tmp_path / "7.png").write_bytes((tmp_path / "8.png").read_bytes()[:60])  # truncated
+    (tmp_path / "7.png").write_bytes((tmp_path / "8.png").read_bytes()[:45])  # truncated
     (tmp_path / "p.csv").write_text("\n".join(rows))
     (tmp_path / "t.txt").write_text("\n".join(f"line {i} ." for i in range(200)))
     data.main(["pairs", "--csv", "p.csv", "--images", ".", "--text", "t.txt", "--size=16"])
     dataset = data.Data("data/pairs")
-    assert dataset.count("train", "frames") == 107 and dataset.count("val", "frames") == 12
+    assert dataset.count("train", "frames") == 109 and dataset.count("val", "frames") == 10
     assert "p.csv:9: " in (tmp_path / "data/pairs/skipped.txt").read_text()
     frame, first, length = dataset.open("train", "pairs")[7]  # row 8, since 7 was skipped
     words = dataset.open("train", "captions")[first:first + length - 1]

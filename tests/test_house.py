@@ -1,7 +1,6 @@
 """The house rules: budgets, the README's table, the floor plan, configs and their errors."""
 import ast
 import re
-import tokenize
 
 import pytest
 
