@@ -271,8 +271,8 @@ class Data:
         if self.meta["format"] != FORMAT:
             raise DataError(f"{self.directory}: format {self.meta['format']}, this version reads "
                             f"{FORMAT}: prepare it again with data.py")
-        self.tokenizer = Tokenizer.parse((self.directory / "tokenizer.tiktoken").read_text(),
-                                         self.meta["tokenizer"])
+        ranks = (self.directory / "tokenizer.tiktoken").read_text()
+        self.tokenizer = Tokenizer.parse(ranks, self.meta["tokenizer"])
 
     def count(self, split, kind):
         return self.meta["splits"][split].get(kind, 0)
@@ -284,8 +284,8 @@ class Data:
         """The bin as an np.memmap of its shape, read-only."""
         path, (dtype, shape) = self.path(split, kind), BINS[kind]
         if not self.count(split, kind):
-            made_by = {"features": "run phase 0 (or 1) of train.py", "text": "give data.py a --text"}
-            raise DataError(f"no {path}: " + made_by.get(kind, "give data.py a --csv and --images"))
+            how = "--text FILE" if kind == "text" else "--csv FILE --images DIR"
+            raise DataError(f"no {path}: prepare {self.directory} with data.py and {how}")
         shape = (self.count(split, kind), *(self.meta.get(n, n) for n in shape))
         expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if not path.exists() or path.stat().st_size != expected:
@@ -499,7 +499,8 @@ def load_sprites(directory):
     sprites = {}
     for path in sorted(directory.rglob("*.png")):
         text = path.with_suffix(".txt")
-        title = text.read_text(encoding="utf-8") if text.exists() else re.sub("[_-]", " ", path.stem)
+        title = re.sub("[_-]", " ", path.stem) if not text.exists() else \
+            text.read_text(encoding="utf-8", errors="replace")
         words = re.split(r"[.\n]", title.lower())[0].split()
         name = " ".join(words[1:] if words[:1] in (["a"], ["an"], ["the"]) else words)
         with Image.open(path) as image:
@@ -542,8 +543,8 @@ def prepare_pairs(config, directory):
     def frames(split):
         for clip, (line, row) in enumerate(part(rows, split)):
             try:
-                yield read_image(Path(config.images) / row["image"], config.size), clip, \
-                    [row["caption"]]
+                frame = read_image(Path(config.images) / row["image"], config.size)
+                yield frame, clip, [row["caption"]]
             except DataError as error:
                 skipped.append(f"{config.csv}:{line}: {error}")
                 if len(skipped) > config.max_skipped * len(rows):

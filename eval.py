@@ -327,7 +327,7 @@ def contact_sheet(sheet, columns=6, rows=6):
 
 
 def rows_of(tasks):
-    """(test, measure, subset, score, 95 % interval, chance, n) as text, for each number there is."""
+    """(test, measure, subset, score, interval, chance, n) as text, for each number there is."""
     for task, result in tasks.items():
         for subset, part in [("all", result), *result.get("subsets", {}).items()]:
             for measure, r in ({"": part} if "n" in part else part).items():
@@ -336,7 +336,8 @@ def rows_of(tasks):
                 name = next(iter(r))  # accuracy, meteor or meteor_exact
                 interval = "{:.3f} - {:.3f}".format(*r["ci95"]) if "ci95" in r else ""
                 chance = f"{r['chance']:.3f}" if r["chance"] else ""
-                yield (task, measure or name, subset, f"{r[name]:.3f}", interval, chance, str(r["n"]))
+                yield (task, measure or name, subset, f"{r[name]:.3f}", interval, chance,
+                       str(r["n"]))
 
 
 def report(results, page, log):

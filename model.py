@@ -12,6 +12,7 @@ that such a checkpoint maps 1:1. No file, no argv, no print in here.
 Letters: B batch, T sequence length, C model width, H heads, D head width, V vocabulary, N images,
 P image tokens an image, E vision width.
 """
+import re
 from dataclasses import dataclass
 
 import torch
@@ -176,9 +177,9 @@ def Projector(kind, features, width):
         return nn.Linear(features, width)
     if kind == "identity" and features == width:
         return nn.Identity()
-    if kind.startswith("mlp") and kind.endswith("x_gelu") and kind[3:-6].isdigit() and kind[3] != "0":
+    if depth := re.fullmatch(r"mlp([1-9])x_gelu", kind):
         layers = [nn.Linear(features, width)]
-        for _ in range(int(kind[3:-6]) - 1):
+        for _ in range(int(depth[1]) - 1):
             layers += [nn.GELU(), nn.Linear(width, width)]
         return nn.Sequential(*layers)
     raise ValueError(f"no projector {kind!r} from width {features} to {width}: "
@@ -226,7 +227,7 @@ class BabyLLaVA(nn.Module):
         given = 0 if features is None else features.shape[0] * features.shape[1]
         if slots != given or not tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens with {slots} image placeholders for "
-                             f"{given} image features: the two must match, and the text not be empty")
+                             f"{given} image features: they must match, and the text not be empty")
         config = self.gpt.config
         room = min(config.block_size, tokens.shape[1] + max_new_tokens)
         x, start = self.embed(tokens, features), 0

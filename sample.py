@@ -46,17 +46,23 @@ class Config:
 # Checkpoints
 
 
-def read_checkpoint(path):
-    """The dict that train.py wrote, read without running any code in it (weights_only).
+def read_file(path):
+    """What torch.save put there, read without running any code in it (weights_only).
 
-    Raises DataError for no file, a foreign or broken one, or another format."""
+    Raises DataError, one line, for no file, a foreign one or one cut short."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such checkpoint; train one: python train.py configs/toy.py") from None
+        raise DataError(f"{path}: no such checkpoint; "
+                        "python train.py configs/toy.py makes one") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: not a checkpoint, or cut short ({reason})") from None
+
+
+def read_checkpoint(path):
+    """The dict that train.py wrote. Raises DataError for another thing or format."""
+    checkpoint = read_file(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise DataError(f"{path}: not a nanoBabyLLaVA checkpoint of format {FORMAT}")
     return checkpoint
@@ -122,8 +128,8 @@ def begin(parts, images, prompt):
     features = see(parts, frames)
     tokens = [tokenizer.image] * (features.shape[0] * features.shape[1]) + words
     if len(tokens) >= parts.model.gpt.config.block_size:
-        raise DataError(f"{len(images)} images and the prompt make {len(tokens)} tokens; this model "
-                        f"holds {parts.model.gpt.config.block_size} and needs some for its words")
+        raise DataError(f"{len(images)} images and the prompt make {len(tokens)} tokens; this "
+                        f"model holds {parts.model.gpt.config.block_size}, its answer included")
     return torch.tensor([tokens], device=device), features, frames
 
 

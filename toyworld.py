@@ -75,9 +75,11 @@ THINGS = {
               rect(.14, .06, .62, .16, "d"), rect(.14, .26, .62, .36, "d"),
               rect(.52, .06, .62, .5, "d")],
     "star": [([(.5 + (.5, .2)[i % 2] * sin(i * pi / 5), .52 - (.5, .2)[i % 2] * cos(i * pi / 5))
-               for i in range(10)], "c"), oval(.42, .46, .04, .05, "k"), oval(.58, .46, .04, .05, "k")],
-    "flower": [rect(.46, .5, .54, .99, "k"), *[oval(.5 + .24 * sin(i * pi / 3),
-               .34 - .24 * cos(i * pi / 3), .15, .15) for i in range(6)], oval(.5, .34, .13, .13, "l")],
+               for i in range(10)], "c"), oval(.42, .46, .04, .05, "k"),
+             oval(.58, .46, .04, .05, "k")],
+    "flower": [rect(.46, .5, .54, .99, "k"),
+               *[oval(.5 + .24 * sin(i * pi / 3), .34 - .24 * cos(i * pi / 3), .15, .15)
+                 for i in range(6)], oval(.5, .34, .13, .13, "l")],
     "house": [rect(.12, .45, .88, .97), poly("d", .02, .47, .5, .03, .98, .47),
               rect(.42, .64, .6, .97, "k"), rect(.2, .55, .34, .7, "w"),
               rect(.68, .55, .82, .7, "w")],
@@ -96,10 +98,11 @@ TOGETHER = ["{a} and {a2} .", "look , {a} and {a2} !", "there 's {a} and {a2} ."
 WHERE = ["the {thing} is {where} the {thing2} .", "look , {the} is {where} {the2} .",
          "where 's the {thing} ? it 's {where} the {thing2} ."]
 THREE = ["{a} , {a2} and {a3} .", "look , {a} , {a2} and {a3} !"]
-ROUTINE = ["are you hungry ?", "good job !", "all done .", "let 's go outside .", "come here , sweetie .",
-           "do you want some milk ?", "time for bed .", "oh , what are you doing ?", "be careful .",
-           "clap your hands !", "shall we read ?", "peek a boo !", "yes , that 's right .", "uh oh .",
-           "let 's wash your hands .", "are you tired ?", "where 's daddy ?", "one , two , three !",
+ROUTINE = ["are you hungry ?", "good job !", "all done .", "let 's go outside .",
+           "come here , sweetie .", "do you want some milk ?", "time for bed .",
+           "oh , what are you doing ?", "be careful .", "clap your hands !", "shall we read ?",
+           "peek a boo !", "yes , that 's right .", "uh oh .", "let 's wash your hands .",
+           "are you tired ?", "where 's daddy ?", "one , two , three !",
            "no , not in your mouth .", "that 's so funny .", "you 're such a good girl .",
            "say bye bye .", "can you give it to mummy ?", "what do you think ?", "up we go !"]
 
@@ -125,7 +128,7 @@ class Thing:
 class Scene:
     room: int
     things: tuple
-    where: str = ""  # how the first thing stands to the second: "on", "left of", "right of", "next to"
+    where: str = ""  # the first thing is "on", "left of", "right of", "next to" the second
 
 
 def pick(rng, options):
@@ -181,8 +184,9 @@ def film(scene, rng, size, kinds):
         places = places[::-1]
     shift = rng.uniform(-.05, .05, 2)
     for thing, place in reversed(list(zip(scene.things, places))):  # later ones may hide earlier
-        centre = (place + shift + rng.uniform(-.06, .06, 2) * (1.5 if len(places) == 1 else .6)) * big
-        draw_thing(image, thing, kinds, centre, extent * rng.uniform(.8, 1.15) * big,
+        jitter = rng.uniform(-.06, .06, 2) * (1.5 if len(places) == 1 else .6)
+        side = extent * rng.uniform(.8, 1.15) * big
+        draw_thing(image, thing, kinds, (place + shift + jitter) * big, side,
                    rng.uniform(-.35, .35), rng.randint(2))
     if rng.randint(8) == 0:  # the infant's own hand comes into view
         x = rng.randint(big)
@@ -257,8 +261,8 @@ def evaluation(rng, size, kinds, times=1.0):
         """A thing, never a held-out one, that differs from this one in colour or in kind alone."""
         other = thing
         while other == thing or held_out(other):
-            random = random_thing(rng, kinds)
-            other = Thing(thing.kind, random.colour) if recolour else Thing(random.kind, thing.colour)
+            new = random_thing(rng, kinds)
+            other = Thing(thing.kind, new.colour) if recolour else Thing(new.kind, thing.colour)
         return other
 
     def compare(subset, positive, negative, image, foil_image):

@@ -12,7 +12,6 @@ phase goes on where it was last saved, to the same bits on a CPU; a finished one
 import json
 import math
 import os
-import pickle
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,7 +156,8 @@ def build_model(config, name, dataset, resume):
     parts = sample.build(before, **backends)
     if name == "phase1":
         parts.tower = sample.build(finished(config, "vision")).tower
-        parts.model.projector = Projector(config.projector, parts.tower.width, config.n_embd)
+        parts.model.projector = Projector(config.projector, parts.tower.width,
+                                          parts.model.gpt.config.n_embd)
     return parts.model, parts.tower
 
 
@@ -288,7 +288,7 @@ def run_phase(config, name, dataset, device, rank, world):
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
     # ---- what it sees
-    length = () if name == "vision" else (config.block_size,)
+    length = () if name == "vision" else (raw_model.gpt.config.block_size,)
     batches = Batches(dataset, "train", *length, seed=config.seed)
     held = None if name == "vision" else Batches(dataset, "val", *length)
     share = batch // world  # rows of each batch that are this process's
@@ -370,14 +370,12 @@ def run_phase(config, name, dataset, device, rank, world):
 
 def load_tower(config):
     """The ViT of --vision_weights: a DINO checkpoint, or a vision.pt of ours."""
+    state = sample.read_file(config.vision_weights)
     try:
-        state = torch.load(config.vision_weights, map_location="cpu", weights_only=True)
         if state.get("format") == sample.FORMAT:
-            return sample.build({k: state[k] for k in ("vision", "tower")}).tower
+            return sample.build({key: state[key] for key in ("vision", "tower")}).tower
         return vision.build_tower(state)
-    except FileNotFoundError:
-        raise DataError(f"{config.vision_weights}: no such checkpoint") from None
-    except (ValueError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{config.vision_weights}: {error}") from None
 
 

@@ -293,8 +293,8 @@ def build_tower(state, heads=0):
     own = tower.state_dict()
     faults = {"missing": [key for key in own if key not in state],
               "left over": [key for key in state if key not in own],
-              "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-                                   for key in own if key in state and own[key].shape != state[key].shape]}
+              "of another shape": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+                                   for k in own if k in state and own[k].shape != state[k].shape]}
     if any(faults.values()):
         raise ValueError("; ".join(f"{len(keys)} keys {fault}: {', '.join(keys[:4])}"
                                    for fault, keys in faults.items() if keys))

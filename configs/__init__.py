@@ -12,6 +12,7 @@ import inspect
 import operator
 import re
 import sys
+from pathlib import Path
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
@@ -49,7 +50,7 @@ def read_file(path):
             (target,), value = node.targets, literal(node.value)
             found.append((target.id, value, where))
         except (AttributeError, ValueError, TypeError, ZeroDivisionError):
-            raise ConfigError(f"{where}: want `name = literal`, with + - * / // on numbers") from None
+            raise ConfigError(f"{where}: want `name = literal`, + - * / // allowed") from None
     return found
 
 
@@ -59,7 +60,7 @@ def read_flags(argv, kinds):
     while argv:
         flag = argv.pop(0)
         if not flag.startswith("--"):
-            raise ConfigError(f"{flag}: config files come first and end in .py, knobs start with --")
+            raise ConfigError(f"{flag}: config files come first, knobs start with --")
         name, equals, value = flag[2:].partition("=")
         name = name.replace("-", "_")
         if not equals:
@@ -86,7 +87,8 @@ def load(Config, argv, description=""):
     flag that disagree on `phase`. --help prints every knob with its comment and exits."""
     if "--help" in argv or "-h" in argv:
         print(description.strip() + "\n\nknobs:")
-        for knob in re.findall(r"^    (\w+): (\w+) = (.+?)  # (.*)$", inspect.getsource(Config), re.M):
+        knobs = r"^    (\w+): (\w+) = (.+?)  # (.*)$"
+        for knob in re.findall(knobs, inspect.getsource(Config), re.M):
             print("  --{0}={2}  ({1}) {3}".format(*knob))
         sys.exit(0)
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -96,12 +98,13 @@ def load(Config, argv, description=""):
     flags = read_flags(argv, kinds)
     phase = [value for name, value, _ in flags if name == "phase"]
     if phase and not files:
-        files = [f"configs/phase{phase[-1]}.py"] if phase[-1] in ("0", "1", "2") else []
+        path = Path(__file__).parent / f"phase{phase[-1]}.py"
+        files = [str(path)] if path.exists() else []
     config, said = Config(), {}
     for name, value, where in [item for path in files for item in read_file(path)] + flags:
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1, 0.0)[0]
-            raise ConfigError(f"{where}: no knob {name!r}; did you mean {near!r}? (--help lists all)")
+            raise ConfigError(f"{where}: no knob {name!r}; did you mean {near!r}?")
         if kinds[name] is float and type(value) is int:
             value = float(value)
         if type(value) is not kinds[name]:

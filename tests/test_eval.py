@@ -128,11 +128,12 @@ def test_results_name_chance_interval_and_subsets(recipe):
 def test_validation_loss_is_the_mean_over_all_words(recipe, home):
     parts = sample.load(recipe / "phase2.pt")
     batches = data.PairBatches(data.Data("data/tiny"), "val", 48)
-    tokens, targets, features = (torch.as_tensor(x) for x in batches(0, len(batches), shuffle=False))
+    n = len(batches)
+    tokens, targets, features = map(torch.as_tensor, batches(0, n, shuffle=False))
     logits = parts.model(tokens, features=features)[0].double().log_softmax(-1)
     asked = targets != -100
-    slow = -logits[asked].gather(1, targets[asked][:, None]).mean()
-    assert evaluation.val_loss(parts.model, batches, len(batches)) == pytest.approx(float(slow), abs=1e-5)
+    slow = -logits[asked].gather(1, targets[asked][:, None]).mean().item()
+    assert evaluation.val_loss(parts.model, batches, n) == pytest.approx(slow, abs=1e-5)
 
 
 def test_grammar_pairs_prefer_the_likelier_sentence(recipe, home, tmp_path):

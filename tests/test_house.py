@@ -9,37 +9,41 @@ import train
 from configs import ConfigError
 from conftest import ROOT
 
-BUDGET = {"kernels.py": 360, "model.py": 360, "vision.py": 420, "data.py": 560, "toyworld.py": 310,
-          "train.py": 400, "sample.py": 200, "eval.py": 400, "configs/__init__.py": 120}
+BUDGET = {"kernels.py": 360, "model.py": 360, "vision.py": 420, "data.py": 490, "toyworld.py": 265,
+          "train.py": 370, "sample.py": 160, "eval.py": 345, "configs/__init__.py": 115}
+README = (ROOT / "README.md").read_text()
 IMPORTS = {"kernels": set(), "model": {"kernels"}, "vision": set(), "toyworld": set(),
            "data": {"toyworld", "configs"}, "sample": {"model", "vision", "data", "configs"},
            "eval": {"sample", "data", "vision", "configs"},
            "train": {"eval", "sample", "data", "vision", "model", "configs"}, "configs": set()}
 
 
+def count(name):
+    """Lines to read: all that are not blank."""
+    return sum(bool(line.strip()) for line in (ROOT / name).read_text().splitlines())
+
+
 def test_every_file_keeps_its_budget_and_its_columns():
     total = 0
     for name, budget in BUDGET.items():
-        lines = (ROOT / name).read_text().splitlines()
-        assert len(lines) <= budget, f"{name}: {len(lines)} lines, budget {budget}"
-        assert max(map(len, lines)) <= 100, name
-        total += len(lines)
+        assert count(name) <= budget, f"{name}: {count(name)} lines, budget {budget}"
+        total += count(name)
     assert total < 2600
     for path in (ROOT / "configs").glob("[!_]*.py"):
-        assert len(path.read_text().splitlines()) <= 30, path
+        assert count(path) <= 30, path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("tests/*.py")]:
+        assert max(map(len, path.read_text().splitlines())) <= 100, path
 
 
 def test_the_readmes_table_counts_the_lines_there_are():
-    table = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M))
-    assert {k: int(v) for k, v in table.items()} == {
-        name: len((ROOT / name).read_text().splitlines()) for name in BUDGET}
+    table = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M))
+    assert {k: int(v) for k, v in table.items()} == {name: count(name) for name in BUDGET}
 
 
 def test_the_readme_names_only_files_that_exist():
-    for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|txt|pt|png|md))`", (ROOT / "README.md").read_text()):
-        assert (ROOT / name).exists() or name.startswith(("out/", "data/")) or "/" not in name \
-            and any(ROOT.rglob(name)) or name in {"captions.png", "vision.pt", "phase0.pt",
-                                                  "phase1.pt", "phase2.pt"}, name
+    made = {"captions.png", "skipped.txt"}  # by the commands
+    for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|txt|pt|png|md))`", README):
+        assert (ROOT / name).exists() or name in made, name
 
 
 def test_imports_follow_the_floor_plan():
@@ -116,9 +120,6 @@ def test_a_config_typo_is_one_line_with_its_place(tmp_path, text, flags, message
 
 
 def test_the_project_speaks_of_itself_only():
-    words = ["/work" + "/", "shared" + "/", "issue #", "session"]
-    for path in ROOT.rglob("*"):
-        if path.suffix in (".py", ".md", ".txt") and not {".git", "data", "out", ".venv"} & set(path.parts) \
-                and path.name != "test_house.py":
-            text = path.read_text()
-            assert not any(word in text for word in words[:3]), path
+    for path in [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]:
+        for foreign in ("/work" + "/", "../" + "shared", "/tmp/", "issue #"):
+            assert foreign not in path.read_text(), path

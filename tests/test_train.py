@@ -15,7 +15,7 @@ from data import DataError
 
 
 def run(*args, out="out/full"):
-    train.main(["--data=data/tiny", f"--out={out}", *SMALL, *args])
+    train.main([str(ROOT / "configs/toy.py"), "--data=data/tiny", f"--out={out}", *SMALL, *args])
 
 
 def weights(path, prefix=""):
@@ -135,22 +135,12 @@ def test_two_processes_train_the_model_of_one(recipe, home):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                     "--master_port=29513", str(ROOT / "train.py"), "--data=data/tiny",
-                    "--out=out/two", "--no_evaluate" if False else "--evaluate=False", *SMALL],
+                    "--out=out/two", "--evaluate=False", *SMALL],
                    check=True, env=env, cwd=home)
     for phase in train.PHASES:
         a, b = weights(home / f"out/two/{phase}.pt"), weights(recipe / f"{phase}.pt")
         assert a.keys() == b.keys()
         assert max((a[k].float() - b[k].float()).abs().max() for k in a) < 2e-4, phase
-
-
-def test_a_small_model_learns_its_few_pairs(home):
-    run("--vision_steps=2", "--phase0_steps=30", "--phase1_steps=10", "--phase2_steps=250",
-        "--n_embd=32", "--phase2_lr=3e-3", "--weight_decay=0.0", "--evaluate=False",
-        "--eval_every=1000", "--save_every=1000", "--block_size=64", "--phase2_batch=24",
-        out="out/heart")
-    log = [json.loads(line) for line in open("out/heart/log.jsonl")]
-    losses = [e["loss"] for e in log if e["phase"] == "phase2" and "loss" in e]
-    assert losses[-1] < 0.05 < losses[0]
 
 
 def test_finished_phases_are_left_alone(recipe, home, capfd):
@@ -160,8 +150,8 @@ def test_finished_phases_are_left_alone(recipe, home, capfd):
 
 
 @pytest.mark.parametrize("args, out, message", [
-    (["--phase=1"], "out/none", "vision.pt|phase0.pt does not exist: finish it first with --phase 0"),
-    (["--phase=2", "--phase2_lr=0.5"], "out/full", "was made with phase2_lr=0.001, now it is 0.5"),
+    (["--phase=1"], "out/none", "does not exist: finish it first with --phase 0"),
+    (["--phase=2", "--phase2_lr=0.5"], "out/full", "was made with phase2_lr=0.002, now it is 0.5"),
     (["--phase=3"], "out/none", "0, 1, 2 or all"),
     (["--tower=nose"], "out/none", "vision, language or both"),
     (["--phase=0", "--tower=language", "--phase0_batch=9", "--grad_accum=2"], "out/none",

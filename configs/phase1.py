@@ -1,0 +1,10 @@
+"""Phase 1 at BabyLLaVA's rates: the projector alone, on pairs. Starts from phase 0."""
+phase = "1"
+data = "data/saycam"
+out = "out/saycam"
+projector = "mlp2x_gelu"
+phase1_lr = 3e-3
+phase1_batch = 40
+phase1_steps = 5 * 67000 // 40  # 5 passes of about 67,000 pairs: 8,375
+weight_decay = 0.0
+beta2 = 0.999

@@ -1,0 +1,9 @@
+"""Phase 2 at BabyLLaVA's rates: projector and GPT together, on the same pairs. After phase 1."""
+phase = "2"
+data = "data/saycam"
+out = "out/saycam"
+phase2_lr = 2e-3
+phase2_batch = 64
+phase2_steps = 5 * 67000 // 64  # 5 passes of about 67,000 pairs: 5,234
+weight_decay = 0.0
+beta2 = 0.999
