@@ -99,7 +99,7 @@ PHASES = {
     "phase2": (("projector.", "gpt."), data.PairBatches, "phase1"),
 }
 # Knobs that may change when a phase is resumed; any other must be what it was.
-ANY_TIME = {"phase", "tower", "data", "out", "device", "compile", "attention", "norm", "grad_accum",
+ANY_TIME = {"phase", "tower", "out", "device", "compile", "attention", "norm", "grad_accum",
             "log_every", "eval_every", "eval_batches", "save_every", "evaluate"}
 
 
@@ -231,6 +231,13 @@ def save(path, checkpoint):
         torch.save(checkpoint, file)
 
 
+def check_finite(tensors, name, step, path):
+    """A run that has gone to NaN stops before it is saved over a good one."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise DataError(f"{name} step {step}: the loss or a weight is not finite; lower {name}_lr. "
+                        f"{path} holds the last good step, if any")
+
+
 def resumable(config, name, path):
     """The checkpoint at `path` to go on from, or None. Refuses one made with other knobs."""
     if not path.exists():
@@ -312,6 +319,7 @@ def run_phase(config, name, dataset, device, rank, world):
             say(f"{name} step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
             clock, seen = time.perf_counter(), 0
         if rank == 0 and (step == steps or step > start and step % config.save_every == 0):
+            check_finite(learning, name, step, path)
             save(path, contents(config, name, dataset, raw_model, tower, optimizer, step))
         if step == steps:
             break
@@ -357,14 +365,12 @@ def run_phase(config, name, dataset, device, rank, world):
         if step % config.log_every == 0:
             if world > 1:
                 dist.all_reduce(loss_sum)
-            if not math.isfinite(loss_sum := float(loss_sum)):
-                raise DataError(f"{name} step {step}: the loss is {loss_sum}; lower {name}_lr. "
-                                f"{path} holds the last good step")
-            speed, unit = seen / (time.perf_counter() - clock), "frames/s" if name == "vision" \
-                else "tokens/s"
-            bar.set_postfix_str(f"loss {loss_sum:.3f}, {speed:,.0f} {unit}")
-            record(log, rank, phase=name, step=step, loss=round(loss_sum, 5), lr=lr * rate,
-                   **{unit: round(speed)})
+            check_finite([loss_sum], name, step, path)
+            speed = round(seen / (time.perf_counter() - clock))
+            unit = "frames/s" if name == "vision" else "tokens/s"
+            bar.set_postfix_str(f"loss {float(loss_sum):.3f}, {speed:,} {unit}")
+            record(log, rank, phase=name, step=step, loss=round(float(loss_sum), 5),
+                   lr=lr * rate, **{unit: speed})
     bar.close()
 
 

@@ -144,7 +144,7 @@ def test_grammar_pairs_prefer_the_likelier_sentence(recipe, home, tmp_path):
     for line in ("red ball a .", "look , a red ball !"):
         tokens = torch.tensor([[parts.tokenizer.eos] + parts.tokenizer.encode(line)])
         logits = parts.model(tokens)[0][0, :-1].double().log_softmax(-1)
-        scores.append(float(logits.gather(1, tokens[0, 1:, None]).sum()))
+        scores.append(logits.gather(1, tokens[0, 1:, None]).sum().item())
     assert result["accuracy"] == ((scores[1] > scores[0]) + 0.5) / 2 and result["n"] == 2
     with pytest.raises(DataError, match="no .txt files"):
         evaluation.zorro(tmp_path / "none", parts, 2)

@@ -10,7 +10,7 @@ from configs import ConfigError
 from conftest import ROOT
 
 BUDGET = {"kernels.py": 360, "model.py": 360, "vision.py": 420, "data.py": 490, "toyworld.py": 265,
-          "train.py": 370, "sample.py": 160, "eval.py": 345, "configs/__init__.py": 115}
+          "train.py": 372, "sample.py": 160, "eval.py": 345, "configs/__init__.py": 115}
 README = (ROOT / "README.md").read_text()
 IMPORTS = {"kernels": set(), "model": {"kernels"}, "vision": set(), "toyworld": set(),
            "data": {"toyworld", "configs"}, "sample": {"model", "vision", "data", "configs"},
@@ -41,7 +41,7 @@ def test_the_readmes_table_counts_the_lines_there_are():
 
 
 def test_the_readme_names_only_files_that_exist():
-    made = {"captions.png", "skipped.txt"}  # by the commands
+    made = {"captions.png", "skipped.txt", "transcripts.txt"}  # by a command or the reader
     for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|txt|pt|png|md))`", README):
         assert (ROOT / name).exists() or name in made, name
 

@@ -1,0 +1,47 @@
+"""Every command of the README's quick start, typed as it stands there, on a tiny world."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, SMALL, TINY
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"<!-- (?:run|more) -->\n```sh\n(.*?)```", README, re.S)
+COMMANDS = [command.strip() for block in BLOCKS for line in block.splitlines()
+            for command in line.split("#")[0].split("&&") if command.strip()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder that looks like the repository, where data/ and out/ can be written."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in [*ROOT.glob("*.py"), ROOT / "configs", ROOT / "assets", ROOT / "requirements.txt"]:
+        os.symlink(path, folder / path.name)
+    subprocess.run([sys.executable, "data.py", "toy", *TINY], cwd=folder, check=True)
+    return folder
+
+
+def test_the_quick_start_is_there():
+    assert any(c.startswith("python train.py configs/toy.py") for c in COMMANDS)
+    assert any(c.startswith("torchrun") for c in COMMANDS) and len(COMMANDS) >= 7
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_runs(clone, command):
+    words = shlex.split(command)
+    if words[0] == "pip":
+        assert words == ["pip", "install", "-r", "requirements.txt"]
+        return  # .ci/run does it, in a fresh environment
+    if words[0] == "torchrun":
+        words = ["python", "-m", "torch.distributed.run", "--master_port=29517", *words[1:]]
+    words[0] = sys.executable
+    tiny = SMALL if "train.py" in words else []
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([*words, *tiny], cwd=clone, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "--attention" in words:
+        assert (clone / "out.png").stat().st_size > 1000
