@@ -244,7 +244,7 @@ def read_image(path, size):
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -60,16 +60,16 @@ class Config:
     projector: str = "mlp2x_gelu"  # linear, mlpNx_gelu, identity
     # steps, learning rate, and batch over all processes, for each thing that is trained
     vision_steps: int = 1500  # DINO
-    vision_lr: float = 1e-3
+    vision_lr: float = 1e-3  # at its highest
     vision_batch: int = 32  # frames
     phase0_steps: int = 300  # GPT
-    phase0_lr: float = 1e-3
+    phase0_lr: float = 1e-3  # at its highest
     phase0_batch: int = 16  # rows of block_size tokens
     phase1_steps: int = 150  # projector
-    phase1_lr: float = 3e-3
+    phase1_lr: float = 3e-3  # at its highest
     phase1_batch: int = 32  # pairs
     phase2_steps: int = 1200  # projector and GPT
-    phase2_lr: float = 2e-3
+    phase2_lr: float = 2e-3  # at its highest
     phase2_batch: int = 32  # pairs
     grad_accum: int = 1  # cut each process's share of a batch into this many pieces
     warmup: float = 0.03  # share of the steps over which the rate climbs; then a cosine to 0

@@ -93,7 +93,7 @@ def load(Config, argv, description=""):
         sys.exit(0)
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
     files = []
-    while argv and not argv[0].startswith("--"):
+    while argv and argv[0].endswith(".py") and not argv[0].startswith("--"):
         files, argv = files + [argv[0]], argv[1:]
     flags = read_flags(argv, kinds)
     phase = [value for name, value, _ in flags if name == "phase"]
