@@ -501,7 +501,7 @@ def load_sprites(directory):
         text = path.with_suffix(".txt")
         title = re.sub("[_-]", " ", path.stem) if not text.exists() else \
             text.read_text(encoding="utf-8", errors="replace")
-        words = re.split(r"[.\n]", title.lower())[0].split()
+        words = re.split(r"[.!?(\n]", title.lower())[0].split()
         name = " ".join(words[1:] if words[:1] in (["a"], ["an"], ["the"]) else words)
         with Image.open(path) as image:
             image = image.convert("RGBA")

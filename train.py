@@ -316,7 +316,8 @@ def run_phase(config, name, dataset, device, rank, world):
                     "val_loss": evaluation.val_loss(raw_model, held, batch, config.eval_batches,
                                                     rank, world)}
             record(log, rank, phase=name, step=step, **metrics)
-            say(f"{name} step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+            say(f"{name} step {step}: " + (", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+                                           or "no eval/probe.csv to probe the eye with"))
             clock, seen = time.perf_counter(), 0
         if rank == 0 and (step == steps or step > start and step % config.save_every == 0):
             check_finite(learning, name, step, path)
