@@ -232,15 +232,15 @@ def val_loss(model, batches, batch, limit=0, rank=0, world=1):
     return float(total[0] / total[1])
 
 
-def probe(tower, directory):
+def probe(tower, dataset):
     """{"kind", "colour"}: accuracies of linear probes on a tower, from eval/probe.csv, else {}.
 
     Fitted on three quarters of the frames, on [CLS, mean of patches] after the last norm."""
-    path = Path(directory) / "eval" / "probe.csv"
+    path = dataset.directory / "eval" / "probe.csv"
     if not path.exists():
         return {}
     rows = [row for _, row in data.read_csv(path, ("image", "kind", "colour"))]
-    frames = np.stack([data.read_image(path.parent / "images" / row["image"], tower.size)
+    frames = np.stack([data.read_image(path.parent / "images" / row["image"], dataset.meta["S"])
                        for row in rows])
     with torch.no_grad():
         x = torch.cat([tower(vision.preprocess(part, tower.pos_embed.device)).float().cpu()
@@ -284,7 +284,7 @@ def evaluate(parts, dataset, config):
             continue
         rows = [row for _, row in data.read_csv(root / f"{task}.csv", columns)]
         names = sorted({row["image"] for row in rows})
-        frames = np.stack([data.read_image(root / "images" / name, parts.tower.size)
+        frames = np.stack([data.read_image(root / "images" / name, parts.meta["S"])
                            for name in tqdm(names, f"{task} images", unit="image", mininterval=1)])
         features = torch.cat([sample.see(parts, part).cpu() for part in
                               np.array_split(frames, len(frames) // config.batch + 1)])
@@ -373,8 +373,7 @@ def report(results, page, log):
 
 def main(argv):
     config = configs.load(Config, argv, __doc__)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    parts = sample.load(config.checkpoint, device)
+    parts = sample.load(config.checkpoint, sample.choose_device(config.device))
     if parts.model is None:
         raise DataError(f"{config.checkpoint}: an eye alone; train.py logs its probes")
     dataset = data.Data(config.data or parts.meta["config"]["data"])

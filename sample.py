@@ -93,6 +93,18 @@ def load(path, device="cpu"):
     return build(read_checkpoint(path), device)
 
 
+def choose_device(name):
+    """The torch.device of a --device knob; empty: cuda where there is one, else cpu."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise DataError(f"--device {name}: cpu, cuda or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available() or \
+            device.type == "mps" and not torch.backends.mps.is_available():
+        raise DataError(f"--device {name}: this machine has none that torch can use; try cpu")
+    return device
+
+
 def see(parts, frames):
     """Features (N, P, E) of frames (N, S, S, 3) uint8, as the tower was used in training."""
     x = preprocess(frames, parts.tower.pos_embed.device)
@@ -124,7 +136,7 @@ def begin(parts, images, prompt):
         return torch.tensor([[tokenizer.eos, *words]], device=device), None, None
     if parts.model.projector is None:
         raise DataError("this checkpoint cannot see: give one of phase 1 or 2, or no --image")
-    frames = np.stack([read_image(path, parts.tower.size) for path in images])
+    frames = np.stack([read_image(path, parts.meta["S"]) for path in images])
     features = see(parts, frames)
     tokens = [tokenizer.image] * (features.shape[0] * features.shape[1]) + words
     if len(tokens) >= parts.model.gpt.config.block_size:
@@ -162,7 +174,7 @@ def main(argv):
     config = configs.load(Config, argv, __doc__)
     fallback = Path(__file__).parent / "assets" / "toy.pt"
     default = "out/toy/phase2.pt" if Path("out/toy/phase2.pt").exists() else fallback
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     parts = load(config.checkpoint or default, device)
     if parts.model is None:
         raise DataError(f"{config.checkpoint}: an eye alone; give a checkpoint of phase 0, 1 or 2")

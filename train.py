@@ -166,7 +166,7 @@ def ensure_features(config, dataset, tower, device, rank):
 
     Features of another tower, or of another layer of it, are never used: they are made anew."""
     key = vision.fingerprint(tower, config.select_layer, config.keep_cls)
-    shape = ((tower.size // tower.patch) ** 2 + config.keep_cls, tower.width)
+    shape = ((dataset.meta["S"] // tower.patch) ** 2 + config.keep_cls, tower.width)
     for split, counts in dataset.meta["splits"].items():
         if rank == 0 and (dataset.meta["tower"] != key or not counts.get("features")):
             frames = dataset.open(split, "frames")
@@ -213,7 +213,7 @@ def contents(config, name, dataset, model, tower, optimizer, step):
                   "position": step * getattr(config, f"{name}_batch"), "config": asdict(config),
                   "data": dataset.meta["source"]}
     if tower is not None:
-        checkpoint |= {"vision": tower.shape(), "tower": tower.state_dict(), "E": tower.width,
+        checkpoint |= {"S": dataset.meta["S"], "vision": tower.shape(), "tower": tower.state_dict(), "E": tower.width,
                        "select_layer": config.select_layer, "keep_cls": config.keep_cls}
     if name == "vision":
         checkpoint |= {"dino": model.state_dict()} if model else {}
@@ -292,6 +292,8 @@ def run_phase(config, name, dataset, device, rank, world):
     if world > 1:
         model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if dtype not in ("float32", "bfloat16"):
+        raise DataError(f"--dtype {dtype}: float32 or bfloat16")
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
     # ---- what it sees
@@ -312,7 +314,7 @@ def run_phase(config, name, dataset, device, rank, world):
     for step in range(start, steps + 1):
         if step % config.eval_every == 0 or step == steps:
             with autocast:
-                metrics = evaluation.probe(tower, dataset.directory) if name == "vision" else {
+                metrics = evaluation.probe(tower, dataset) if name == "vision" else {
                     "val_loss": evaluation.val_loss(raw_model, held, batch, config.eval_batches,
                                                     rank, world)}
             record(log, rank, phase=name, step=step, **metrics)
@@ -390,13 +392,13 @@ def main(argv):
     config = configs.load(Config, argv, __doc__)
     rank, world = (int(os.environ.get(name, default)) for name, default in
                    (("RANK", 0), ("WORLD_SIZE", 1)))
-    kind = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-    if kind == "cuda":
+    device = sample.choose_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         names = choose_phases(config)
         if rank == 0 and config.data == "data/toy" and not Path("data/toy/meta.json").exists():
@@ -410,7 +412,7 @@ def main(argv):
                 dist.barrier()  # the next phase reads what rank 0 has written
         if config.phase == "all" and config.evaluate and rank == 0:
             evaluation.main([f"--checkpoint={config.out}/phase2.pt", f"--data={config.data}",
-                             f"--device={kind}"])
+                             f"--device={config.device}"])
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -76,6 +76,9 @@ class ViT(nn.Module):
 
     def __init__(self, size=64, patch=8, width=128, depth=4, heads=4):
         super().__init__()
+        if size % patch or width % heads:
+            raise ValueError(f"a ViT of {size} pixels in patches of {patch}, {width} wide with "
+                             f"{heads} heads: neither division may leave a rest")
         self.size, self.patch, self.width, self.heads = size, patch, width, heads
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, width))
@@ -252,14 +255,14 @@ class DINO(nn.Module):
 def preprocess(frames, device="cpu"):
     """Frames (N, S, S, 3) uint8 -> the tower's input (N, 3, S, S): the one way in, in training,
     feature extraction and sampling alike."""
-    return normalise(torch.as_tensor(frames, device=device).permute(0, 3, 1, 2) / 255)
+    return normalise(torch.as_tensor(np.array(frames), device=device).permute(0, 3, 1, 2) / 255)
 
 
 def extract(tower, frames, select_layer=-1, keep_cls=False, batch=256):
     """Yield features of frames (N, S, S, 3) uint8, in order, as float16 arrays (n, P, E)."""
     device = tower.pos_embed.device
     for start in range(0, len(frames), batch):
-        x = preprocess(np.array(frames[start:start + batch]), device)
+        x = preprocess(frames[start:start + batch], device)
         yield tower.features(x, select_layer, keep_cls).cpu().to(torch.float16).numpy()
 
 

@@ -121,7 +121,7 @@ def run(main, *errors):
     """Call main(arguments); the named errors become one line and exit code 1, not a traceback."""
     try:
         main(sys.argv[1:])
-    except (ConfigError, *errors) as error:
+    except (ConfigError, OSError, *errors) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: run the same command again to go on")

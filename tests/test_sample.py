@@ -39,7 +39,7 @@ def test_the_shipped_model_captions_the_shipped_picture(tmp_path):
 
 def test_captions_end_with_eos_not_with_the_limit():
     parts = sample.load(ROOT / "assets/toy.pt")
-    frame = data.read_image(ROOT / "assets/scene.png", parts.tower.size)
+    frame = data.read_image(ROOT / "assets/scene.png", parts.meta["S"])
     assert 1 < len(sample.caption(parts, frame[None], 60)[0].split()) < 30
 
 
@@ -65,7 +65,7 @@ def test_a_picture_means_the_same_in_sampling_as_in_training(recipe, home):
     frames = dataset.open("train", "frames")
     Image.fromarray(frames[3]).save("frame3.png")
     parts = sample.load("out/full/phase2.pt")
-    size = parts.tower.size
+    size = parts.meta["S"]
     seen = sample.see(parts, data.read_image("frame3.png", size)[None])[0]
     stored = torch.tensor(dataset.open("train", "features")[3].astype("float32"))
     assert (seen - stored).abs().max() < 1e-2
@@ -99,6 +99,7 @@ def test_a_truncated_jpeg_is_one_clear_line(recipe, home, tmp_path):
     (["--checkpoint=out/full/phase0.pt", "--image=frame.png"], "cannot see"),
     (["--checkpoint=out/full/phase2.pt", "--image=frame.png", "--prompt=" + "ball " * 99],
      "this model holds 48"),
+    (["--checkpoint=out/full/phase2.pt", "--device=gpu"], "cpu, cuda or mps"),
     (["--checkpoint=out/full/phase2.pt", "--attention=x.png"], "needs an --image")])
 def test_mistakes_are_one_clear_line(recipe, home, args, message):
     Image.new("RGB", (9, 9)).save("frame.png")
@@ -117,7 +118,8 @@ def test_a_cut_checkpoint_is_one_clear_line(recipe, tmp_path):
 @pytest.mark.parametrize("command", [
     ["sample.py", "--image", "nowhere.jpg"], ["sample.py", "--imge", "x"],
     ["eval.py", "--checkpoint", "none.pt"], ["train.py", "configs/none.py"],
-    ["data.py", "pairs", "--csv", "none.csv"]])
+    ["data.py", "pairs", "--csv", "none.csv"],
+    ["sample.py", "--device", "mps", "--image", str(ROOT / "assets/scene.png")]])
 def test_no_mistake_shows_a_traceback(tmp_path, command):
     done = shell(ROOT / command[0], *command[1:], cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: ")

@@ -1,14 +1,18 @@
 """The loop: what learns in each phase, resuming to the bit, ranks, and refusals."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 
+import data
 import sample
 import train
+import vision
 from conftest import ROOT, SMALL
 from configs import ConfigError
 from data import DataError
@@ -152,6 +156,8 @@ def test_finished_phases_are_left_alone(recipe, home, capfd):
 @pytest.mark.parametrize("args, out, message", [
     (["--phase=1"], "out/none", "does not exist: finish it first with --phase 0"),
     (["--phase=2", "--phase2_lr=0.5"], "out/full", "was made with phase2_lr=0.002, now it is 0.5"),
+    (["--phase=0", "--dtype=fp16"], "out/none", "float32 or bfloat16"),
+    (["--phase=0", "--vision_heads=3"], "out/none", "neither division"),
     (["--phase=3"], "out/none", "0, 1, 2 or all"),
     (["--tower=nose"], "out/none", "vision, language or both"),
     (["--phase=0", "--tower=language", "--phase0_batch=9", "--grad_accum=2"], "out/none",
@@ -177,6 +183,20 @@ def test_a_given_eye_is_used_as_it_is(recipe, home):
     run("--phase=0", "--tower=vision", f"--vision_weights={recipe}/vision.pt", out="out/given")
     assert same(torch.load("out/given/vision.pt", weights_only=True)["tower"], tower)
     assert sample.load("out/given/vision.pt").tower is not None
+
+
+def test_an_eye_of_another_size_sees_the_frames_as_they_are(home):
+    """A ViT made for 32 pixels on 16-pixel frames: P = 4, in the bins as in sampling."""
+    torch.manual_seed(0)
+    torch.save(vision.ViT(32, 8, 64, 1, 1).state_dict(), "vit32.pt")
+    shutil.copytree("data/tiny", "data/other")
+    run("--data=data/other", "--vision_weights=vit32.pt", "--vision_heads=1", out="out/other")
+    assert data.Data("data/other").open("train", "features").shape == (24, 4, 64)
+    parts = sample.load("out/other/phase2.pt")
+    frames = data.Data("data/other").open("train", "frames")[:3]
+    assert sample.see(parts, frames).shape == (3, 4, 64) and parts.meta["S"] == 16
+    Image.fromarray(frames[0]).save("frame0.png")
+    assert sample.begin(parts, ["frame0.png"], "")[1].shape == (1, 4, 64)
 
 
 def test_compiled_training_equals_eager(recipe, home):
