@@ -213,8 +213,9 @@ def contents(config, name, dataset, model, tower, optimizer, step):
                   "position": step * getattr(config, f"{name}_batch"), "config": asdict(config),
                   "data": dataset.meta["source"]}
     if tower is not None:
-        checkpoint |= {"S": dataset.meta["S"], "vision": tower.shape(), "tower": tower.state_dict(), "E": tower.width,
-                       "select_layer": config.select_layer, "keep_cls": config.keep_cls}
+        checkpoint |= {"vision": tower.shape(), "tower": tower.state_dict(), "E": tower.width,
+                       "S": dataset.meta["S"], "select_layer": config.select_layer,
+                       "keep_cls": config.keep_cls}
     if name == "vision":
         checkpoint |= {"dino": model.state_dict()} if model else {}
     else:
