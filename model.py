@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import attention, attention_weights, rms_norm
+from kernels import attention, attention_weights, choose, rms_norm
 
 
 @dataclass
@@ -145,7 +145,19 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / ((2 * config.n_layer) ** 0.5 if adds else 1))
 
     def embed(self, tokens):
-        return F.dropout(self.embed_tokens(tokens), self.config.dropout, self.training)
+        x = self.embed_tokens(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # then the whole stream is half precision:
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # norms are as fast as its bytes
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def backends(self, dtype):
+        """The (attention, norm) backends that will run on this device in `dtype`.
+
+        Raises ValueError where one that was asked for cannot."""
+        width = self.config.n_embd // self.config.n_head
+        return (choose(self.config.attention, "sdpa", self.cos.new_empty(0, width, dtype=dtype)),
+                choose(self.config.norm, "torch",
+                       self.cos.new_empty(0, self.config.n_embd, dtype=dtype)))
 
     def forward(self, x, cache=None, start=0, maps=None):
         """x (B, T) ids or (B, T, C) embeddings; `start` is the position of the first one."""

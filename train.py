@@ -307,7 +307,9 @@ def run_phase(config, name, dataset, device, rank, world):
                         f"grad_accum {config.grad_accum}")
     say(f"{name}: {sum(p.numel() for p in learning):,} of "
         f"{sum(p.numel() for p in raw_model.parameters()):,} parameters learn; {steps} steps x "
-        f"{batch} rows = {steps * batch / len(batches):.1f} passes; {device.type}, {dtype}")
+        f"{batch} rows = {steps * batch / len(batches):.1f} passes; {device.type}, {dtype}" +
+        ("" if name == "vision" else ", attention {}, norm {}".format(
+            *raw_model.gpt.backends(getattr(torch, dtype)))))
 
     # ---- one step more than there are steps: the last evaluation and save are no second copy
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=rank > 0, mininterval=1)

@@ -9,6 +9,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
+# Without a GPU, Triton's kernels run in its interpreter: set before anything imports triton.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TINY = ["--size=16", "--scenes=12", "--clip=2", "--lines=200", "--trials=0.03", "--vocab_size=300"]
 SMALL = ["--patch=8", "--vision_width=16", "--vision_depth=2", "--vision_heads=2",

@@ -9,8 +9,8 @@ import train
 from configs import ConfigError
 from conftest import ROOT
 
-BUDGET = {"kernels.py": 360, "model.py": 360, "vision.py": 420, "data.py": 490, "toyworld.py": 265,
-          "train.py": 375, "sample.py": 170, "eval.py": 345, "configs/__init__.py": 115}
+BUDGET = {"kernels.py": 415, "model.py": 360, "vision.py": 420, "data.py": 490, "toyworld.py": 265,
+          "train.py": 380, "sample.py": 170, "eval.py": 345, "configs/__init__.py": 115}
 README = (ROOT / "README.md").read_text()
 IMPORTS = {"kernels": set(), "model": {"kernels"}, "vision": set(), "toyworld": set(),
            "data": {"toyworld", "configs"}, "sample": {"model", "vision", "data", "configs"},
@@ -28,10 +28,11 @@ def test_every_file_keeps_its_budget_and_its_columns():
     for name, budget in BUDGET.items():
         assert count(name) <= budget, f"{name}: {count(name)} lines, budget {budget}"
         total += count(name)
-    assert total < 2600
+    assert total < 2900
     for path in (ROOT / "configs").glob("[!_]*.py"):
         assert count(path) <= 30, path
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("tests/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("tests/*.py"),
+                 *ROOT.glob("benchmarks/*.py")]:
         assert max(map(len, path.read_text().splitlines())) <= 100, path
 
 

@@ -52,15 +52,6 @@ def test_rms_norm_backends_equal_the_formula():
         assert torch.equal(rms_norm(x + r, w, 1e-5, None, backend), y)
 
 
-@pytest.mark.parametrize("call", [lambda b: attention(*[torch.ones(1, 2, 2, 8)] * 3, backend=b),
-                                  lambda b: rms_norm(torch.ones(2), torch.ones(2), 1e-5, None, b)])
-def test_a_backend_that_is_not_here_is_refused(call):
-    with pytest.raises(ValueError, match="triton"):
-        call("triton")
-    with pytest.raises(ValueError, match="no backend 'flash'"):
-        call("flash")
-
-
 def test_no_word_sees_a_later_one():
     model, (tokens, features) = tiny(), with_image()
     before = model(tokens, features=features)[0]

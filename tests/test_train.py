@@ -164,10 +164,13 @@ def test_finished_phases_are_left_alone(recipe, home, capfd):
      "does not divide"),
     (["--phase=0", "--vision_weights=nothing.pt"], "out/none", "no such checkpoint"),
     (["--phase=0", "--vision_weights=data/tiny/meta.json"], "out/none", "meta.json"),
-    (["--phase=0", "--attention=triton", "--tower=language"], "out/none", "triton"),
+    (["--phase=0", "--attention=triton", "--tower=language"], "out/none",
+     "backend triton: it needs an NVIDIA GPU"),
+    (["--phase=0", "--norm=flash", "--tower=language"], "out/none", "no backend 'flash': choose"),
     (["--phase=0", "--tower=language", "--data=data/nowhere"], "out/none", "no data/nowhere/meta"),
 ])
-def test_mistakes_are_one_clear_line(recipe, home, args, out, message):
+def test_mistakes_are_one_clear_line(recipe, home, monkeypatch, args, out, message):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises((DataError, ConfigError, ValueError), match=message) as error:
         run(*args, out=out)
     assert "\n" not in str(error.value)
@@ -203,3 +206,17 @@ def test_compiled_training_equals_eager(recipe, home):
     run("--phase=0", "--tower=language", "--compile=on", out="out/compiled")
     a, b = weights("out/compiled/phase0.pt"), weights(recipe / "phase0.pt")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+
+
+def test_the_backends_are_chosen_by_name_and_said_once(home, capfd):
+    few = ["--phase=0", "--tower=language", "--phase0_steps=2", "--phase0_batch=2"]
+    pytest.importorskip("triton")
+    run(*few, "--attention=triton", "--norm=triton", out="out/triton")
+    run(*few, "--attention=reference", "--norm=reference", out="out/reference")
+    run(*few, out="out/auto")
+    said = capfd.readouterr().out
+    for line in ("attention triton, norm triton", "attention reference, norm reference",
+                 "attention sdpa, norm torch"):
+        assert said.count(line) == 1
+    a, b = weights("out/triton/phase0.pt"), weights("out/reference/phase0.pt")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in b)

@@ -1,0 +1,382 @@
+"""
+Measure kernels.py beside what a user would pick instead, on this machine's GPU.
+
+    python benchmarks/kernels.py             # attention, RMSNorm, a training step: markdown tables
+    python benchmarks/kernels.py --tiles     # time other tiles than the table's, to revise it
+    python benchmarks/kernels.py --compile   # no GPU: registers, spills, shared memory a kernel
+
+Every figure is the median of `repeats` runs, apart forward and backward, the L2 cache flushed
+before each; "+-" is half the distance between the quartiles. Rows that lose are printed too.
+"""
+import dataclasses
+import functools
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import configs
+import kernels
+import model
+
+
+@dataclasses.dataclass
+class Config:
+    compile: bool = False  # compile every kernel for sm_80 and sm_90 and show what it takes
+    tiles: bool = False  # time the candidates for kernels.TILES
+    quick: bool = False  # tiny shapes: does it run at all?
+    repeats: int = 30  # runs a figure
+    device: str = "cuda"  # cpu runs Triton's interpreter (TRITON_INTERPRET=1): with --quick only
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiling without a GPU
+
+KERNELS = ("attention_forward", "attention_backward_q", "attention_backward_kv",
+           "norm_forward", "norm_backward")
+SHARED = {80: 101_376, 90: 232_448}  # bytes a program may have; 80: what sm_86 and sm_89 have too
+
+
+def record(families, widths=(16, 32, 64, 128), norms=(256, 1000, 4096)):
+    """What the launchers pass to each kernel, for every entry of TILES: (kernel, args, options)."""
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((self.kernel, args, options))
+
+    before = {name: getattr(kernels, name) for name in (*KERNELS, "family")}
+    for name in KERNELS:
+        setattr(kernels, name, Recorder(before[name]))
+    for family in families:
+        kernels.family = lambda x: family
+        dtype = torch.float32 if family == "fp32" else torch.bfloat16
+        for D in widths:
+            q, k, v = torch.zeros(2, 96, 8, D, dtype=dtype).split([4, 2, 2], 2)
+            o, log = kernels.attention_forward_op(q, k, v, 0)
+            kernels.attention_backward_op(q, k, v, o, log, o, 0)
+        for width in norms:
+            x, weight = torch.zeros(64, width, dtype=dtype), torch.ones(width)
+            y, total, rstd = kernels.norm_forward_op(x, x, weight, 1e-5)
+            kernels.norm_backward_op(y, total, total, weight, rstd)
+    for name, value in before.items():
+        setattr(kernels, name, value)
+    return launches
+
+
+def compile_one(launch, capability):
+    """[kernel, tile, registers, spilled, shared bytes, wgmma instructions] for sm_<capability>."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, options = launch
+    options = dict(options)
+    build = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
+    signature, constants, facts = {}, {}, {}
+    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    passed = dict(zip((p.name for p in kernel.params), args)) | options
+    for i, parameter in enumerate(kernel.params):
+        value = passed[parameter.name]
+        if parameter.is_constexpr or isinstance(value, int) and value == 1:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:  # as a launch does, tell the compiler which pointers and strides divide by 16
+            tensor = isinstance(value, torch.Tensor)
+            signature[parameter.name] = names[value.dtype] if tensor else "i32"
+            if tensor or value % 16 == 0:
+                facts[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(ASTSource(kernel, signature, constants, facts),
+                              target=GPUTarget("cuda", capability, 32), options=build)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], text=True, check=True,
+                               capture_output=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    tile = [passed.get(key) for key in ("BLOCK_D", "BLOCK_M", "BLOCK_N", "BLOCK_C", "ROWS")]
+    return [kernel.__name__, signature[kernel.params[0].name][1:],
+            " x ".join(str(n) for n in tile if n), build["num_warps"], build.get("num_stages", ""),
+            registers, stack, compiled.metadata.shared,
+            len(re.findall(r"wgmma\.mma_async", compiled.asm["ptx"]))]
+
+
+def compile_all():
+    """One row a kernel and entry of TILES. Returns them; main prints them and judges."""
+    jobs = [(launch, capability) for capability, families in (
+        (80, ("ampere", "fp32")), (90, ("hopper", "fp32"))) for launch in record(families)]
+    global compile_job  # a forked process finds the jobs where they are: kernels do not pickle
+
+    def compile_job(number):
+        return [f"sm_{jobs[number][1]}", *compile_one(*jobs[number])]
+
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return pool.map(compile_job, range(len(jobs)), chunksize=1)
+
+
+def faults(row):
+    """What is wrong with a row of compile_all: nothing, if the kernel may ship."""
+    arch, kernel, dtype, _, _, _, _, stack, shared, wgmma = row
+    wrong = [f"{stack} bytes spilled"] if stack else []
+    if shared > SHARED[int(arch[3:])]:
+        wrong.append(f"{shared:,} bytes of shared memory")
+    if arch == "sm_90" and dtype == "bf16" and kernel.startswith("attention") and not wgmma:
+        wrong.append("no wgmma")
+    return ", ".join(wrong)
+
+
+# ---------------------------------------------------------------------------------------------
+# Timing
+
+
+def table(title, columns, rows):
+    print(f"\n{title}\n\n| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+
+
+def timed(call, config):
+    """(median, half the distance between the quartiles) of a call, in ms."""
+    call()
+    if config.device == "cpu":
+        stamps = [time.perf_counter()]
+        for _ in range(config.repeats):
+            call()
+            stamps.append(time.perf_counter())
+        took = [1000 * (b - a) for a, b in zip(stamps, stamps[1:])]
+    else:
+        flush = torch.empty(256 << 20, dtype=torch.int8, device=config.device)
+        took = []
+        for _ in range(config.repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(1_000_000)  # so that the launch is queued before the clock starts
+            start.record()
+            call()
+            end.record()
+            took.append((start, end))
+        torch.cuda.synchronize()
+        took = [start.elapsed_time(end) for start, end in took]
+    low, middle, high = statistics.quantiles(took, n=4)
+    return middle, (high - low) / 2
+
+
+def cells(make, inputs, work, work_back, unit, floor, true, config):
+    """A row's five cells for the function that make() gives: forward and backward, ms and rate
+    (`work` of them a call, in `unit`s a second and in percent of `floor`), and the error against
+    `true`, which may be of the first rows only. One cell says why, where there is no answer."""
+    try:
+        function = make()
+        y = function(*inputs)
+        outputs = y if isinstance(y, tuple) else (y,)
+        grads = [torch.randn_like(y) for y in outputs]
+        forward = timed(lambda: function(*inputs), config)
+        backward = timed(lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True),
+                         config)
+    except Exception as error:  # another's backend may refuse a shape: that is a row too
+        return [f"{type(error).__name__}: {str(error).splitlines()[0][:60]}", "", "", "", ""]
+    row = []
+    for (ms, spread), done in ((forward, work), (backward, work_back)):
+        rate = done / ms * 1e3
+        row += [f"{ms:.3f} +- {spread:.3f}", f"{rate / unit:.0f} ({100 * rate / floor:.0f} %)"]
+    return [*row, f"{(outputs[0][:len(true)] - true).abs().max():.1e}"]
+
+
+def floors(config):
+    """(bytes/s of a copy, bf16 FLOP/s of a square product): what this machine can do at most."""
+    n = 1 << (10 if config.quick else 13)
+    a = torch.randn(n, n, device=config.device, dtype=torch.bfloat16)
+    big = torch.empty(n * n * 8, device=config.device, dtype=torch.bfloat16)
+    other = torch.empty_like(big)
+    copy, _ = timed(lambda: other.copy_(big), config)
+    product, _ = timed(lambda: a @ a, config)
+    return 2 * big.nbytes / copy * 1e3, 2 * n ** 3 / product * 1e3
+
+
+def peers(prefix, T, config):
+    """{name: attention of (B, T, H, D)} : ours and all that PyTorch offers, each forced apart."""
+    mask = kernels.visible(T, T, prefix, config.device) if prefix else None
+
+    def sdpa(backend, q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask,
+                is_causal=not prefix).transpose(1, 2)
+
+    def flex():
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        blocks = create_block_mask(lambda b, h, i, j: (j <= i) | (j < prefix), None, None, T, T,
+                                   device=config.device)
+        fast = torch.compile(flex_attention, dynamic=False)
+        return lambda q, k, v: fast(*(x.transpose(1, 2) for x in (q, k, v)),
+                                    block_mask=blocks).transpose(1, 2)
+
+    named = {"ours": lambda: lambda q, k, v: kernels.attention(q, k, v, prefix, "triton")}
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION),
+                          ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+                          ("efficient", SDPBackend.EFFICIENT_ATTENTION)):
+        named[f"sdpa {name}"] = functools.partial(lambda b: functools.partial(sdpa, b), backend)
+    return named | {"flex, compiled": flex}
+
+
+def attention_table(config, floor):
+    shapes = [(64, 512, 8, 64, 0), (64, 1024, 8, 64, 0), (32, 2048, 8, 64, 0),
+              (16, 4096, 8, 64, 0), (64, 1024, 8, 32, 0), (64, 1024, 4, 128, 0),
+              (32, 2048, 4, 128, 0), (64, 1024, 8, 64, 256), (32, 2048, 8, 64, 576)]
+    if config.quick:
+        shapes = [(1, 20, 2, 16, 0), (1, 20, 2, 16, 5)]
+    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+    for B, T, H, D, prefix in shapes:
+        torch.compiler.reset()  # each shape compiled for itself
+        q, k, v = torch.randn(B, T, 3 * H, D, device=config.device, dtype=dtype).split(H, 2)
+        inputs = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
+        pairs = int(kernels.visible(T, T, prefix, "cpu").sum())
+        work = 4 * B * H * D * pairs  # two products, a multiplication and an addition each
+        true = kernels.attention_reference(*(x[:1].double() for x in inputs), prefix)
+        rows = []
+        for name, make in peers(prefix, T, config).items():
+            rows.append([name, *cells(make, inputs, work, 2.5 * work, 1e12, floor, true, config)])
+        table(f"attention, {str(dtype)[6:]}, B {B}, T {T}, H {H}, D {D}, prefix {prefix}; FLOP = 4 "
+              "B H D x visible pairs, backward 2.5 times that; % of a large matrix product",
+              ["", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error against fp64"], rows)
+
+
+def norm_table(config, floor):
+    def eager(x, r, w):
+        total = x + r
+        return F.rms_norm(total, w.shape, w, 1e-5), total
+
+    def liger():
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Fused
+        return lambda x, r, w: Fused.apply(x, r, w, 1e-5, 0.0, "llama", False)
+
+    named = {"ours": lambda: lambda x, r, w: kernels.rms_norm(x, w, 1e-5, r, "triton"),
+             "eager": lambda: eager, "torch.compile": lambda: torch.compile(eager, dynamic=False),
+             "Liger": liger}
+    shapes = [(65536, 256), (65536, 512), (65536, 768), (16384, 4096)]
+    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+    for rows_, width in [(40, 24)] if config.quick else shapes:
+        torch.compiler.reset()
+        inputs = [torch.randn(rows_, width, device=config.device, dtype=dtype, requires_grad=True)
+                  for _ in range(2)]
+        inputs.append(torch.ones(width, device=config.device, dtype=dtype, requires_grad=True))
+        work = 4 * inputs[0].nbytes  # two tensors in, two out (backward: three in, one out)
+        true = kernels.rms_norm_reference((inputs[0] + inputs[1]).double(), inputs[2], 1e-5)
+        rows = []
+        for name, make in named.items():
+            rows.append([name, *cells(make, inputs, work, work, 1e9, floor, true, config)])
+        table(f"RMSNorm with residual, {str(dtype)[6:]}, {rows_} x {width}; bytes = 4 tensors of "
+              "that shape each way; % of a copy's bandwidth",
+              ["", "forward ms", "GB/s", "backward ms", "GB/s", "error against fp64"], rows)
+
+
+def step_table(config):
+    """Training steps of the default model on 64k tokens: forward, loss, backward, AdamW."""
+    B, T = (2, 16) if config.quick else (64, 1024)
+    rows = []
+    for compiled in (False, True):
+        for attention, norm in (("triton", "triton"), ("sdpa", "torch"),
+                                ("reference", "reference")):
+            torch.manual_seed(0)
+            small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 50}
+            gpt = model.GPTConfig(**(small if config.quick else {}), block_size=T,
+                                  attention=attention, norm=norm)
+            net = model.BabyLLaVA(model.GPT(gpt)).to(config.device)
+            adam = torch.optim.AdamW(net.parameters(), 1e-3, fused=config.device == "cuda")
+            tokens = torch.randint(gpt.vocab_size, (B, T), device=config.device)
+            run = torch.compile(net) if compiled else net
+
+            def step():
+                with torch.autocast("cuda", torch.bfloat16, enabled=config.device == "cuda"):
+                    _, loss = run(tokens, tokens)
+                loss.backward()
+                adam.step()
+                adam.zero_grad(set_to_none=True)
+
+            try:
+                step()
+                ms, spread = timed(step, config)
+                rows.append([attention, norm, "compiled" if compiled else "eager",
+                             f"{ms:.2f} +- {spread:.2f}", f"{B * T / ms * 1e3:,.0f}"])
+            except torch.OutOfMemoryError:
+                rows.append([attention, norm, "compiled" if compiled else "eager", "memory", ""])
+    table(f"a training step, {B} x {T} tokens, {sum(p.numel() for p in net.parameters()):,} "
+          "parameters", ["attention", "norm", "", "ms", "tokens/s"], rows)
+
+
+def tiles_table(config):
+    """Time the attention kernels with other tiles; the table's own are marked."""
+    sizes = [(M, N, warps, stages) for M in (32, 64, 128) for N in (32, 64, 128)
+             for warps in (4, 8) for stages in (2, 3) if M * N >= 2048]
+    for D in (32, 64, 128):
+        q, k, v = torch.randn(32, 1024, 3 * 512 // D, D, device=config.device,
+                              dtype=torch.bfloat16).split(512 // D, 2)
+        o, log = kernels.attention_forward_op(q, k, v, 0)
+        name, key, found = kernels.family(q), 64 if D <= 64 else 128, [[], [], []]
+        mine = kernels.TILES[name][key]
+        for tile in sizes:
+            kernels.TILES[name][key] = (tile,) * 3
+            calls = [functools.partial(kernels.attention_forward_op, q, k, v, 0)]
+            delta, grads = torch.empty_like(log), [torch.empty_like(o) for _ in range(3)]
+            calls.append(functools.partial(kernels.launch, kernels.attention_backward_q, 1, q, k, v,
+                                           0, o, o, log, delta, grads[0]))
+            calls.append(functools.partial(kernels.launch, kernels.attention_backward_kv, 2, q, k,
+                                           v, 0, o, log, delta, *grads[1:]))
+            for which, call in enumerate(calls):
+                try:
+                    found[which].append((timed(call, config)[0], tile))
+                except Exception as error:  # too much shared memory
+                    found[which].append((float("inf"), (*tile, type(error).__name__)))
+        kernels.TILES[name][key] = mine
+        for which, kernel in enumerate(KERNELS[:3]):
+            table(f"{kernel}, {name}, D {D}", ["ms", "M, N, warps, stages", ""],
+                  [[f"{ms:.3f}", tile, "the table's" if tile == mine[which] else ""]
+                   for ms, tile in sorted(found[which], key=lambda pair: pair[0])[:8]])
+
+
+def main(argv):
+    config = configs.load(Config, argv, __doc__)
+    if config.compile:
+        rows = compile_all()
+        table("Compiled without a GPU", ["for", "kernel", "dtype", "tile", "warps", "stages",
+                                         "registers", "spilled", "shared", "wgmma", ""],
+              [[*row, faults(row)] for row in rows])
+        if any(faults(row) for row in rows):
+            raise ValueError("a kernel spills, or asks for more shared memory than there is")
+        return
+    if why := kernels.lacking(config.device):
+        raise ValueError(f"nothing measured: {why}. --compile needs no GPU")
+    if config.device == "cuda":
+        import triton
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0]
+        print(f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch "
+              f"{torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}")
+    if config.tiles:
+        return tiles_table(config)
+    copy, product = floors(config)
+    print(f"a copy: {copy / 1e9:,.0f} GB/s; a bf16 matrix product: {product / 1e12:,.1f} TFLOP/s")
+    attention_table(config, product)
+    norm_table(config, copy)
+    step_table(config)
+
+
+if __name__ == "__main__":
+    configs.run(main, ValueError)
