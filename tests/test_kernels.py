@@ -91,7 +91,7 @@ BREAKS = {
     "the diagonal is not seen": ("(j <= i)", "(j < i)"),
     "the prefix is one short": ("| (j < prefix)", "| (j < prefix - 1)"),
     "a tile too many goes unmasked": ("tl.maximum(i + 1, prefix)", "tl.maximum(i + BLOCK_N, 0)"),
-    "queries before the diagonal are skipped": ("first - shift), 0)", "first + BLOCK_M - shift), 0)"),
+    "the first queries are skipped": ("first - shift), 0)", "first + BLOCK_M - shift), 0)"),
     "old sums are not shrunk": ("total * shrink", "total"),
     "the logarithm is dropped": ("top + tl.log2(total)", "top"),
     "delta is dropped from dQ": ("(dp - delta[:, None])", "dp"),

@@ -1,0 +1,136 @@
+"""
+Our phase 0 beside BabyLLaVA's own language model, on the same tokens for the same wall-clock time.
+
+    pip install transformers
+    python benchmarks/peers.py --data data/childes --minutes 8 --zorro DIR
+
+Theirs is transformers' GPT2LMHeadModel with BabyLLaVA's settings: 8 layers, width 256, 32 heads,
+MLP 1024, dropout 0.15, 8 rows of 2048 tokens a step, lr 5e-4, AdamW (0.9, 0.95), decay 0.1, clip 1,
+cosine with 3 % warm-up. Such a step is long on a CPU, so a third run gives the same GPT-2 our rows,
+rate and dropout: what is left of the difference is the model's. Ours is the GPT of model.py at the
+same depth and width, with train.py's optimizer. All take turns, step by step, so that whatever
+else the machine does slows all alike; each one's learning rate falls to 0 as its own share of the
+time runs out. All are scored by eval.py.
+"""
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+import configs
+import data
+import eval as evaluation
+import sample
+from model import GPT, BabyLLaVA, GPTConfig
+
+
+@dataclasses.dataclass
+class Config:
+    data: str = "data/childes"  # a folder that `data.py pairs --text FILE` wrote
+    minutes: float = 8.0  # of training, each
+    zorro: str = ""  # a folder of Zorro's .txt files; empty: bits per character alone
+    rows: int = 8  # ours: rows a step ...
+    length: int = 256  # ... of this many tokens
+    lr: float = 2e-3  # ours, at its highest
+    dropout: float = 0.1  # ours
+    seed: int = 1  # of weights and order
+    device: str = ""  # cpu or cuda; empty: cuda where there is one
+
+
+class Peer(torch.nn.Module):
+    """GPT2LMHeadModel, called as eval.py calls a BabyLLaVA."""
+
+    def __init__(self, vocab_size, length, dropout):
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+        config = GPT2Config(vocab_size=vocab_size, n_positions=length, n_embd=256, n_layer=8,
+                            n_head=32, n_inner=1024, resid_pdrop=dropout, embd_pdrop=dropout,
+                            attn_pdrop=dropout, bos_token_id=None, eos_token_id=None)
+        self.net = GPT2LMHeadModel(config)
+        self.gpt = SimpleNamespace(cos=next(self.net.parameters()),  # tells eval.py the device
+                                   config=SimpleNamespace(block_size=length))
+
+    def forward(self, tokens, targets=None, features=None):
+        logits = self.net(tokens).logits
+        return logits, None if targets is None else F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+
+def training(net, batches, rows, lr, piece, seconds, device):
+    """A generator: each next() is one step, its rows `piece` at a time to save memory; yields the
+    seconds spent and tokens seen so far."""
+    learning = list(net.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in learning if p.ndim >= 2], "weight_decay": 0.1},
+         {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
+    spent, step = 0.0, 0
+    while spent < seconds:
+        clock = time.perf_counter()
+        done = spent / seconds
+        rate = min((step + 1) / 10, done / 0.03) if done < 0.03 else \
+            0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * max(rate, 1e-3)
+        tokens, targets = (torch.as_tensor(part, device=device)
+                           for part in batches(step * rows, rows))
+        for x, y in zip(tokens.split(piece), targets.split(piece)):
+            (net(x, y)[1] * piece / rows).backward()
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        step += 1
+        spent += time.perf_counter() - clock
+        yield spent, step * rows * batches.T
+
+
+def main(argv):
+    config = configs.load(Config, argv, __doc__)
+    dataset, device = data.Data(config.data), sample.choose_device(config.device)
+    vocabulary, seconds = dataset.meta["vocab_size"], 60 * config.minutes
+    torch.manual_seed(config.seed)
+    ours = BabyLLaVA(GPT(GPTConfig(vocabulary, config.length, 8, 8, n_embd=256,
+                                   dropout=config.dropout)))
+    nets = {"ours": (ours, config.length, config.rows, config.lr, config.rows),
+            "GPT-2, BabyLLaVA's settings": (Peer(vocabulary, 2048, 0.15), 2048, 8, 5e-4, 1),
+            "GPT-2, our rows and rate": (Peer(vocabulary, config.length, config.dropout),
+                                         config.length, config.rows, config.lr, config.rows)}
+    runs, spent = {}, {}
+    for name, (net, length, rows, lr, piece) in nets.items():
+        net.to(device).train()
+        batches = data.TextBatches(dataset, "train", length, config.seed)
+        runs[name] = training(net, batches, rows, lr, piece, seconds, device)
+        spent[name] = (0.0, 0)
+    told = 0.0
+    while min(spent.values())[0] < seconds:
+        name = min(spent, key=lambda name: spent[name][0])
+        spent[name] = next(runs[name])
+        if min(spent.values())[0] - told > 60:
+            told = min(spent.values())[0]
+            print(f"{told / 60:.1f} of {config.minutes:g} minutes each", file=sys.stderr)
+    counts = dataset.meta["splits"]["val"]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n\n| model | "
+          "parameters | tokens seen | minutes | bits per character | Zorro |\n" + "|---" * 6 + "|")
+    for name, (net, length, *_) in nets.items():
+        net.eval()
+        with torch.no_grad():
+            loss = evaluation.val_loss(net, data.TextBatches(dataset, "val", length), 1)
+        bits = loss / math.log(2) * counts["text"] / counts["characters"]
+        grammar = "-"
+        if config.zorro:
+            parts = SimpleNamespace(model=net, tokenizer=dataset.tokenizer)
+            grammar = f"{evaluation.zorro(config.zorro, parts, 256)['accuracy']:.3f}"
+        print(f"| {name} | {sum(p.numel() for p in net.parameters()):,} | {spent[name][1]:,} | "
+              f"{spent[name][0] / 60:.1f} | {bits:.3f} | {grammar} |", flush=True)
+
+
+if __name__ == "__main__":
+    configs.run(main, data.DataError)
