@@ -243,7 +243,7 @@ def probe(tower, dataset):
     frames = np.stack([data.read_image(path.parent / "images" / row["image"], dataset.meta["S"])
                        for row in rows])
     with torch.no_grad():
-        x = torch.cat([tower(vision.preprocess(part, tower.pos_embed.device)).float().cpu()
+        x = torch.cat([tower(vision.preprocess(part, next(tower.parameters()).device)).float().cpu()
                        for part in np.array_split(frames, len(frames) // 256 + 1)])
     x = torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)
     labels = {name: torch.tensor(np.unique([row[name] for row in rows], return_inverse=True)[1])

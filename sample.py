@@ -10,6 +10,8 @@ Show a picture, read what the model says.
 Without --checkpoint it takes out/toy/phase2.pt or else assets/toy.pt, a small model of the toy
 world that comes with the repository. A checkpoint is one self-contained file.
 """
+import argparse
+import json
 import pickle
 from dataclasses import dataclass
 from itertools import chain
@@ -23,7 +25,7 @@ from PIL import Image, ImageDraw
 import configs
 from data import DataError, Tokenizer, read_image
 from model import BabyLLaVA, GPT, GPTConfig, Projector
-from vision import ViT, preprocess
+from vision import make_tower, preprocess, tower_features
 
 FORMAT = 1  # of checkpoints; another is refused
 
@@ -46,16 +48,37 @@ class Config:
 # Checkpoints
 
 
+SAFE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes of header length, JSON, then the numbers."""
+    content = Path(path).read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+    header.pop("__metadata__", None)
+    if not header or len(content) != size + max(h["data_offsets"][1] for h in header.values()):
+        raise ValueError("its length is not what its header says")
+    return {name: torch.frombuffer(bytearray(content[size + begin:size + end]),
+                                   dtype=SAFE[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in header.items() for begin, end in [entry["data_offsets"]]}
+
+
 def read_file(path):
-    """What torch.save put there, read without running any code in it (weights_only).
+    """What torch.save or safetensors put there, read without running any code in it.
 
     Raises DataError, one line, for no file, a foreign one or one cut short."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
+        # DINO's training checkpoints hold the command line that made them, which is no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such checkpoint; "
                         "python train.py configs/toy.py makes one") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: not a checkpoint, or cut short ({reason})") from None
 
@@ -74,7 +97,7 @@ def build(checkpoint, device="cpu", **backends):
     Parts that a phase does not have yet are None. Everything is in eval mode on `device`."""
     parts = SimpleNamespace(tokenizer=None, tower=None, model=None, meta=checkpoint)
     if "vision" in checkpoint:
-        parts.tower = ViT(**checkpoint["vision"])
+        parts.tower = make_tower(checkpoint["vision"])
         parts.tower.load_state_dict(checkpoint["tower"])
         parts.tower.eval().to(device)
     if "gpt" in checkpoint:
@@ -107,8 +130,9 @@ def choose_device(name):
 
 def see(parts, frames):
     """Features (N, P, E) of frames (N, S, S, 3) uint8, as the tower was used in training."""
-    x = preprocess(frames, parts.tower.pos_embed.device)
-    return parts.tower.features(x, parts.meta["select_layer"], parts.meta["keep_cls"]).float()
+    x = preprocess(frames, next(parts.tower.parameters()).device)
+    return tower_features(parts.tower, x, parts.meta["select_layer"],
+                          parts.meta["keep_cls"]).float()
 
 
 def caption(parts, frames, max_new_tokens=50, batch=100):

@@ -1,5 +1,6 @@
 """
-The eye: DINO's vision transformer, its self-distillation, and the features that a GPT looks at.
+The eye: DINO's vision transformer, its self-distillation, and the features that a GPT looks at;
+and ResNeXt, the eye that BabyLLaVA's published models have.
 
 A ViT cuts a picture of S x S pixels into P = (S / patch)^2 patches and turns each into a vector of
 width E. Parameters carry the names of facebookresearch/dino, so that its checkpoints load strictly.
@@ -58,32 +59,51 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
 class Block(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, scaled):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width) if scaled else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
+        self.ls2 = LayerScale(width) if scaled else nn.Identity()
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
-    """A DINO vision transformer. forward(x): (N, 3, S, S) -> (N, 1 + P, E), CLS first."""
+    """A DINO vision transformer. forward(x): (N, 3, S, S) -> (N, 1 + P, E), CLS first.
 
-    def __init__(self, size=64, patch=8, width=128, depth=4, heads=4):
+    DINOv2's also scale each layer's output (`scaled`) and have `registers`, tokens that see and
+    are seen but are not handed on. `offset` and `antialias`: see positions."""
+
+    def __init__(self, size=64, patch=8, width=128, depth=4, heads=4, scaled=False, registers=0,
+                 offset=0.1, antialias=False):
         super().__init__()
         if size % patch or width % heads:
             raise ValueError(f"a ViT of {size} pixels in patches of {patch}, {width} wide with "
                              f"{heads} heads: neither division may leave a rest")
         self.size, self.patch, self.width, self.heads = size, patch, width, heads
+        self.extras = {"scaled": scaled, "registers": registers, "offset": offset,
+                       "antialias": antialias}
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, width))
         self.patch_embed = PatchEmbed(patch, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        self.blocks = nn.ModuleList(Block(width, heads, scaled) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -95,19 +115,22 @@ class ViT(nn.Module):
     def shape(self):
         """The arguments that make a tower like this one."""
         return {"size": self.size, "patch": self.patch, "width": self.width,
-                "depth": len(self.blocks), "heads": self.heads}
+                "depth": len(self.blocks), "heads": self.heads, **self.extras}
 
     def positions(self, height, width):
         """Position embeddings for a picture of height x width patches, (1, 1 + P, E).
 
-        Another size than the trained one is reached by bicubic interpolation. The +0.1 on the
-        target is DINO's: it keeps a rounded-down scale factor from losing a row."""
+        Another size than the trained one is reached by bicubic interpolation, as the code that
+        published the weights does it: DINO adds 0.1 to the target, lest rounding lose a row;
+        Hugging Face's does not, nor DINOv2's with registers, which smooths when it shrinks."""
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         if (height, width) == (side, side):
             return self.pos_embed
         grid = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, scale_factor=((height + 0.1) / side, (width + 0.1) / side),
-                             mode="bicubic")
+        offset, antialias = self.extras["offset"], self.extras["antialias"]
+        to = {"scale_factor": ((height + offset) / side, (width + offset) / side)} if offset else \
+            {"size": (height, width)}
+        grid = F.interpolate(grid, **to, mode="bicubic", antialias=antialias)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, x, select_layer=-1):
@@ -119,14 +142,80 @@ class ViT(nn.Module):
         height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
         x = x + self.positions(height, width)
+        registers = self.extras["registers"]
+        if registers:  # after CLS, without positions
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         for block in self.blocks[:len(self.blocks) + 1 + select_layer]:
             x = block(x)
+        x = torch.cat([x[:, :1], x[:, 1 + registers:]], 1) if registers else x
         return self.norm(x) if select_layer == -1 else x
 
-    @torch.no_grad()
-    def features(self, x, select_layer=-1, keep_cls=False):
-        """What the projector sees: (N, 3, S, S) -> (N, P, E), or P + 1 with CLS kept, first."""
-        return self(x, select_layer)[:, 0 if keep_cls else 1:]
+
+class Bottleneck(nn.Module):
+    def __init__(self, inputs, middle, outputs, groups, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, middle, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = nn.Conv2d(middle, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = None if stride == 1 and inputs == outputs else nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNeXt(nn.Module):
+    """ResNet and ResNeXt (Xie et al. 2017, arXiv 1611.05431), torchvision's names; never trained
+    here. forward(x): (N, 3, S, S) -> (N, 1 + P, E): the mean of the last map, then its P positions.
+
+    Always in eval mode: BatchNorm keeps the statistics that it was trained with."""
+
+    patch = 32  # pixels a side that become one position: five halvings
+
+    def __init__(self, depths=(3, 4, 6, 3), middle=128, groups=32, size=224):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        inputs = 64
+        for i, depth in enumerate(depths):
+            layer = nn.Sequential()
+            for k in range(depth):
+                layer.append(Bottleneck(inputs, middle << i, 256 << i, groups,
+                                        2 if i and not k else 1))
+                inputs = 256 << i
+            self.add_module(f"layer{i + 1}", layer)
+        self.width, self.size, self.heads = inputs, size, 0
+        self.arguments = {"depths": list(depths), "middle": middle, "groups": groups, "size": size}
+
+    def shape(self):
+        return self.arguments
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, x, select_layer=-1):
+        if select_layer != -1:
+            raise ValueError(f"select_layer {select_layer}: a ResNeXt gives its last map, -1")
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, E, S / 32, S / 32)
+        x = x.flatten(2).transpose(1, 2)
+        return torch.cat([x.mean(1, keepdim=True), x], 1)
+
+
+def make_tower(shape):
+    """The tower of a checkpoint's shape(): a ViT or a ResNeXt, its weights still random."""
+    return (ResNeXt if "depths" in shape else ViT)(**shape)
+
+
+@torch.no_grad()
+def tower_features(tower, x, select_layer=-1, keep_cls=False):
+    """What the projector sees: (N, 3, S, S) -> (N, P, E), or P + 1 with CLS kept, first."""
+    return tower(x, select_layer)[:, 0 if keep_cls else 1:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -260,10 +349,10 @@ def preprocess(frames, device="cpu"):
 
 def extract(tower, frames, select_layer=-1, keep_cls=False, batch=256):
     """Yield features of frames (N, S, S, 3) uint8, in order, as float16 arrays (n, P, E)."""
-    device = tower.pos_embed.device
+    device = next(tower.parameters()).device
     for start in range(0, len(frames), batch):
         x = preprocess(frames[start:start + batch], device)
-        yield tower.features(x, select_layer, keep_cls).cpu().to(torch.float16).numpy()
+        yield tower_features(tower, x, select_layer, keep_cls).cpu().to(torch.float16).numpy()
 
 
 def fingerprint(tower, select_layer=-1, keep_cls=False):
@@ -274,26 +363,72 @@ def fingerprint(tower, select_layer=-1, keep_cls=False):
     return digest.hexdigest()
 
 
-def build_tower(state, heads=0):
-    """A ViT, in eval mode, filled strictly from a checkpoint's dict; its shape is read off it.
+# Hugging Face's names (old and new) for the parameters of ViT, Dinov2 -> facebookresearch's.
+RENAMES = [(r"^(vit|dinov2(_with_registers)?)\.", ""), (r"^pooler\..*", ""),
+           (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+           (r"^embeddings\.position_embeddings", "pos_embed"), (r"^embeddings\.", ""),
+           (r"^(encoder\.)?layers?\.", "blocks."), (r"^layernorm\.", "norm."),
+           (r"\.layernorm_before", ".norm1"), (r"\.layernorm_after", ".norm2"),
+           (r"\.attention\.(output\.dense|o_proj)", ".attn.proj"),
+           (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)", r".attn.\2"),
+           (r"\.intermediate\.dense", ".mlp.fc1"), (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
+           (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma")]
 
-    Takes a backbone's state dict, or a DINO training checkpoint, whose teacher is used. Prefixes
-    `module.`, `backbone.`, `encoder.` come off the start of keys, and DINO's own `head.*` is left
-    out; otherwise each key must be used and each parameter filled. heads 0: width / 64, as in all
-    published ViTs. Raises ValueError naming the keys that are missing, left over or misshapen."""
-    state = state.get("teacher", state)
+
+def dino_names(state):
+    """A Hugging Face ViT's state dict under DINO's names; q, k, v stacked into one."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, name in RENAMES:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    renamed.pop("", None)  # the pooler, which DINO has not
+    for key in [key for key in renamed if ".attn.q." in key]:
+        parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in renamed for part in parts):
+            renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(
+                [renamed.pop(part) for part in parts])
+    return renamed
+
+
+def build_tower(state, heads=0):
+    """A ViT or ResNeXt in eval mode, filled strictly from a checkpoint's dict; its architecture is
+    read off names and shapes.
+
+    Takes a state dict, or a training checkpoint, whose teacher is used; facebookresearch's names
+    (DINO, DINOv2), Hugging Face's (ViT, Dinov2), torchvision's (ResNet, ResNeXt). Prefixes
+    `module.`, `backbone.`, `encoder.` come off the start of keys; heads, and the mask token that
+    only training uses, are left out; all other keys must be used, all parameters be filled.
+    heads 0: width / 64, as in all published ViTs. Raises ValueError naming the keys that are
+    missing, left over or misshapen."""
+    for key in ("teacher", "state_dict", "model"):
+        state = state.get(key, state)
+    hugging_face = any("embeddings.cls_token" in key for key in state)
+    if hugging_face:
+        state = dino_names(state)
     state = {re.sub(r"^((module|backbone|encoder)\.)+", "", key): value
              for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    try:
+    state = {key: value for key, value in state.items()
+             if not re.match(r"(head|fc)\.|mask_token$", key)}
+    blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m]
+    if "pos_embed" in state and "patch_embed.proj.weight" in state:
         width, patch = state["pos_embed"].shape[2], state["patch_embed.proj.weight"].shape[2]
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    except KeyError as error:
-        raise ValueError(f"not a DINO ViT: no key {error} among {', '.join(list(state)[:5])} "
-                         "...") from None
-    depth = 1 + max([int(key.split(".")[1]) for key in state if key.startswith("blocks.")] or [0])
-    tower = ViT(side * patch, patch, width, depth, heads or max(1, width // 64))
-    own = tower.state_dict()
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        tower = ViT(side * patch, patch, width, 1 + max(blocks, default=0),
+                    heads or max(1, width // 64), "blocks.0.ls1.gamma" in state, registers,
+                    0.0 if hugging_face or registers else 0.1, registers > 0)
+    elif "layer1.0.conv2.weight" in state:
+        depths = [len([k for k in state if re.fullmatch(rf"layer{i}\.\d+\.conv2\.weight", k)])
+                  for i in range(1, 5)]
+        middle, group = state["layer1.0.conv2.weight"].shape[:2]
+        tower = ResNeXt(depths, middle, middle // group)
+    else:
+        raise ValueError("neither a DINO ViT nor a ResNeXt: its keys are "
+                         f"{', '.join(list(state)[:5])} ...")
+    counters = {k: v for k, v in tower.state_dict().items() if k.endswith("num_batches_tracked")}
+    own, state = ({k: v for k, v in each.items() if not k.endswith("num_batches_tracked")}
+                  for each in (tower.state_dict(), state))  # which are no weights
     faults = {"missing": [key for key in own if key not in state],
               "left over": [key for key in state if key not in own],
               "of another shape": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
@@ -301,7 +436,7 @@ def build_tower(state, heads=0):
     if any(faults.values()):
         raise ValueError("; ".join(f"{len(keys)} keys {fault}: {', '.join(keys[:4])}"
                                    for fault, keys in faults.items() if keys))
-    tower.load_state_dict(state)
+    tower.load_state_dict(counters | state)
     return tower.eval()
 
 
