@@ -5,6 +5,7 @@ From what a child saw and heard to flat files that training maps into memory.
     python data.py toy --name photos --sprites DIR            # the same of your transparent PNGs
     python data.py pairs --csv FILE --images DIR --text FILE  # your captioned pictures and speech
     python data.py pairs --name speech --text FILE            # speech alone: enough for phase 0
+    python data.py saycam --frames frames.zip --annotations train.json val.json test.json
 
 data/<name>/ then holds meta.json (what is what, and how many), tokenizer.tiktoken, and for each
 split the bins: text (uint16 tokens), frames (uint8 N, S, S, 3), clips (uint32 N: frames of one
@@ -14,11 +15,15 @@ is ever held in memory. Nothing here knows a network.
 """
 import base64
 import csv
+import hashlib
 import heapq
 import io
 import json
+import multiprocessing
 import os
 import re
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,9 +42,9 @@ FORMAT = 1  # of data/<name>; readers refuse another
 
 @dataclass
 class Config:
-    source: str = "toy"  # toy: draw the toy world; pairs: your own pictures and words
+    source: str = "toy"  # toy: draw the toy world; pairs: pictures and words; saycam: video frames
     name: str = ""  # write to data/<name>; empty: the source's own name
-    size: int = 64  # S: frames are S x S pixels
+    size: int = 0  # S: frames are S x S pixels; 0: 224 for saycam, else 64
     vocab_size: int = 0  # BPE tokens, specials included; 0: 512 for the toy world, else 6000
     vocab: str = ""  # a {"word": id} JSON: word-level tokens of these words instead of BPE
     seed: int = 1  # the same seed draws the same bytes on every machine
@@ -51,7 +56,11 @@ class Config:
     csv: str = ""  # pairs: a CSV file with columns image and caption, one pair a row
     images: str = ""  # pairs: the folder its image names are in
     text: str = ""  # pairs: transcripts, one utterance a line; empty: the captions are all there is
-    max_skipped: float = 0.01  # pairs: the largest share of unreadable images to go on with
+    frames: str = ""  # saycam: a folder of JPEGs or a zip of them, whatever the zip is called
+    annotations: str = ""  # saycam: JSON files of CVCL or BabyLLaVA; train, val, test by name
+    frames_per_utterance: int = 0  # saycam: so many, evenly spread; 0: all there are
+    min_similarity: float = 0.0  # saycam: only frames whose "similarity" is above this; 0: all
+    max_skipped: float = 0.01  # pairs, saycam: the largest share of unreadable images to go on with
 
 
 class DataError(Exception):
@@ -177,6 +186,20 @@ class Tokenizer:
 
 
 @contextmanager
+def continuing(path):
+    """Like writing(), but what an interrupted run wrote stays beside it, to be added to. While
+    there is a log of what was skipped, the run has not ended, even if this file had."""
+    partial = path.with_suffix(".partial")
+    if path.exists() and skip_log(path).exists():
+        os.replace(path, partial)
+    with open(partial, "ab") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@contextmanager
 def writing(path):
     """A binary file that appears at `path` whole or not at all, also when the power fails."""
     path = Path(path)
@@ -224,13 +247,14 @@ def read_csv(path, columns):
     return rows
 
 
-def read_image(path, size):
+def read_image(path, size, file=None):
     """A picture file as (size, size, 3) uint8: what the eye is shown, in preparing as in sampling.
 
-    Turned as its EXIF says; 16-bit, grey, palette, CMYK all become RGB and transparency white;
-    resized bilinearly, not cropped. Raises DataError when there is no whole picture to read."""
+    `file`: the opened picture, where `path` is only its name. Turned as its EXIF says; 16-bit,
+    grey, palette, CMYK all become RGB and transparency white; resized bilinearly, not cropped.
+    Raises DataError when there is no whole picture to read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file or path) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
     except FileNotFoundError:
@@ -421,7 +445,8 @@ def prepare(directory, config, splits):
 
     splits {"train" | "val": (text, frames, total)}: text() yields utterances; frames() yields
     (frame (S, S, 3) uint8, clip number, list of captions), about `total` of them; total 0 is
-    speech alone. The tokenizer learns from the training text only."""
+    speech alone. A frame None is in the bin already, from a run that was stopped. The tokenizer
+    learns from the training text only."""
     if config.vocab:
         tokenizer = Tokenizer.of_words(config.vocab)
     else:
@@ -437,8 +462,9 @@ def prepare(directory, config, splits):
         kinds = ("text", "frames", "clips", "captions", "pairs")[:5 if total else 1]
         counts = meta["splits"][split] = {kind: 0 for kind in (*kinds, "characters")}
         with ExitStack() as stack:
-            files = {kind: stack.enter_context(writing(directory / f"{split}_{kind}.bin"))
-                     for kind in kinds}
+            files = {kind: stack.enter_context(
+                (continuing if kind == "frames" and config.source == "saycam" else writing)(
+                    directory / f"{split}_{kind}.bin")) for kind in kinds}
 
             def put(kind, values):  # values: one row, but for the token bins, where one is a row
                 values = np.ascontiguousarray(values, BINS[kind][0])
@@ -455,7 +481,9 @@ def prepare(directory, config, splits):
                     put("pairs", (counts["frames"], counts["captions"], len(tokens)))
                     put("captions", tokens)
                     meta["longest_caption"] = max(meta["longest_caption"], len(tokens))
-                put("frames", frame)
+                if frame is not None:
+                    files["frames"].write(frame.tobytes())
+                counts["frames"] += 1
                 put("clips", clip)
     write_json(directory / "meta.json", meta)
     return meta
@@ -516,11 +544,15 @@ def load_sprites(directory):
     return sprites
 
 
-def prepare_pairs(config, directory):
-    """Anybody's captioned pictures (--csv, --images) and transcripts (--text), either or both.
+def part(items, split):
+    """Of each hundred stretches of items in order, every tenth is for validation: neighbours in a
+    video stay together, and all ages of a child are in both parts."""
+    return [item for i, item in enumerate(items)
+            if (i * 100 // len(items) % 10 == 9) == (split == "val")]
 
-    Of each hundred stretches of rows (or lines) in order, every tenth is for validation:
-    neighbours in a video stay together, and all ages of a child are in both parts."""
+
+def prepare_pairs(config, directory):
+    """Anybody's captioned pictures (--csv, --images) and transcripts (--text), either or both."""
     if not (config.csv or config.text):
         raise DataError("pairs: give --csv FILE --images DIR, or --text FILE, or both")
     rows = read_csv(config.csv, ("image", "caption")) if config.csv else []
@@ -536,10 +568,6 @@ def prepare_pairs(config, directory):
         raise DataError(f"{config.text or config.csv}: {len(lines)} utterances; need at least 10")
     skipped = []
 
-    def part(items, split):
-        return [item for i, item in enumerate(items)
-                if (i * 100 // len(items) % 10 == 9) == (split == "val")]
-
     def frames(split):
         for clip, (line, row) in enumerate(part(rows, split)):
             try:
@@ -554,26 +582,188 @@ def prepare_pairs(config, directory):
     meta = prepare(directory, config, {
         split: (lambda split=split: part(lines, split), lambda split=split: frames(split),
                 len(part(rows, split))) for split in ("train", "val")})
+    report_skipped(directory, skipped)
+    return meta
+
+
+def report_skipped(directory, skipped):
+    (directory / "skipped.txt").unlink(missing_ok=True)
     if skipped:
         with writing(directory / "skipped.txt") as file:
             file.write("\n".join(skipped).encode("utf-8"))
         print(f"{len(skipped)} images could not be read: {directory}/skipped.txt")
+
+
+# ---- SAYCam: 600,285 frames of a head camera, 37,486 utterances, under an agreement of Databrary's
+
+
+def read_annotations(path):
+    """[(utterance, frame names, their similarities or None)] of a JSON in one of three forms:
+
+    CVCL's {"data": [{"utterance", "frame_filenames", ...}]}; LLaVA's [{"image": name or names,
+    "conversations"}]; or a list of utterances without pictures, BabyLLaVA's transcripts."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+    rows = content.get("data") if isinstance(content, dict) else content
+    found = []
+    for i, row in enumerate(rows if isinstance(rows, list) else [None]):
+        try:
+            if isinstance(row, str):
+                found.append((row.strip(), [], None))
+                continue
+            names = row["frame_filenames" if "utterance" in row else "image"]
+            names = [names] if isinstance(names, str) else names
+            said = row["utterance"] if "utterance" in row else next(
+                turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
+            alike = row.get("similarity")
+            found.append((said.strip(), names, alike if isinstance(alike, list) or alike is None
+                          else [alike] * len(names)))
+        except (KeyError, TypeError, AttributeError, StopIteration):
+            raise DataError(f"{path}: item {i} is no utterance, no CVCL entry (utterance, "
+                            "frame_filenames), no LLaVA entry (image, conversations)") from None
+    return [row for row in found if row[0]]
+
+
+def index_frames(path):
+    """{file name: where its bytes are} of a folder or a zip: a path, or (offset, size, method)."""
+    if os.path.isdir(path):
+        return {name: os.path.join(folder, name) for folder, _, names in os.walk(path)
+                for name in names}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {info.filename.rpartition("/")[2]:
+                    (info.header_offset, info.compress_size, info.compress_type)
+                    for info in archive.infolist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: neither a folder nor a whole zip ({error})") from None
+
+
+def read_frame(job):
+    """A frame (S, S, 3), or a line that says why there is none. Runs in a process of its own."""
+    archive, name, where, size = job
+    try:
+        if where is None:
+            return f"{archive}: no {name} in it"
+        if isinstance(where, str):
+            return read_image(where, size)
+        offset, length, method = where
+        with open(archive, "rb") as file:
+            file.seek(offset + 26)  # the local header: 30 bytes, of which the last are the lengths
+            name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+            file.seek(name_length + extra_length, os.SEEK_CUR)
+            content = file.read(length)
+        content = zlib.decompress(content, -15) if method == zipfile.ZIP_DEFLATED else content
+        return read_image(name, size, io.BytesIO(content))
+    except (DataError, zlib.error) as error:
+        return f"{name}: {error}" if isinstance(error, zlib.error) else str(error)
+
+
+def skip_log(path):
+    return path.with_suffix(".skipped")
+
+
+def resume_point(path, key, rows, row_bytes):
+    """(rows done, {row: why} of those skipped) of an interrupted run with the same `key`, else
+    (0, {}). The log names each skipped row; the rest are in the partial bin, in order."""
+    partial, bad = path.with_suffix(".partial"), {}
+    first, *lines = skip_log(path).read_text(encoding="utf-8").splitlines() \
+        if skip_log(path).exists() else [""]
+    if first == key:
+        bad = {int(row): why for row, _, why in (line.partition("\t") for line in lines)}
+    else:
+        os.truncate(partial, 0)
+    whole, done = partial.stat().st_size // row_bytes, 0
+    os.truncate(partial, whole * row_bytes)  # a row cut short is read again
+    while done < rows and (whole or done in bad):
+        whole -= done not in bad
+        done += 1  # a kill may have lost the last rows: skips after those are found again
+    return done, {row: why for row, why in bad.items() if row < done}
+
+
+def prepare_saycam(config, directory):
+    """SAYCam, or any captioned video in its form. Frames already written by a run that was stopped
+    are not read again; those that are missing or damaged are listed in skipped.txt."""
+    if not (config.frames and config.annotations):
+        raise DataError("saycam: give --frames ZIP_OR_FOLDER and --annotations FILE.json ...")
+    pairs, speech = defaultdict(list), defaultdict(list)
+    for path in config.annotations.split("\n"):
+        stem = Path(path).stem.lower()
+        split = "test" if "test" in stem else "val" if re.search("val|dev", stem) else "train"
+        for said, names, alike in read_annotations(path):
+            if not names:
+                speech[split].append(said)
+                continue
+            if config.min_similarity:
+                if alike is None:
+                    raise DataError(f"{path}: --min_similarity, but {names[0]} has no similarity")
+                names = [n for n, a in zip(names, alike) if a > config.min_similarity]
+            if config.frames_per_utterance and names:
+                spread = np.linspace(0, len(names) - 1, config.frames_per_utterance)
+                names = [names[i] for i in sorted({round(i) for i in spread})]
+            pairs[split].append((said, names))
+    for held in (pairs, speech):
+        if held["train"] and not held["val"]:
+            held["train"], held["val"] = part(held["train"], "train"), part(held["train"], "val")
+    if not pairs["train"] or not pairs["val"]:
+        raise DataError("saycam: no pairs to train on: one JSON with 'train' in its name must "
+                        "have frames")
+    index, skipped = index_frames(config.frames), []
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def frames(split):
+        rows = [(name.rpartition("/")[2], clip, said)
+                for clip, (said, names) in enumerate(pairs[split]) for name in names]
+        key = hashlib.sha256(f"{config.size} {config.frames}".encode())
+        for row in rows:
+            key.update(repr(row).encode())
+        path = directory / f"{split}_frames.bin"
+        done, bad = resume_point(path, key.hexdigest(), len(rows), 3 * config.size ** 2)
+        yield from ((None, clip, [said]) for i, (_, clip, said) in enumerate(rows[:done])
+                    if i not in bad)
+        with open(skip_log(path), "w", encoding="utf-8", buffering=1) as log, \
+                multiprocessing.Pool() as pool:
+            log.write("".join([key.hexdigest() + "\n", *(f"{i}\t{bad[i]}\n" for i in bad)]))
+            for start in range(done, len(rows), 512):  # so many frames in memory at most
+                block = rows[start:start + 512]
+                jobs = [(config.frames, name, index.get(name), config.size) for name, _, _ in block]
+                for i, frame in enumerate(pool.imap(read_frame, jobs, 8), start):
+                    if not isinstance(frame, str):
+                        yield frame, rows[i][1], [rows[i][2]]
+                        continue
+                    bad[i] = frame
+                    log.write(f"{i}\t{frame}\n")
+                    if len(bad) > config.max_skipped * len(rows):
+                        raise DataError(f"{frame}; {len(bad)} such of {len(rows)}, over "
+                                        f"max_skipped {config.max_skipped:g}")
+        skipped.extend(bad.values())
+
+    splits = {split: (lambda split=split: speech[split] or [said for said, _ in pairs[split]],
+                      lambda split=split: frames(split),
+                      sum(len(names) for _, names in pairs[split]))
+              for split in ("train", "val", "test") if pairs[split]}
+    meta = prepare(directory, config, splits)
+    for split in splits:  # the last thing: now the run has ended
+        skip_log(directory / f"{split}_frames.bin").unlink()
+    report_skipped(directory, skipped)
     return meta
 
 
-SOURCES = {"toy": prepare_toy, "pairs": prepare_pairs}
+SOURCES = {"toy": prepare_toy, "pairs": prepare_pairs, "saycam": prepare_saycam}
 
 
 def make(config):
     """Prepare data/<name> as `config` says; returns its meta. Raises DataError."""
     if config.source not in SOURCES:
         raise DataError(f"no source {config.source!r}: {', '.join(SOURCES)}")
+    config.size = config.size or (224 if config.source == "saycam" else 64)
     return SOURCES[config.source](config, Path("data") / (config.name or config.source))
 
 
 def main(argv):
     source = [f"--source={argv[0]}", *argv[1:]] if argv and argv[0] in SOURCES else argv
-    config = configs.load(Config, source, __doc__)
+    config = configs.load(Config, source, __doc__, many=("annotations",))
     meta = make(config)
     print(f"data/{config.name or config.source}: {meta['vocab_size']} tokens in the vocabulary")
     for split, counts in meta["splits"].items():

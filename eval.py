@@ -4,6 +4,7 @@ What has it learnt? The four BabyVLM tests, grammar pairs, validation loss, and 
     python eval.py --checkpoint out/toy/phase2.pt              # all that the data folder has
     python eval.py --checkpoint out/toy/phase0.pt --zorro DIR  # grammar pairs, words alone
     python eval.py --shuffle                                   # pictures dealt to wrong captions
+    python eval.py --task vtwt --csv vtwt.csv --images frames.zip   # BabyVLM's published files
 
 Every score is a mean negative log-likelihood per token of a phrase that follows the picture, in
 fp32, lower is better; a tie counts as its fair share. Each accuracy comes with n, chance and a
@@ -37,6 +38,10 @@ from data import DataError
 class Config:
     checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote
     data: str = ""  # the folder with eval/*.csv and val bins; empty: the one it was trained on
+    task: str = ""  # one of TASKS alone; empty: all that the data folder has
+    csv: str = ""  # the task's file; empty: eval/<task>.csv of the data folder
+    images: str = ""  # folders or zips of its pictures, one or several; empty: eval/images
+    ties: str = "fair"  # fair: a tie counts as its share; published: as in BabyVLM's own scorer
     zorro: str = ""  # a folder of Zorro's .txt files: odd line wrong, even line right
     batch: int = 256  # phrases scored at a time
     shuffle: bool = False  # deal each test's pictures at random: all must fall to chance
@@ -88,22 +93,26 @@ def accuracy(hits, chance):
             "ci95": wilson(float(np.sum(hits)), len(hits))}
 
 
-def fair(scores, right):
-    """1 if scores[right] is the lowest, 1 / k if k share the lowest, else 0."""
+def lowest(scores, right, ties="fair"):
+    """1 if scores[right] is the lowest, 0 if not; 1 / k if k share the lowest, or, by the
+    published rule, 1: it puts the target first and lets it keep the place."""
     best = np.flatnonzero(scores == np.min(scores))
-    return float(right in best) / len(best)
+    return float(right in best) / (len(best) if ties == "fair" else 1)
 
 
-def below(*pairs):
-    """The chance that all a < b hold, a tie being a coin's toss: products of 1, 1/2 and 0."""
-    return float(np.prod([1.0 if a < b else 0.5 if a == b else 0.0 for a, b in pairs]))
+def below(*pairs, ties="fair"):
+    """The chance that all a < b hold, a tie being a coin's toss: products of 1, 1/2 and 0. By
+    the published rule a tie is 0."""
+    tie = 0.5 if ties == "fair" else 0.0
+    return float(np.prod([1.0 if a < b else tie if a == b else 0.0 for a, b in pairs]))
 
 
 # ---------------------------------------------------------------------------------------------
-# The tests. Each takes rows of its CSV and nll(images, phrases) -> (n,), and returns its results.
+# The tests. Each takes rows of its CSV, nll(images, phrases) -> (n,), and the rule for ties, and
+# returns its results.
 
 
-def labeled_s(rows, nll):
+def labeled_s(rows, nll, ties="fair"):
     """Four pictures, one word: under which picture is the word likeliest?"""
     scores = nll([row["image"] for row in rows], [row["target_category"] for row in rows])
     trials = defaultdict(list)
@@ -114,19 +123,35 @@ def labeled_s(rows, nll):
         right = [i for i, (_, is_target) in enumerate(shown) if is_target]
         if len(right) != 1:
             raise DataError(f"labeled_s.csv: trial {name} has {len(right)} pictures of its target")
-        hits.append(fair(np.array([score for score, _ in shown]), right[0]))
+        hits.append(lowest(np.array([score for score, _ in shown]), right[0], ties))
     return accuracy(hits, 1 / len(shown))
 
 
-def vtwt(rows, nll):
+def vtwt(rows, nll, ties="fair"):
     """One picture, a true phrase and its foil: which is likelier?"""
     images = [row["image"] for row in rows]
-    true, foil = (nll(images, [row[f"{tag}_phrase"] for row in rows])
-                  for tag in ("positive", "negative"))
-    return accuracy([below(pair) for pair in zip(true, foil)], 0.5)
+    pairs = [nll(images, [row[f"{tag}_phrase"] for row in rows])
+             for tag in ("positive", "negative")]
+    return accuracy([lowest(np.array(pair), 0, ties) for pair in zip(*pairs)], 0.5)
 
 
-def baby_winoground(rows, nll):
+def two_by_one(rows, nll, ties="fair"):
+    """Two pictures, one phrase: under which is it likelier?"""
+    pairs = [nll([row[name] for row in rows], [row["phrase"] for row in rows])
+             for name in ("image", "foil_image")]
+    return accuracy([lowest(np.array(pair), 0, ties) for pair in zip(*pairs)], 0.5)
+
+
+def two_by_two(rows, nll, ties="fair"):
+    """Two pictures, two phrases, each phrase true of one: scored as Baby Winoground."""
+    return baby_winoground([
+        {"instance_id": i, "image": row[image], "image_tag": tag,
+         "positive_phrase": row["phrase"], "negative_phrase": row["foil_phrase"]}
+        for i, row in enumerate(rows)
+        for image, tag in (("image", "positive"), ("foil_image", "negative"))], nll, ties)
+
+
+def baby_winoground(rows, nll, ties="fair"):
     """Two pictures, two phrases, L[picture][phrase], 0 the positive one. The chances are
     those of four scores in random order: four of the 24 orders pass the group rule."""
     scores = nll([row["image"] for row in rows for _ in range(2)],
@@ -146,7 +171,7 @@ def baby_winoground(rows, nll):
             raise DataError(f"baby_winoground.csv: instance {name} needs a positive and a negative")
         m = m["positive"], m["negative"]
         for rule, terms in rules.items():
-            hits[rule].append(below(*((m[a][b], m[c][d]) for a, b, c, d in terms)))
+            hits[rule].append(below(*((m[a][b], m[c][d]) for a, b, c, d in terms), ties=ties))
     return {rule: accuracy(hits[rule], chance[rule]) for rule in rules}
 
 
@@ -255,61 +280,126 @@ def probe(tower, dataset):
 # All of it, and the report
 
 
-def evaluate(parts, dataset, config):
-    """{"tasks": {...}, "val_loss": ..., ...} of one checkpoint on one prepared folder."""
+def losses(parts, dataset):
+    """{"val_loss": ...} and, of a GPT alone, {"bits_per_character": ...}, of a prepared folder."""
+    block_size, counts = parts.model.gpt.config.block_size, dataset.meta["splits"]["val"]
+    if parts.model.projector is None:
+        loss = val_loss(parts.model, data.TextBatches(dataset, "val", block_size), 16)
+        return {"val_loss": loss, "bits_per_character":
+                loss / math.log(2) * counts["text"] / counts["characters"]}
+    tower = vision.fingerprint(parts.tower, parts.meta["select_layer"], parts.meta["keep_cls"])
+    if not counts.get("features") or dataset.meta["tower"] != tower:
+        return {}
+    return {"val_loss": val_loss(parts.model, data.PairBatches(dataset, "val", block_size), 64)}
+
+
+def run_task(task, path, images, parts, config):
+    """(results of a test on the CSV at `path`, rows for the contact sheet, if it has captions)."""
+    test, columns = TASKS[task]
+    rows = [row for _, row in data.read_csv(path, columns)]
+    pictures = [column for column in columns if column.endswith("image")]
+    names = sorted({row[column] for row in rows for column in pictures})
+    features, kept, sheet = [], [], []
+    for frames in read_images(names, images, parts.meta["S"], task):
+        features.append(sample.see(parts, frames).cpu())  # once a picture, few in memory
+        kept += list(frames) if test is captions else []
+    features = torch.cat(features)
+    place = {name: i for i, name in enumerate(names)}
+    if config.shuffle:
+        place = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
+
+    def nll(images, phrases):
+        return phrase_nll(parts, features, [place[name] for name in images], phrases, config.batch)
+
+    if test is captions:
+        shown = np.stack([kept[place[row["image"]]] for row in rows])
+        said = sample.caption(parts, shown, 25)
+        sheet = [(frame, row["text"], line) for frame, row, line in zip(shown, rows, said)]
+        run = lambda chosen: captions([rows[i] for i in chosen], [said[i] for i in chosen])
+    else:
+        run = lambda chosen: test([rows[i] for i in chosen], nll, config.ties)
+    results = run(range(len(rows)))
+    subsets = sorted({row["subset"] for row in rows if row.get("subset")})
+    if len(subsets) > 1:
+        results["subsets"] = {
+            name: run([i for i, row in enumerate(rows) if row["subset"] == name])
+            for name in subsets}
+    return results, sheet
+
+
+def evaluate(parts, config):
+    """({"tasks": {...}, "val_loss": ..., ...} of a checkpoint, rows for the contact sheet)."""
+    if config.ties not in ("fair", "published"):
+        raise DataError(f"--ties {config.ties}: fair or published")
+    if config.task not in ("", *TASKS) or (config.csv or config.images) and not config.task:
+        raise DataError(f"--task {config.task or '(none)'}: one of {', '.join(TASKS)}")
+    if config.task and parts.model.projector is None:
+        raise DataError(f"{config.checkpoint} cannot see: --task needs one of phase 1 or 2")
+    folder = Path(config.data or parts.meta["config"]["data"])
     results = {"checkpoint": config.checkpoint, "phase": parts.meta["phase"], "tasks": {},
-               "data": str(dataset.directory), "source": dataset.meta["source"],
-               "shuffled": config.shuffle}
+               "trained_on": parts.meta["data"], "data": config.csv or str(folder),
+               "source": config.csv, "shuffled": config.shuffle, "ties": config.ties}
+    sheet = []
     if config.zorro:
         results["tasks"]["zorro"] = zorro(config.zorro, parts, config.batch)
-    seeing = parts.model.projector is not None
-    if not seeing:
-        batches = data.TextBatches(dataset, "val", parts.model.gpt.config.block_size)
-        results["val_loss"] = loss = val_loss(parts.model, batches, 16)
-        counts = dataset.meta["splits"]["val"]
-        results["bits_per_character"] = loss / math.log(2) * counts["text"] / counts["characters"]
-        return results, None
-    if dataset.count("val", "features") and dataset.meta["tower"] == vision.fingerprint(
-            parts.tower, parts.meta["select_layer"], parts.meta["keep_cls"]):
-        batches = data.PairBatches(dataset, "val", parts.model.gpt.config.block_size)
-        results["val_loss"] = val_loss(parts.model, batches, 64)
-    root, sheet = dataset.directory / "eval", []
-    tests = {"labeled_s": (labeled_s, ("trial_id", "target_category", "real_category", "image")),
-             "vtwt": (vtwt, ("image", "positive_phrase", "negative_phrase")),
-             "baby_winoground": (baby_winoground, ("instance_id", "positive_phrase",
-                                                   "negative_phrase", "image", "image_tag")),
-             "caption": (captions, ("image", "text"))}
-    for task, (test, columns) in tests.items():
-        if not (root / f"{task}.csv").exists():
-            continue
-        rows = [row for _, row in data.read_csv(root / f"{task}.csv", columns)]
-        names = sorted({row["image"] for row in rows})
-        frames = np.stack([data.read_image(root / "images" / name, parts.meta["S"])
-                           for name in tqdm(names, f"{task} images", unit="image", mininterval=1)])
-        features = torch.cat([sample.see(parts, part).cpu() for part in
-                              np.array_split(frames, len(frames) // config.batch + 1)])
-        place = {name: i for i, name in enumerate(names)}
-        if config.shuffle:
-            place = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
-
-        def nll(images, phrases):
-            return phrase_nll(parts, features, [place[name] for name in images], phrases,
-                              config.batch)
-
-        if test is captions:
-            shown = frames[[place[row["image"]] for row in rows]]
-            said = sample.caption(parts, shown, 25)
-            sheet = [(frame, row["text"], line) for frame, row, line in zip(shown, rows, said)]
-            run = lambda chosen: captions([rows[i] for i in chosen], [said[i] for i in chosen])
-        else:
-            run = lambda chosen: test([rows[i] for i in chosen], nll)
-        results["tasks"][task] = run(range(len(rows)))
-        subsets = sorted({row["subset"] for row in rows if row.get("subset")})
-        if len(subsets) > 1:
-            results["tasks"][task]["subsets"] = {
-                name: run([i for i, row in enumerate(rows) if row["subset"] == name])
-                for name in subsets}
+    if not config.csv:  # a CSV of its own needs no prepared folder
+        dataset = data.Data(folder)
+        results |= {"source": dataset.meta["source"], **losses(parts, dataset)}
+    for task in (config.task,) if config.task else TASKS if parts.model.projector else ():
+        path = Path(config.csv or folder / "eval" / f"{task}.csv")
+        if path.exists() or config.task:
+            images = config.images or str(path.parent / "images")
+            results["tasks"][task], rows = run_task(task, path, images, parts, config)
+            sheet = rows or sheet
     return results, sheet
+
+
+# Each test with the columns of its CSV: BabyVLM's four, and two forms that any pictures fit.
+TASKS = {"labeled_s": (labeled_s, ("trial_id", "target_category", "real_category", "image")),
+         "vtwt": (vtwt, ("image", "positive_phrase", "negative_phrase")),
+         "baby_winoground": (baby_winoground, ("instance_id", "positive_phrase",
+                                               "negative_phrase", "image", "image_tag")),
+         "caption": (captions, ("image", "text")),
+         "two_by_one": (two_by_one, ("image", "foil_image", "phrase")),
+         "two_by_two": (two_by_two, ("image", "foil_image", "phrase", "foil_phrase"))}
+# As the BabyVLM paper reports them: Labeled-S, VTWT, Baby Winoground (group), METEOR.
+PAPER = {"LLaVA-1.5-7B, web scale (paper)": (0.740, 0.785, 0.427, 0.166),
+         "CVCL (paper)": (0.609, 0.649, 0.093, None),
+         "BabyLLaVA (paper)": (0.420, 0.625, 0.066, 0.138),
+         "BabyLLaVA + transferred captions (paper)": (0.536, 0.693, 0.082, None)}
+
+
+def read_images(names, places, size, task, batch=256):
+    """Yield frames (n, S, S, 3) of pictures, in the order of names, a batch at a time. places:
+    folders or zips, a line each. Raises DataError for the first that is missing or damaged."""
+    places = places.split("\n")
+    index = {place: data.index_frames(place) for place in places if not Path(place).is_dir()}
+    frames = []
+    for i, name in enumerate(tqdm(names, f"{task} images", unit="image", mininterval=1)):
+        there = [place for place in places if place not in index and (Path(place) / name).exists()]
+        zips = [place for place in index if Path(name).name in index[place]]
+        if not (there or zips):
+            raise DataError(f"{' and '.join(places)}: no {name}, which {task} asks for; --images "
+                            "takes several folders or zips")
+        frame = data.read_image(Path(there[0]) / name, size) if there else data.read_frame(
+            (zips[0], name, index[zips[0]][Path(name).name], size))
+        if isinstance(frame, str):
+            raise DataError(frame)
+        frames.append(frame)
+        if len(frames) == batch or i == len(names) - 1:
+            yield np.stack(frames)
+            frames = []
+
+
+def beside_the_paper(tasks, name):
+    """Lines: what BabyVLM's authors report, and what this checkpoint scores on their files."""
+    group = tasks.get("baby_winoground", {}).get("group", {})
+    ours = [*(tasks.get(task, {}).get("accuracy") for task in ("labeled_s", "vtwt")),
+            group.get("accuracy"), tasks.get("caption", {}).get("meteor")]
+    yield "{:42} {:>9} {:>6} {:>10} {:>7}".format("", "Labeled-S", "VTWT", "Winoground", "METEOR")
+    for model, scores in (PAPER | {name: ours}).items():
+        cells = ["-" if score is None else f"{score:.3f}" for score in scores]
+        yield "{:42} {:>9} {:>6} {:>10} {:>7}".format(model, *cells)
 
 
 def contact_sheet(sheet, columns=6, rows=6):
@@ -372,18 +462,18 @@ def report(results, page, log):
 
 
 def main(argv):
-    config = configs.load(Config, argv, __doc__)
+    config = configs.load(Config, argv, __doc__, many=("images",))
     parts = sample.load(config.checkpoint, sample.choose_device(config.device))
     if parts.model is None:
         raise DataError(f"{config.checkpoint}: an eye alone; train.py logs its probes")
-    dataset = data.Data(config.data or parts.meta["config"]["data"])
-    results, sheet = evaluate(parts, dataset, config)
+    results, sheet = evaluate(parts, config)
     out = Path(config.out or Path(config.checkpoint).parent)
+    task = f"_{config.task}" if config.task else ""
     page = contact_sheet(sheet) if sheet else None
     log = out / "log.jsonl"
     log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    data.write_json(out / "results.json", results)
-    with data.writing(out / "report.html") as file:
+    data.write_json(out / f"results{task}.json", results)
+    with data.writing(out / f"report{task}.html") as file:
         file.write(report(results, page, log).encode("utf-8"))
     if page:
         with data.writing(out / "captions.png") as file:
@@ -391,10 +481,17 @@ def main(argv):
     for row in [("test", "measure", "subset", "score", "95 % interval", "chance", "n"),
                 *rows_of(results["tasks"])]:
         print("{:16} {:17} {:9} {:6} {:14} {:7} {:>5}".format(*row))
+    if config.csv and config.task in [*TASKS][:4]:  # with what was scored on other files of theirs
+        tasks = {}
+        for path in out.glob("results_*.json"):
+            other = json.loads(path.read_text())
+            if other["checkpoint"] == config.checkpoint and other["source"] != "toy":
+                tasks |= other["tasks"]
+        print(*beside_the_paper(tasks, f"this one, trained on {results['trained_on']}"), sep="\n")
     for name in ("val_loss", "bits_per_character"):
         if name in results:
             print(f"{name} {results[name]:.4f}")
-    print(f"written: {out}/results.json, report.html" + (", captions.png" if page else ""))
+    print(f"written: {out}/results{task}.json, report{task}.html" + ", captions.png" * bool(page))
 
 
 if __name__ == "__main__":

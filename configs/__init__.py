@@ -54,7 +54,7 @@ def read_file(path):
     return found
 
 
-def read_flags(argv, kinds):
+def read_flags(argv, kinds, many):
     """[(name, value, "--name")] of the flags; values are parsed by each knob's type."""
     found, argv = [], list(argv)
     while argv:
@@ -68,6 +68,8 @@ def read_flags(argv, kinds):
                 value = "True"
             elif argv:
                 value = argv.pop(0)
+                while name in many and argv and not argv[0].startswith("--"):
+                    value += "\n" + argv.pop(0)
             elif name in kinds:
                 raise ConfigError(f"--{name}: no value given")
         if kinds.get(name, str) is not str:
@@ -80,8 +82,9 @@ def read_flags(argv, kinds):
     return found
 
 
-def load(Config, argv, description=""):
-    """A Config from its defaults, the files that argv begins with, then flags.
+def load(Config, argv, description="", many=()):
+    """A Config from its defaults, the files that argv begins with, then flags. Knobs in `many`
+    take several values after one flag, a line each in the string that comes out.
 
     Raises ConfigError for an unknown name (naming the nearest), a wrong type, or a file and a
     flag that disagree on `phase`. --help prints every knob with its comment and exits."""
@@ -95,7 +98,7 @@ def load(Config, argv, description=""):
     files = []
     while argv and argv[0].endswith(".py") and not argv[0].startswith("--"):
         files, argv = files + [argv[0]], argv[1:]
-    flags = read_flags(argv, kinds)
+    flags = read_flags(argv, kinds, many)
     phase = [value for name, value, _ in flags if name == "phase"]
     if phase and not files:
         path = Path(__file__).parent / f"phase{phase[-1]}.py"
