@@ -14,9 +14,10 @@ queries): head h of q reads head h * H_kv // H of k and v.
 Why kernels? A GPU multiplies hundreds of numbers in the time it takes to fetch one from memory. A
 kernel fetches a tile of numbers once, does all there is to do with it, and writes the result once.
 Triton runs one function as a grid of programs: each asks for its number (tl.program_id), loads
-tiles (tl.load of an array of pointers, masked at the edges), computes on whole tiles in fp32 and
-stores them (tl.store). Programs run in any order and share nothing. What is marked tl.constexpr
-is known when the kernel is compiled.
+tiles, computes on whole tiles in fp32 and stores them. A tensor arrives as the pointer to its
+first number; a pointer plus a tile of offsets is a tile of pointers, which tl.load and tl.store
+take, with a mask at the edges. Programs run in any order and share nothing. What is marked
+tl.constexpr is known when the kernel is compiled; tl.static_range is a loop written out then.
 
 RMSNorm, forward: a program takes a few rows, adds the residual, and keeps one number a row,
 r = 1 / sqrt(mean(x^2) + eps). Backward, with h = x r and g = dy weight, both made again:
@@ -49,6 +50,7 @@ Letters: B batch, T sequence length, H heads, D head width, C model width.
 """
 from __future__ import annotations  # where there is no Triton, `tl` below is never looked up
 
+import math
 import os
 
 import torch
@@ -60,22 +62,23 @@ try:
 except ImportError:  # there is none for macOS and Windows
     triton = None
 jit = triton.jit if triton else lambda kernel: kernel
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own slow one: how the tests run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LIMITS = {"sdpa": (8, 128), "torch": (1, 16384)}  # widths the Triton kernel takes in its place
+LIMITS = {"sdpa": (8, 128), "torch": (1, 8192)}  # widths the Triton kernel takes in its place
 
 
 @torch.compiler.assume_constant_result
-def lacking(device_type):
-    """Why Triton kernels cannot run on "cuda", "cpu" ..., or "" where they can."""
+def lacking(device):
+    """Why Triton kernels cannot run on a device, "cuda:1" say, or "" where they can."""
     if triton is None:
         return "the package triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return ""  # Triton's own slow interpreter, on any device: how the tests run
-    if device_type != "cuda" or torch.version.hip or not torch.cuda.is_available():
-        return f"it needs an NVIDIA GPU, and this is to run on {device_type}"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name()} is older"
+    if INTERPRET:
+        return ""
+    if torch.device(device).type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return f"it needs an NVIDIA GPU, and this is to run on {torch.device(device).type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
     return ""
 
 
@@ -87,7 +90,7 @@ def choose(backend, fast, x):
         return backend
     if backend not in (None, "auto", "triton"):
         raise ValueError(f"no backend {backend!r}: choose auto, triton, {fast} or reference")
-    why = lacking(x.device.type)
+    why = lacking(str(x.device))
     if not why and x.dtype not in DTYPES:
         why = f"it takes float32, bfloat16 and float16, not {str(x.dtype)[6:]}"
     low, high = LIMITS[fast]
@@ -95,8 +98,14 @@ def choose(backend, fast, x):
         why = f"it takes vectors {low} to {high} wide, not {x.shape[-1]}"
     if why and backend == "triton":
         raise ValueError(f"backend triton: {why}; choose auto, {fast} or reference")
-    # With the interpreter on, Triton is possible but a thousand times slower: by name only.
-    return "triton" if not why and (backend == "triton" or x.is_cuda) else fast
+    return "triton" if backend == "triton" or not (why or INTERPRET) else fast
+
+
+def run(kernel, grid, x, *arguments, **options):
+    """Launch a grid of programs on x's device, unless it is empty."""
+    if 0 not in grid:
+        with torch.cuda.device_of(x):
+            kernel[grid](*arguments, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,7 +122,11 @@ def rms_norm(x, weight, eps, residual=None, backend=None):
     """RMSNorm of x (..., C), or of x + residual, in one call.
 
     Returns the norm; with a residual (..., C), the pair (norm(x + residual), x + residual): a
-    transformer block needs both, and a fused kernel reads and writes them once."""
+    transformer block needs both, and a fused kernel reads and writes them once.
+    Raises ValueError when the shapes do not fit or the backend cannot run."""
+    if weight.shape != x.shape[-1:] or residual is not None and residual.shape != x.shape:
+        raise ValueError(f"rms_norm of x {(*x.shape,)}: weight {(*weight.shape,)} must be as its "
+                         "last axis, and the residual as all of it")
     if (backend := choose(backend, "torch", x)) == "triton":
         if residual is not None:  # one dtype for all: the wider
             dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -181,10 +194,9 @@ def norm_forward_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torc
                     eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, total, rstd = norm_forward_shapes(x, residual, weight, eps)
     tile, rows, width = norm_tile(x.shape[-1]), rstd.numel(), x.shape[-1]
-    if rows:
-        norm_forward[(triton.cdiv(rows, tile["ROWS"]),)](
-            x.contiguous(), x if residual is None else residual.contiguous(), weight, y, total,
-            rstd, rows, width, eps, RESIDUAL=residual is not None, **tile)
+    run(norm_forward, (triton.cdiv(rows, tile["ROWS"]),), x, x.contiguous(),
+        x if residual is None else residual.contiguous(), weight.contiguous(), y, total, rstd,
+        rows, width, eps, RESIDUAL=residual is not None, **tile)
     return y, total, rstd
 
 
@@ -195,7 +207,7 @@ def norm_forward_shapes(x, residual, weight, eps):
 
 
 # Rows of dweight's partial sums: 4 programs for each of an H100's 132 multiprocessors. Fixed, so
-# that the order of the sum, and with it every bit, is the same on any GPU.
+# that the order of the sum, and with it every bit, is the same each time.
 PARTS = 528
 
 
@@ -205,10 +217,9 @@ def norm_backward_op(dy: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Ten
     tile, rows, width = norm_tile(x.shape[-1]), rstd.numel(), x.shape[-1]
     parts = min(PARTS, triton.cdiv(rows, tile["ROWS"]))
     dx, dw = x.new_empty(x.shape), rstd.new_empty(parts, width)
-    if rows:  # incoming gradients may be expanded (stride 0): the kernel wants real rows
-        norm_backward[(parts,)](
-            dy.contiguous(), dy if dtotal is None else dtotal.contiguous(), x.contiguous(), weight,
-            rstd, dx, dw, rows, width, RESIDUAL=dtotal is not None, **tile)
+    run(norm_backward, (parts,), x, dy.contiguous(),  # gradients may be expanded, with stride 0
+        dy if dtotal is None else dtotal.contiguous(), x.contiguous(), weight.contiguous(), rstd,
+        dx, dw, rows, width, RESIDUAL=dtotal is not None, **tile)
     return dx, dw.sum(0).to(weight.dtype)
 
 
@@ -266,11 +277,15 @@ def attention(q, k, v, prefix=0, backend=None):
     Raises ValueError when the shapes do not fit or the backend cannot run."""
     B, T, H, D = q.shape
     T_keys, H_kv = k.shape[1:3]
-    if k.shape != v.shape or k.shape != (B, T_keys, H_kv, D) or T_keys < T or H % H_kv:
+    if (k.shape != v.shape or k.shape != (B, T_keys, H_kv, D) or T_keys < T or H % H_kv
+            or not q.dtype == k.dtype == v.dtype):
         raise ValueError(f"attention of q {(*q.shape,)}, k {(*k.shape,)}, v {(*v.shape,)}: want "
-                         "(B, T, H, D), fewer or as many queries as keys, H a multiple of H_kv")
+                         "(B, T, H, D) of one dtype, at most as many queries as keys, H a "
+                         "multiple of H_kv")
     backend = choose(backend, "sdpa", q)
     if backend == "triton":
+        if torch.is_autocast_enabled(q.device.type):  # PyTorch casts for its own operators only
+            q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
         return attention_forward_op(q, k, v, prefix)[0]
     if backend == "reference":
         return attention_reference(q, k, v, prefix)
@@ -289,8 +304,9 @@ def sees(i, j, prefix):
 
 @jit
 def stretches(i, keys, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of queries i .. i + BLOCK_M: keys up to the first, a multiple of BLOCK_N, are seen by all,
-    keys from the second on by none."""
+    """(whole, last): of queries i to i + BLOCK_M - 1, all see the keys before `whole`, rounded down
+    to a multiple of BLOCK_N, and none sees `last` or later. At i = 64, tiles of 64 x 32 and
+    prefix 70: (64, 128)."""
     return (tl.maximum(i + 1, prefix) // BLOCK_N * BLOCK_N,
             tl.minimum(tl.maximum(i + BLOCK_M, prefix), keys))
 
@@ -300,15 +316,17 @@ def attention_forward(Q, K, V, O, L, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h
                       prefix, scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                       BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       PRECISION: tl.constexpr):
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest walks start first
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)  # 64 bits: big tensors pass 2^31
+    # q_b, q_t, q_h ...: strides, how many numbers lie between one image, token, head and the next.
+    # Programs start in order of their number: the last tile of queries, which walks longest, first.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # see norm_forward
     row, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)[None, :]
     n, j = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_N)[None, :]  # as rows, as columns
     mine = (row < queries)[:, None] & (d < D)
     q = tl.load(Q + b * q_b + h * q_h + row.to(tl.int64)[:, None] * q_t + d, mask=mine, other=0.0)
     K += b * k_b + h // GROUP * k_h
     V += b * v_b + h // GROUP * v_h
-    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    m, l = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     shift = keys - queries  # row r of q stands at position r + shift
     whole, last = stretches(first + shift, keys, prefix, BLOCK_M, BLOCK_N)
@@ -320,18 +338,18 @@ def attention_forward(Q, K, V, O, L, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             if MASKED:
                 s = tl.where(sees((row + shift)[:, None], start + j, prefix), s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 1) * scale)  # all see key 0: never -inf
+            higher = tl.maximum(m, tl.max(s, 1) * scale)  # all see key 0: never -inf
             p = tl.exp2(s * scale - higher[:, None])
-            shrink = tl.exp2(top - higher)
-            top, total = higher, total * shrink + tl.sum(p, 1)
+            shrink = tl.exp2(m - higher)
+            m, l = higher, l * shrink + tl.sum(p, 1)
             v = tl.load(V + n * v_t + d, mask=inside, other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
             K += BLOCK_N * k_t
             V += BLOCK_N * v_t
         begin, end = whole, last
     at = ((b * queries + row) * H + h) * D
-    tl.store(O + at[:, None] + d, (acc / total[:, None]).to(O.dtype.element_ty), mask=mine)
-    tl.store(L + (b * H + h) * queries + row, top + tl.log2(total), mask=row < queries)
+    tl.store(O + at[:, None] + d, (acc / l[:, None]).to(O.dtype.element_ty), mask=mine)
+    tl.store(L + (b * H + h) * queries + row, m + tl.log2(l), mask=row < queries)
 
 
 @jit
@@ -340,7 +358,7 @@ def attention_backward_q(Q, K, V, O, DO, L, DELTA, DQ, q_b, q_t, q_h, k_b, k_t, 
                          D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)[None, :]
     n, j = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_N)[None, :]  # as rows, as columns
     mine = (row < queries)[:, None] & (d < D)
@@ -371,7 +389,8 @@ def attention_backward_q(Q, K, V, O, DO, L, DELTA, DQ, q_b, q_t, q_h, k_b, k_t, 
             K += BLOCK_N * k_t
             V += BLOCK_N * v_t
         begin, end = whole, last
-    tl.store(DQ + at, (dq * scale * 0.6931471805599453).to(DQ.dtype.element_ty), mask=mine)  # ln 2
+    # ln 2 = 0.693...: `scale` makes scores of base 2, so their derivative has that factor
+    tl.store(DQ + at, (dq * scale * 0.6931471805599453).to(DQ.dtype.element_ty), mask=mine)
 
 
 @jit
@@ -380,7 +399,7 @@ def attention_backward_kv(Q, K, V, DO, L, DELTA, DK, DV, q_b, q_t, q_h, k_b, k_t
                           D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                           BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     first = tl.program_id(0) * BLOCK_N
-    g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)  # g: the head of k and v
+    g, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # g: head of k and v
     m, j = tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)[None, :]
     mine, wide = (j < keys)[:, None] & (d < D), j.to(tl.int64)[:, None]
@@ -393,11 +412,12 @@ def attention_backward_kv(Q, K, V, DO, L, DELTA, DK, DV, q_b, q_t, q_h, k_b, k_t
     low = tl.maximum(tl.where(first < prefix, 0, first - shift), 0) // BLOCK_M * BLOCK_M
     whole = tl.where(first + BLOCK_N <= prefix, 0, first + BLOCK_N - 1 - shift)
     whole = (tl.maximum(whole, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    for h in range(g * GROUP, g * GROUP + GROUP):  # all heads of q that read this one
+    for of_group in range(GROUP):  # all heads of q that read this one
+        h = g * GROUP + of_group
         Q_h = Q + b * q_b + h * q_h + low.to(tl.int64) * q_t
         DO_h = DO + ((b * queries + low) * H + h) * D
         begin, end = low, tl.minimum(whole, queries)
-        for STRETCH in tl.static_range(2):
+        for WHOLE in tl.static_range(2):
             for start in range(begin, end, BLOCK_M):
                 row = start + m  # rows past the last are zeros, and add zero
                 number = (b * H + h) * queries + row
@@ -407,7 +427,7 @@ def attention_backward_kv(Q, K, V, DO, L, DELTA, DK, DV, q_b, q_t, q_h, k_b, k_t
                 # (BLOCK_N, BLOCK_M) here: so no tile need be transposed in registers
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 p = tl.exp2(s * scale - log[None, :])
-                if STRETCH == 0:
+                if not WHOLE:
                     p = tl.where(sees((row + shift)[None, :], j[:, None], prefix), p, 0.0)
                 do = tl.load(DO_h + m[:, None] * (H * D) + d, mask=inside, other=0.0)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -422,24 +442,25 @@ def attention_backward_kv(Q, K, V, DO, L, DELTA, DK, DV, q_b, q_t, q_h, k_b, k_t
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=mine)
 
 
-# Tiles (BLOCK_M, BLOCK_N, warps, stages) of forward, dQ, and dK with dV, for D up to 64 and to 128.
-# A table, not a search: every run has the same kernels, and the tests compile all of them ahead.
-# A program reads its own tile once and the other side's again and again, so its own is the larger,
-# up to what 255 registers a thread hold without spilling. Eight warps share a tile's loads; four,
-# in "hopper"'s forward, let two programs fit, one's softmax behind the other's products. "hopper"
-# has 227 KB of shared memory a program, "ampere" keeps below the 99 KB of consumer GPUs. "fp32"
-# takes three products for one (tf32x3), and registers: for checking, not for speed.
+# Tiles (BLOCK_M, BLOCK_N, warps, stages: loads under way at a time) of forward, dQ, and dK with dV,
+# for D up to 64 and up to 128. A table, not a search: every run has the same kernels, and the tests
+# compile all of them ahead. A program reads its own tile once and the other side's again and again,
+# so its own is the larger, up to what the 255 registers of a thread hold without spilling to
+# memory. Eight warps share a tile's loads; four, in "hopper"'s forward, let two programs fit, one's
+# softmax behind the other's products. "hopper" has 227 KB of shared memory a program, "ampere"
+# keeps below the 99 KB of consumer GPUs. "fp32" makes a product of three in tf32 (tf32x3), which
+# takes registers: it is for checking, not for speed.
 TILES = {
     "hopper": {64: ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
-               128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2))},
-    "ampere": {64: ((128, 64, 8, 2), (64, 64, 4, 3), (32, 64, 8, 2)),
+               128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 64, 8, 2))},
+    "ampere": {64: ((128, 64, 8, 2), (128, 32, 8, 3), (32, 64, 8, 2)),
                128: ((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
     "fp32": {64: ((32, 16, 8, 1),) * 3, 128: ((16, 16, 8, 1),) * 3}}
 
 
 def family(x):
     """Which of TILES: decided by a multiprocessor's shared memory and the size of a number."""
-    big = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    big = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
     return "fp32" if x.dtype == torch.float32 else "hopper" if big else "ampere"
 
 
@@ -449,13 +470,14 @@ def launch(kernel, which, q, k, v, prefix, *others):
     (B, T, H, D), (_, T_keys, H_kv, _) = q.shape, k.shape
     BLOCK_D = max(16, triton.next_power_of_2(D))  # the least a tensor core takes is 16
     M, N, warps, stages = TILES[family(q)][64 if D <= 64 else 128][which]
-    grid = (triton.cdiv(T_keys, N), H_kv, B) if which == 2 else (triton.cdiv(T, M), H, B)
-    exact = torch.get_float32_matmul_precision() == "highest"  # of fp32 only: 3 products, or 1
-    if 0 not in grid:
-        kernel[grid](q, k, v, *others, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, T_keys,
-                     min(prefix, T_keys), D ** -0.5 * 1.4426950408889634,  # 1 / ln 2
-                     H, H // H_kv, D, BLOCK_D, M, N, "tf32x3" if exact else "tf32",
-                     num_warps=warps, num_stages=stages)
+    if D % 16 and which < 2:  # rows that start anywhere take more registers to address
+        M //= 2
+    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    run(kernel, (triton.cdiv(T_keys, N), H_kv, B) if which == 2 else (triton.cdiv(T, M), H, B), q,
+        q, k, v, *others, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, T_keys,
+        min(prefix, T_keys), D ** -0.5 / math.log(2), H=H, GROUP=H // H_kv, D=D, BLOCK_D=BLOCK_D,
+        BLOCK_M=M, BLOCK_N=N, PRECISION="tf32x3" if exact else "tf32", num_warps=warps,
+        num_stages=stages)
 
 
 @torch.library.custom_op("nanobabyllava::attention_forward", mutates_args=())
@@ -490,6 +512,7 @@ def attention_backward_shapes(q, k, v, o, log, do, prefix):
 
 def attention_save(ctx, inputs, output):
     *inputs, ctx.prefix = inputs
+    ctx.set_materialize_grads(False)  # none for the logarithms
     ctx.save_for_backward(*inputs, *output)
 
 

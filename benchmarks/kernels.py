@@ -2,11 +2,13 @@
 Measure kernels.py beside what a user would pick instead, on this machine's GPU.
 
     python benchmarks/kernels.py             # attention, RMSNorm, a training step: markdown tables
-    python benchmarks/kernels.py --tiles     # time other tiles than the table's, to revise it
+    python benchmarks/kernels.py --tiles 64  # time other tiles than the table's, for D 64
     python benchmarks/kernels.py --compile   # no GPU: registers, spills, shared memory a kernel
 
 Every figure is the median of `repeats` runs, apart forward and backward, the L2 cache flushed
-before each; "+-" is half the distance between the quartiles. Rows that lose are printed too.
+before each; "+-" is half the distance between the quartiles. "error" is the largest difference
+from fp64, output and all gradients, over the largest true value. FlexAttention has its own choice
+of tiles, SDPA gets a prefix as an additive mask. Rows that lose are printed too.
 """
 import dataclasses
 import functools
@@ -34,7 +36,7 @@ import model
 @dataclasses.dataclass
 class Config:
     compile: bool = False  # compile every kernel for sm_80 and sm_90 and show what it takes
-    tiles: bool = False  # time the candidates for kernels.TILES
+    tiles: int = 0  # time the candidates for kernels.TILES at this head width
     quick: bool = False  # tiny shapes: does it run at all?
     repeats: int = 30  # runs a figure
     device: str = "cuda"  # cpu runs Triton's interpreter (TRITON_INTERPRET=1): with --quick only
@@ -48,7 +50,7 @@ KERNELS = ("attention_forward", "attention_backward_q", "attention_backward_kv",
 SHARED = {80: 101_376, 90: 232_448}  # bytes a program may have; 80: what sm_86 and sm_89 have too
 
 
-def record(families, widths=(16, 32, 64, 128), norms=(256, 1000, 4096)):
+def record(families, widths=(8, 32, 40, 64, 72, 128), norms=(256, 1000, 8192)):
     """What the launchers pass to each kernel, for every entry of TILES: (kernel, args, options)."""
     launches = []
 
@@ -154,7 +156,8 @@ def table(title, columns, rows):
 
 def timed(call, config):
     """(median, half the distance between the quartiles) of a call, in ms."""
-    call()
+    for _ in range(3):
+        call()
     if config.device == "cpu":
         stamps = [time.perf_counter()]
         for _ in range(config.repeats):
@@ -167,7 +170,7 @@ def timed(call, config):
         for _ in range(config.repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
-            torch.cuda._sleep(1_000_000)  # so that the launch is queued before the clock starts
+            torch.cuda._sleep(5_000_000)  # cycles: all is queued before the GPU's clock starts
             start.record()
             call()
             end.record()
@@ -178,25 +181,41 @@ def timed(call, config):
     return middle, (high - low) / 2
 
 
-def cells(make, inputs, work, work_back, unit, floor, true, config):
-    """A row's five cells for the function that make() gives: forward and backward, ms and rate
-    (`work` of them a call, in `unit`s a second and in percent of `floor`), and the error against
-    `true`, which may be of the first rows only. One cell says why, where there is no answer."""
+def error(got, true):
+    """The largest of |got - true| / max |true| over pairs of tensors; got may have more rows."""
+    return max(float((a[:len(t)] - t).abs().max() / t.abs().max()) for a, t in zip(got, true))
+
+
+def cells(name, make, inputs, grads, true, work, work_back, unit, floor, config):
+    """A row: the name, then forward and backward of the function that make() gives, in ms and as a
+    rate (`work` a call, in `unit`s a second and in percent of `floor`), and its error against the
+    `true` outputs and gradients. One cell says why, where another's backend has no answer."""
     try:
         function = make()
-        y = function(*inputs)
-        outputs = y if isinstance(y, tuple) else (y,)
-        grads = [torch.randn_like(y) for y in outputs]
-        forward = timed(lambda: function(*inputs), config)
-        backward = timed(lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True),
-                         config)
-    except Exception as error:  # another's backend may refuse a shape: that is a row too
-        return [f"{type(error).__name__}: {str(error).splitlines()[0][:60]}", "", "", "", ""]
-    row = []
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        back = functools.partial(torch.autograd.grad, outputs, inputs, grads, retain_graph=True)
+        wrong = error([*outputs, *back()], true)
+        forward, backward = timed(lambda: function(*inputs), config), timed(back, config)
+    except Exception as reason:
+        line = (str(reason).splitlines() or [""])[0].replace("|", "/")
+        if name == "ours" or "CUDA error" in line:  # the first must work, after the second nothing
+            raise
+        return [name, f"{type(reason).__name__}: {line[:60]}", "", "", "", ""]
+    row = [name]
     for (ms, spread), done in ((forward, work), (backward, work_back)):
         rate = done / ms * 1e3
         row += [f"{ms:.3f} +- {spread:.3f}", f"{rate / unit:.0f} ({100 * rate / floor:.0f} %)"]
-    return [*row, f"{(outputs[0][:len(true)] - true).abs().max():.1e}"]
+    return [*row, f"{wrong:.1e}" if wrong < 0.1 else f"WRONG: {wrong:.1e}"]
+
+
+def truth(function, inputs, grads):
+    """Outputs and gradients of a function of fp64 copies, detached."""
+    inputs = [x.detach().double().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = torch.autograd.grad(outputs, inputs, [g.double() for g in grads])
+    return [x.detach() for x in (*outputs, *found)]
 
 
 def floors(config):
@@ -205,14 +224,19 @@ def floors(config):
     a = torch.randn(n, n, device=config.device, dtype=torch.bfloat16)
     big = torch.empty(n * n * 8, device=config.device, dtype=torch.bfloat16)
     other = torch.empty_like(big)
+    for _ in range(1 if config.quick else 300):  # half a second: the clocks of a cold GPU are low
+        a @ a
     copy, _ = timed(lambda: other.copy_(big), config)
     product, _ = timed(lambda: a @ a, config)
     return 2 * big.nbytes / copy * 1e3, 2 * n ** 3 / product * 1e3
 
 
-def peers(prefix, T, config):
+def peers(prefix, T, dtype, config):
     """{name: attention of (B, T, H, D)} : ours and all that PyTorch offers, each forced apart."""
-    mask = kernels.visible(T, T, prefix, config.device) if prefix else None
+    mask = None
+    if prefix:
+        mask = torch.zeros(T, T, device=config.device, dtype=dtype)
+        mask.masked_fill_(~kernels.visible(T, T, prefix, config.device), float("-inf"))
 
     def sdpa(backend, q, k, v):
         with sdpa_kernel(backend):
@@ -246,16 +270,17 @@ def attention_table(config, floor):
     for B, T, H, D, prefix in shapes:
         torch.compiler.reset()  # each shape compiled for itself
         q, k, v = torch.randn(B, T, 3 * H, D, device=config.device, dtype=dtype).split(H, 2)
-        inputs = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        grads = [torch.randn(B, T, H, D, device=config.device, dtype=dtype)]
         pairs = int(kernels.visible(T, T, prefix, "cpu").sum())
         work = 4 * B * H * D * pairs  # two products, a multiplication and an addition each
-        true = kernels.attention_reference(*(x[:1].double() for x in inputs), prefix)
-        rows = []
-        for name, make in peers(prefix, T, config).items():
-            rows.append([name, *cells(make, inputs, work, 2.5 * work, 1e12, floor, true, config)])
+        true = truth(functools.partial(kernels.attention_reference, prefix=prefix),
+                     [x[:1] for x in inputs], [grads[0][:1]])
+        rows = [cells(name, make, inputs, grads, true, work, 2.5 * work, 1e12, floor, config)
+                for name, make in peers(prefix, T, dtype, config).items()]
         table(f"attention, {str(dtype)[6:]}, B {B}, T {T}, H {H}, D {D}, prefix {prefix}; FLOP = 4 "
               "B H D x visible pairs, backward 2.5 times that; % of a large matrix product",
-              ["", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error against fp64"], rows)
+              ["", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error"], rows)
 
 
 def norm_table(config, floor):
@@ -270,40 +295,40 @@ def norm_table(config, floor):
     named = {"ours": lambda: lambda x, r, w: kernels.rms_norm(x, w, 1e-5, r, "triton"),
              "eager": lambda: eager, "torch.compile": lambda: torch.compile(eager, dynamic=False),
              "Liger": liger}
-    shapes = [(65536, 256), (65536, 512), (65536, 768), (16384, 4096)]
+    shapes = [(262144, 256), (65536, 512), (65536, 768), (16384, 4096)]
     dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
-    for rows_, width in [(40, 24)] if config.quick else shapes:
+    for many, width in [(40, 24)] if config.quick else shapes:
         torch.compiler.reset()
-        inputs = [torch.randn(rows_, width, device=config.device, dtype=dtype, requires_grad=True)
+        inputs = [torch.randn(many, width, device=config.device, dtype=dtype, requires_grad=True)
                   for _ in range(2)]
         inputs.append(torch.ones(width, device=config.device, dtype=dtype, requires_grad=True))
-        work = 4 * inputs[0].nbytes  # two tensors in, two out (backward: three in, one out)
-        true = kernels.rms_norm_reference((inputs[0] + inputs[1]).double(), inputs[2], 1e-5)
-        rows = []
-        for name, make in named.items():
-            rows.append([name, *cells(make, inputs, work, work, 1e9, floor, true, config)])
-        table(f"RMSNorm with residual, {str(dtype)[6:]}, {rows_} x {width}; bytes = 4 tensors of "
+        grads = [torch.randn_like(inputs[0]) for _ in range(2)]
+        work = 4 * inputs[0].nbytes  # two tensors in, two out; backward: three in, one out
+        true = truth(eager, inputs, grads)
+        rows = [cells(name, make, inputs, grads, true, work, work, 1e9, floor, config)
+                for name, make in named.items()]
+        table(f"RMSNorm with residual, {str(dtype)[6:]}, {many} x {width}; bytes = 4 tensors of "
               "that shape each way; % of a copy's bandwidth",
-              ["", "forward ms", "GB/s", "backward ms", "GB/s", "error against fp64"], rows)
+              ["", "forward ms", "GB/s", "backward ms", "GB/s", "error"], rows)
 
 
 def step_table(config):
     """Training steps of the default model on 64k tokens: forward, loss, backward, AdamW."""
     B, T = (2, 16) if config.quick else (64, 1024)
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 50} if config.quick else {}
     rows = []
     for compiled in (False, True):
         for attention, norm in (("triton", "triton"), ("sdpa", "torch"),
                                 ("reference", "reference")):
             torch.manual_seed(0)
-            small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 50}
-            gpt = model.GPTConfig(**(small if config.quick else {}), block_size=T,
-                                  attention=attention, norm=norm)
+            torch.compiler.reset()
+            gpt = model.GPTConfig(**small, block_size=T, attention=attention, norm=norm)
             net = model.BabyLLaVA(model.GPT(gpt)).to(config.device)
             adam = torch.optim.AdamW(net.parameters(), 1e-3, fused=config.device == "cuda")
             tokens = torch.randint(gpt.vocab_size, (B, T), device=config.device)
             run = torch.compile(net) if compiled else net
 
-            def step():
+            def step(run=run, adam=adam, tokens=tokens):
                 with torch.autocast("cuda", torch.bfloat16, enabled=config.device == "cuda"):
                     _, loss = run(tokens, tokens)
                 loss.backward()
@@ -311,44 +336,46 @@ def step_table(config):
                 adam.zero_grad(set_to_none=True)
 
             try:
-                step()
                 ms, spread = timed(step, config)
-                rows.append([attention, norm, "compiled" if compiled else "eager",
-                             f"{ms:.2f} +- {spread:.2f}", f"{B * T / ms * 1e3:,.0f}"])
+                figures = [f"{ms:.2f} +- {spread:.2f}", f"{B * T / ms * 1e3:,.0f}"]
             except torch.OutOfMemoryError:
-                rows.append([attention, norm, "compiled" if compiled else "eager", "memory", ""])
-    table(f"a training step, {B} x {T} tokens, {sum(p.numel() for p in net.parameters()):,} "
-          "parameters", ["attention", "norm", "", "ms", "tokens/s"], rows)
+                figures = ["out of memory", ""]
+            rows.append([attention, norm, "compiled" if compiled else "eager", *figures])
+            size = sum(p.numel() for p in net.parameters())
+            del net, adam, run, step
+            if config.device == "cuda":
+                torch.cuda.empty_cache()
+    table(f"a training step, {B} x {T} tokens, {size:,} parameters",
+          ["attention", "norm", "", "ms", "tokens/s"], rows)
 
 
 def tiles_table(config):
     """Time the attention kernels with other tiles; the table's own are marked."""
-    sizes = [(M, N, warps, stages) for M in (32, 64, 128) for N in (32, 64, 128)
-             for warps in (4, 8) for stages in (2, 3) if M * N >= 2048]
-    for D in (32, 64, 128):
-        q, k, v = torch.randn(32, 1024, 3 * 512 // D, D, device=config.device,
-                              dtype=torch.bfloat16).split(512 // D, 2)
-        o, log = kernels.attention_forward_op(q, k, v, 0)
-        name, key, found = kernels.family(q), 64 if D <= 64 else 128, [[], [], []]
-        mine = kernels.TILES[name][key]
-        for tile in sizes:
+    D, key = config.tiles, 64 if config.tiles <= 64 else 128
+    q, k, v = torch.randn(32, 1024, 3 * 512 // D, D, device=config.device,
+                          dtype=torch.bfloat16).split(512 // D, 2)
+    o, log = kernels.attention_forward_op(q, k, v, 0)
+    delta, grads = torch.empty_like(log), [torch.empty_like(o) for _ in range(3)]
+    name = kernels.family(q)
+    mine = kernels.TILES[name][key]
+    launches = [(kernels.attention_forward, (o, log)),
+                (kernels.attention_backward_q, (o, o, log, delta, grads[0])),
+                (kernels.attention_backward_kv, (o, log, delta, *grads[1:]))]
+    for which, (kernel, others) in enumerate(launches):
+        found = []
+        for tile in {mine[which], *((M, N, warps, stages) for M in (32, 64, 128)
+                                    for N in (32, 64, 128) for warps in (4, 8)
+                                    for stages in (2, 3) if 2048 <= M * N <= 8192 * warps // 4)}:
             kernels.TILES[name][key] = (tile,) * 3
-            calls = [functools.partial(kernels.attention_forward_op, q, k, v, 0)]
-            delta, grads = torch.empty_like(log), [torch.empty_like(o) for _ in range(3)]
-            calls.append(functools.partial(kernels.launch, kernels.attention_backward_q, 1, q, k, v,
-                                           0, o, o, log, delta, grads[0]))
-            calls.append(functools.partial(kernels.launch, kernels.attention_backward_kv, 2, q, k,
-                                           v, 0, o, log, delta, *grads[1:]))
-            for which, call in enumerate(calls):
-                try:
-                    found[which].append((timed(call, config)[0], tile))
-                except Exception as error:  # too much shared memory
-                    found[which].append((float("inf"), (*tile, type(error).__name__)))
+            try:
+                ms, _ = timed(lambda: kernels.launch(kernel, which, q, k, v, 0, *others), config)
+                found.append((ms, tile, "the table's" if tile == mine[which] else ""))
+            except Exception as reason:
+                if "out of resource" not in str(reason):  # more shared memory than there is
+                    raise
         kernels.TILES[name][key] = mine
-        for which, kernel in enumerate(KERNELS[:3]):
-            table(f"{kernel}, {name}, D {D}", ["ms", "M, N, warps, stages", ""],
-                  [[f"{ms:.3f}", tile, "the table's" if tile == mine[which] else ""]
-                   for ms, tile in sorted(found[which], key=lambda pair: pair[0])[:8]])
+        table(f"{KERNELS[which]}, {name}, D {D}", ["ms", "M, N, warps, stages", ""],
+              [[f"{ms:.3f}", *rest] for ms, *rest in sorted(found)])
 
 
 def main(argv):
@@ -361,6 +388,7 @@ def main(argv):
         if any(faults(row) for row in rows):
             raise ValueError("a kernel spills, or asks for more shared memory than there is")
         return
+    torch._functorch.config.donated_buffer = False  # backward is run again on the same graph
     if why := kernels.lacking(config.device):
         raise ValueError(f"nothing measured: {why}. --compile needs no GPU")
     if config.device == "cuda":
@@ -376,6 +404,9 @@ def main(argv):
     attention_table(config, product)
     norm_table(config, copy)
     step_table(config)
+    copy, product = floors(config)
+    print(f"\nat the end, a copy: {copy / 1e9:,.0f} GB/s; a bf16 matrix product: "
+          f"{product / 1e12:,.1f} TFLOP/s")
 
 
 if __name__ == "__main__":

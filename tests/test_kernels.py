@@ -16,6 +16,7 @@ from kernels import attention, attention_reference, rms_norm, rms_norm_reference
 from model import GPT, BabyLLaVA, GPTConfig
 
 pytest.importorskip("triton")
+EXACT = 1e-5 if DEVICE == "cpu" else 1e-4  # a GPU's exp2 is approximate
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
@@ -68,7 +69,7 @@ GRID = [(T, D, [(2, 2), (4, 2), (3, 1)][(a + b) % 3], [0, 5, 70][(a + 2 * b) % 3
 
 @pytest.mark.parametrize("T, D, heads, prefix", GRID)
 def test_attention_and_its_gradients_are_the_formulas(T, D, heads, prefix):
-    assert attention_error(triton_attention, T, D, heads, prefix, B=1 if T > 64 else 2) < 1e-5
+    assert attention_error(triton_attention, T, D, heads, prefix, B=1 if T > 64 else 2) < EXACT
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 4, 1), (64, 16, 4, 1), (64, 64, 4, 1)])
@@ -76,14 +77,14 @@ def test_attention_and_its_gradients_are_the_formulas(T, D, heads, prefix):
                                              (20, 90, 0), (20, 90, 80)])
 def test_any_tile_any_prefix_and_fewer_queries_than_keys(monkeypatch, tile, T, keys, prefix):
     monkeypatch.setitem(kernels.TILES["fp32"], 64, (tile,) * 3)
-    assert attention_error(triton_attention, T, 16, (2, 1), prefix, keys, B=1) < 1e-5
+    assert attention_error(triton_attention, T, 16, (2, 1), prefix, keys, B=1) < EXACT
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (7, 1), (3, 5, 24), (130, 100), (9, 257), (2, 5000)])
 def test_rms_norm_and_its_gradients_are_the_formulas(monkeypatch, shape, residual):
     monkeypatch.setattr(kernels, "PARTS", 2)  # so that programs take several turns
-    assert norm_error(triton_norm, shape, residual) < 1e-5 * max(1, shape[-1] / 100)
+    assert norm_error(triton_norm, shape, residual) < EXACT * max(1, shape[-1] / 100)
 
 
 BREAKS = {
@@ -92,12 +93,12 @@ BREAKS = {
     "the prefix is one short": ("| (j < prefix)", "| (j < prefix - 1)"),
     "a tile too many goes unmasked": ("tl.maximum(i + 1, prefix)", "tl.maximum(i + BLOCK_N, 0)"),
     "the first queries are skipped": ("first - shift), 0)", "first + BLOCK_M - shift), 0)"),
-    "old sums are not shrunk": ("total * shrink", "total"),
-    "the logarithm is dropped": ("top + tl.log2(total)", "top"),
+    "old sums are not shrunk": ("l * shrink", "l"),
+    "the logarithm is dropped": ("m + tl.log2(l)", "m"),
     "delta is dropped from dQ": ("(dp - delta[:, None])", "dp"),
     "delta is dropped from dK": ("(dp - tl.load(DELTA + number, mask=row < queries, other=0.0)"
                                  "[None, :])", "dp"),
-    "only the first head of a group adds": ("g * GROUP + GROUP)", "g * GROUP + 1)"),
+    "only the first head of a group adds": ("in range(GROUP)", "in range(1)"),
     "dK is not scaled back": ("dk * scale", "dk"),
 }
 NORM_BREAKS = {
@@ -137,6 +138,9 @@ def test_the_check_fails_a_broken_norm(tmp_path, monkeypatch, what):
 
 
 def test_any_stride_of_inputs_and_gradients():
+    x, w = torch.randn(5, 24, device=DEVICE), torch.randn(48, device=DEVICE)[::2]
+    y = rms_norm(x, w, 1e-5, None, "triton")
+    assert (y - rms_norm_reference(x, w, 1e-5)).abs().max() < 1e-5
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 8, 20, device=DEVICE).permute(0, 3, 1, 2).requires_grad_()
                for _ in range(3))  # (B, T, H, D) whose last axis is not consecutive
@@ -207,6 +211,9 @@ def test_a_whole_model_eager_compiled_and_in_ddp(tmp_path):
 
 
 def test_under_autocast_the_stream_is_half_precision_and_right():
+    q = torch.randn(1, 5, 2, 8, device=DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        assert {attention(q, q, q, 0, b).dtype for b in ("triton", "sdpa")} == {torch.float16}
     tokens = torch.randint(30, (2, 20), device=DEVICE)
     net = small("reference", "reference")
     true = gradients(net, net, tokens)
@@ -244,7 +251,13 @@ def test_what_cannot_run_is_one_clear_line(monkeypatch):
         attention(wide, wide, wide, backend="flash")
     with pytest.raises(ValueError, match="H a multiple of H_kv"):
         attention(wide, wide[:, :1], wide[:, :1])
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"weight \(3,\) must be as its last axis"):
+        rms_norm(wide, torch.ones(3, device=DEVICE), 1e-5)
+    with pytest.raises(ValueError, match="the residual as all of it"):
+        rms_norm(wide, wide[0, 0, 0], 1e-5, wide[:, :1])
+    with pytest.raises(ValueError, match="of one dtype"):
+        attention(wide, wide, wide.half())
+    monkeypatch.setattr(kernels, "INTERPRET", False)
     assert "NVIDIA GPU, and this is to run on cpu" in kernels.lacking("cpu")
     monkeypatch.setattr(kernels, "triton", None)
     assert "not installed" in kernels.lacking("cpu")
@@ -271,8 +284,8 @@ def test_every_entry_of_the_table_compiles_without_a_spill(tmp_path, capsys):
     with capsys.disabled():
         print(done.stdout if "-s" in sys.argv else "", end="")
     rows = [row for row in rows if row[0].startswith("sm_")]
-    # two GPUs x two families of tiles x (four widths x three attention, three widths x two norms)
-    assert len(rows) == 2 * 2 * (4 * 3 + 3 * 2)
+    # two GPUs x two families of tiles x (six widths x three attention, three widths x two norms)
+    assert len(rows) == 2 * 2 * (6 * 3 + 3 * 2)
     for arch, name, dtype, _, _, _, registers, spilled, shared, wgmma, fault in rows:
         assert fault == "" and spilled == "0" and 0 < int(registers) <= 255
         assert int(shared) <= {"sm_80": 101_376, "sm_90": 232_448}[arch]

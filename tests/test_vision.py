@@ -113,7 +113,8 @@ def test_the_published_resnext():
     """resnext50_32x4d has 25,028,904 parameters, 2,049,000 of them in the classifier."""
     net = vision.ResNeXt()
     assert sum(p.numel() for p in net.parameters()) == 25_028_904 - 2_049_000
-    state = wrapped(net.state_dict(), "module.backbone.") | {"module.head.mlp.0.bias": torch.ones(1)}
+    state = wrapped(net.state_dict(), "module.backbone.")
+    state["module.head.mlp.0.bias"] = torch.ones(1)
     loaded = build_tower({"student": {}, "teacher": state, "epoch": 3})
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
