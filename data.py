@@ -290,6 +290,8 @@ class Data:
         except FileNotFoundError:
             name = self.directory.name
             source = "toy" if name == "toy" else f"pairs --name {name} --csv FILE --images DIR"
+            if name == "saycam":
+                source = "saycam --frames ZIP --annotations train.json val.json test.json"
             raise DataError(f"no {self.directory}/meta.json: run `python data.py {source}` "
                             "first") from None
         if self.meta["format"] != FORMAT:
@@ -547,8 +549,9 @@ def load_sprites(directory):
 def part(items, split):
     """Of each hundred stretches of items in order, every tenth is for validation: neighbours in a
     video stay together, and all ages of a child are in both parts."""
+    stretches = min(100, len(items))
     return [item for i, item in enumerate(items)
-            if (i * 100 // len(items) % 10 == 9) == (split == "val")]
+            if (i * stretches // len(items) % 10 == 9) == (split == "val")]
 
 
 def prepare_pairs(config, directory):

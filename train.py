@@ -37,7 +37,7 @@ class Config:
     tower: str = "both"  # narrows phase 0 to vision or language
     data: str = "data/toy"  # a folder that data.py wrote; data/toy is drawn if it is not there
     out: str = "out/toy"  # where checkpoints, log.jsonl and results go
-    vision_weights: str = ""  # a DINO ViT checkpoint to use as it is; empty or none: train one
+    vision_weights: str = ""  # an eye to use as it is (.pth, .safetensors); empty, none: train one
     # the eye
     patch: int = 8  # pixels a side of a patch: P = (S / patch)^2
     vision_width: int = 128  # E
@@ -381,7 +381,10 @@ def run_phase(config, name, dataset, device, rank, world):
 
 
 def load_tower(config):
-    """The ViT of --vision_weights: a DINO checkpoint, or a vision.pt of ours."""
+    """The eye of --vision_weights: a published checkpoint (vision.py) or a vision.pt of ours."""
+    if not Path(config.vision_weights).exists():
+        raise DataError(f"no {config.vision_weights}: fetch that checkpoint, name another with "
+                        "--vision_weights, or train a ViT with --vision_weights none")
     state = sample.read_file(config.vision_weights)
     try:
         if state.get("format") == sample.FORMAT:

@@ -1,17 +1,25 @@
-"""Phase 0 at BabyLLaVA's language-model size: the GPT on transcripts, and the eye on frames."""
+"""
+Phase 0 at BabyLLaVA's published sizes and rates: the GPT on transcripts; the eye as it comes.
+
+The repository's language model: 6,000 BPE tokens, context 2,048, 8 layers of 256. GPT-2 has
+6000 * 256 + 2048 * 256 + 8 * 789760 + 512 = 8,378,880 parameters of these; ours, without learnt
+positions, 6000 * 256 + 8 * (4 * 256 * 256 + 3 * 256 * 704 + 2 * 256) + 256 = 7,962,880.
+The paper's, words instead of BPE: add configs/words.py after this file.
+"""
 phase = "0"
 data = "data/saycam"
 out = "out/saycam"
+vision_weights = "dino_sfp_resnext50.pth"  # 7 * 7 = 49 tokens x 2048; none: train a ViT-S/16
 n_layer = 8
 n_head = 8  # of width 32; BabyLLaVA has 32 heads of width 8
 n_embd = 256
-block_size = 1024
+block_size = 2048
 dropout = 0.15
 phase0_lr = 5e-4
-phase0_batch = 16  # x 1024 = 16,384 tokens a step, as 8 x 2048
+phase0_batch = 8  # x 2048 = 16,384 tokens a step
 phase0_steps = 10 * 37486 * 10 // 16384  # 10 passes of 37,486 utterances of some 10 tokens: 228
-patch = 16  # 224 / 16 = 14, so P = 196
-vision_width = 384  # DINO's ViT-S/16
+patch = 16  # the ViT, if it is trained: 224 / 16 = 14, so P = 196
+vision_width = 384
 vision_depth = 12
 vision_heads = 6
 vision_lr = 5e-4

@@ -2,9 +2,9 @@
 phase = "1"
 data = "data/saycam"
 out = "out/saycam"
-projector = "mlp2x_gelu"
+projector = "mlp2x_gelu"  # (2048 + 1) * 256 + (256 + 1) * 256 = 590,336 parameters
 phase1_lr = 3e-3
-phase1_batch = 40
+phase1_batch = 40  # of all processes together; BabyLLaVA's is 40 a GPU
 phase1_steps = 5 * 67000 // 40  # 5 passes of about 67,000 pairs: 8,375
 weight_decay = 0.0
 beta2 = 0.999

@@ -2,8 +2,8 @@
 phase = "2"
 data = "data/saycam"
 out = "out/saycam"
-phase2_lr = 2e-3
-phase2_batch = 64
+phase2_lr = 2e-3  # the checkpoint that was published: 2e-4, at a batch of 128
+phase2_batch = 64  # of all processes together; BabyLLaVA's is 64 a GPU
 phase2_steps = 5 * 67000 // 64  # 5 passes of about 67,000 pairs: 5,234
 weight_decay = 0.0
 beta2 = 0.999

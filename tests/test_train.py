@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import configs
 import data
 import kernels
 import sample
@@ -163,7 +164,7 @@ def test_finished_phases_are_left_alone(recipe, home, capfd):
     (["--tower=nose"], "out/none", "vision, language or both"),
     (["--phase=0", "--tower=language", "--phase0_batch=9", "--grad_accum=2"], "out/none",
      "does not divide"),
-    (["--phase=0", "--vision_weights=nothing.pt"], "out/none", "no such checkpoint"),
+    (["--phase=0", "--vision_weights=nothing.pt"], "out/none", "no nothing.pt: fetch that"),
     (["--phase=0", "--vision_weights=data/tiny/meta.json"], "out/none", "meta.json"),
     (["--phase=0", "--attention=triton", "--tower=language"], "out/none",
      "backend triton: it needs an NVIDIA GPU"),
@@ -221,3 +222,23 @@ def test_the_backends_are_chosen_by_name_and_said_once(home, capfd):
         assert said.count(line) == 1
     a, b = weights("out/triton/phase0.pt"), weights("out/reference/phase0.pt")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in b)
+
+
+def test_the_published_sizes_are_what_the_configs_comments_say():
+    """Counted on the meta device: the arithmetic in configs/phase0.py, words.py and phase1.py."""
+    for files, vocabulary, expected in ((["phase0.py"], 6000, 7_962_880),
+                                        (["phase0.py", "words.py"], 2353, 7_029_248)):
+        config = configs.load(train.Config, [str(ROOT / "configs" / name) for name in files])
+        with torch.device("meta"):
+            gpt = train.GPT(train.GPTConfig(vocabulary, config.block_size, config.n_layer,
+                                            config.n_head, config.n_kv_head, config.n_embd))
+            projector = train.Projector("mlp2x_gelu", 2048, config.n_embd)
+        assert sum(p.numel() for p in gpt.parameters()) == expected
+        assert sum(p.numel() for p in projector.parameters()) == 590_336
+    transformers = pytest.importorskip("transformers")
+    for vocabulary, context, expected in ((6000, 2048, 8_378_880), (2350, 1024, 7_182_336)):
+        with torch.device("meta"):
+            theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+                vocab_size=vocabulary, n_positions=context, n_embd=256, n_layer=8, n_head=32,
+                n_inner=1024))
+        assert theirs.num_parameters() == expected

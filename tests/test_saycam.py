@@ -1,0 +1,225 @@
+"""SAYCam's files as they are published: the zip, three forms of JSON, and what goes wrong."""
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import fake_saycam
+import sample
+import train
+import vision
+from conftest import ROOT, SMALL
+from data import DataError
+
+SIZE = ["--size=32", "--vocab_size=300"]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return fake_saycam.write(".")
+
+
+def prepare(*args, frames="frames.txt", name="s",
+            annotations=("train.json", "val.json", "test.json")):
+    data.main(["saycam", "--name", name, "--frames", frames, "--annotations", *annotations, *SIZE,
+               *args])
+    return data.Data(f"data/{name}")
+
+
+def bins(name):
+    return {path.name: path.read_bytes() for path in data.Path("data", name).glob("*.bin")}
+
+
+def rows(dataset, split):
+    """[(frame, clip, caption)] of a split, read back."""
+    captions = dataset.open(split, "captions")
+    frames, clips = dataset.open(split, "frames"), dataset.open(split, "clips")
+    return [(frames[f], int(clips[f]), dataset.tokenizer.decode(captions[a:a + n - 1]))
+            for f, a, n in dataset.open(split, "pairs").tolist()]
+
+
+def test_each_frame_is_paired_with_what_was_said(fake):
+    dataset = prepare()
+    for split in ("train", "val", "test"):
+        entries = json.load(open(f"{split}.json"))["data"]
+        expected = [(name, i, entry["utterance"]) for i, entry in enumerate(entries)
+                    for name in entry["frame_filenames"]]
+        found = rows(dataset, split)
+        assert len(found) == len(expected)
+        for (frame, clip, said), (name, i, utterance) in zip(found, expected):
+            assert (clip, said) == (i, utterance)
+            assert np.array_equal(frame, data.read_image(name, 32, io.BytesIO(fake[name])))
+        text = dataset.tokenizer.decode(dataset.open(split, "text"))
+        assert text.count("ball") == sum("ball" in entry["utterance"] for entry in entries)
+    assert dataset.meta["source"] == "saycam" and not os.path.exists("data/s/skipped.txt")
+    assert not [*data.Path("data/s").glob("*.partial"), *data.Path("data/s").glob("*.skipped")]
+
+
+def test_a_folder_and_a_packed_zip_give_the_same_bytes(fake, tmp_path):
+    prepare(name="a")
+    with zipfile.ZipFile("frames.txt") as archive:
+        archive.extractall("unpacked")
+    prepare(frames="unpacked", name="b")
+    fake_saycam.write("packed", method=zipfile.ZIP_DEFLATED)
+    prepare(frames="packed/frames.txt", name="c")
+    assert bins("a") == bins("b") == bins("c") and len(bins("a")) == 15
+
+
+def test_babyllavas_json_transcripts_and_similarity(fake):
+    content = json.load(open("SAYCam_train_data.json"))
+    dataset = prepare("--min_similarity=0.2", annotations=[
+        "SAYCam_train_data.json", "Azure_transcribed_corpus_train.json"])
+    alike = [[0.1 + 0.2 * (f % 2) for f in range(len(item["image"]))]
+             if isinstance(item["image"], list) else [0.3] for item in content]
+    kept = sum(a > 0.2 for item in alike for a in item)
+    assert dataset.count("train", "frames") + dataset.count("val", "frames") == kept
+    assert "hello baby" in dataset.tokenizer.decode(dataset.open("train", "text"))
+    assert dataset.count("val", "frames") > 0  # every tenth stretch, as there is no val.json
+    with pytest.raises(DataError, match="has no similarity"):
+        prepare("--min_similarity=0.2")
+
+
+def test_some_frames_of_each_utterance_evenly_spread(fake):
+    dataset = prepare("--frames_per_utterance=3")
+    entries = json.load(open("train.json"))["data"]
+    assert dataset.count("train", "frames") == sum(min(3, e["num_frames"]) for e in entries)
+    long = next(i for i, e in enumerate(entries) if e["num_frames"] > 8)
+    names = entries[long]["frame_filenames"]
+    frames = [frame for frame, clip, _ in rows(dataset, "train") if clip == long]
+    for frame, name in zip(frames, (names[0], names[round((len(names) - 1) / 2)], names[-1])):
+        assert np.array_equal(frame, data.read_image(name, 32, io.BytesIO(fake[name])))
+
+
+def test_the_papers_vocabulary_keeps_its_ids(fake):
+    words = ["<pad>", "<unk>", "<sos>", "<eos>", "that", "'s", "a", "ball", "."]
+    json.dump({word: i for i, word in enumerate(words)}, open("vocab.json", "w"))
+    dataset = prepare("--vocab=vocab.json")
+    first = dataset.open("train", "captions")[:6].tolist()
+    assert first == [4, 5, 6, 7, 8, dataset.tokenizer.eos] and dataset.meta["tokenizer"] == "word"
+
+
+def damage(fake, missing, broken):
+    names = json.load(open("train.json"))["data"][3]["frame_filenames"] + \
+        json.load(open("train.json"))["data"][4]["frame_filenames"]
+    with zipfile.ZipFile("frames.txt", "w") as archive:
+        for name, content in fake.items():
+            if name not in names[:missing]:
+                cut = name in names[missing:missing + broken]
+                archive.writestr(name, content[:300] if cut else content)
+    return names[:missing + broken]
+
+
+def test_missing_and_damaged_frames_are_listed_never_silent(fake, capsys):
+    lost = damage(fake, 2, 2)
+    with pytest.raises(DataError, match="over max_skipped 0.01") as error:
+        prepare()
+    assert "\n" not in str(error.value)
+    dataset = prepare("--max_skipped=0.2")  # goes on, and counts those it knew of
+    listed = open("data/s/skipped.txt").read().splitlines()
+    assert len(listed) == 4 and all(name in line for name, line in zip(lost, listed))
+    assert "4 images could not be read" in capsys.readouterr().out
+    assert sum(dataset.count(s, "frames") for s in ("train", "val", "test")) == len(fake) - 4
+    for frame, clip, said in rows(dataset, "train"):
+        assert said == fake_saycam.SAID[clip % 4]
+
+
+def test_killed_and_run_again_it_goes_on_to_the_same_bytes(fake, tmp_path):
+    fake = fake_saycam.write(".", (100, 6, 2), size=300)
+    damage(fake, 3, 1)
+    command = [sys.executable, str(ROOT / "data.py"), "saycam", "--frames=frames.txt", *SIZE,
+               "--max_skipped=0.2", "--annotations", "train.json", "val.json", "test.json"]
+    partial = data.Path("data/killed/train_frames.partial")
+    run = subprocess.Popen([*command, "--name=killed"], stderr=subprocess.DEVNULL)
+    while run.poll() is None and not (partial.exists() and partial.stat().st_size > 200 * 3072):
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert partial.exists() and not os.path.exists("data/killed/meta.json")
+    with open(partial, "ab") as file:
+        file.write(b"half a row")
+    kept = partial.stat().st_size // 3072
+    read = []
+    pool = data.multiprocessing.Pool
+
+    class Counting:  # stands for the pool: counts what is read again
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def imap(self, function, jobs, _):
+            read.extend(jobs)
+            return map(function, jobs)
+
+    data.multiprocessing.Pool = Counting
+    try:
+        data.main([*command[2:], "--name=killed"])
+    finally:
+        data.multiprocessing.Pool = pool
+    assert len(read) <= len(fake) - kept + 4
+    data.main([*command[2:], "--name=whole"])
+    assert bins("killed") == bins("whole")
+    assert open("data/killed/skipped.txt").read() == open("data/whole/skipped.txt").read()
+
+
+def test_another_size_starts_anew(fake):
+    damage(fake, 9, 0)
+    with pytest.raises(DataError):
+        prepare()
+    dataset = prepare("--size=16", "--max_skipped=0.5")
+    assert dataset.open("train", "frames").shape[1:] == (16, 16, 3)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "train.json: "), ("{}", "item 0 is no utterance"), ("[1]", "item 0 is no utterance"),
+    ('[{"image": "a.jpg", "conversations": []}]', "item 0 is no utterance"),
+    ('["hello", "baby"]', "one JSON with 'train' in its name must have frames")])
+def test_a_bad_json_is_one_clear_line(fake, content, message):
+    open("train.json", "w").write(content)
+    with pytest.raises(DataError, match=message) as error:
+        prepare()
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_there_is_one_clear_line(fake):
+    with pytest.raises(DataError, match="neither a folder nor a whole zip"):
+        prepare(frames="train.json")
+    with pytest.raises(DataError, match="neither a folder nor a whole zip"):
+        prepare(frames="none.zip")
+    with pytest.raises(DataError, match="give --frames ZIP_OR_FOLDER"):
+        data.main(["saycam", "--frames", "frames.txt"])
+    with pytest.raises(DataError, match="run `python data.py saycam"):
+        train.main(["--phase=1"])
+
+
+def test_from_the_zip_to_words_with_a_published_kind_of_eye(fake):
+    """A ResNeXt checkpoint, the three phases and the published tests' commands, end to end."""
+    prepare("--size=64", "--frames_per_utterance=2")
+    torch.manual_seed(0)
+    eye = vision.ResNeXt((1, 1, 1, 1))
+    state = {f"module.backbone.{key}": value for key, value in eye.state_dict().items()}
+    torch.save({"teacher": state}, "eye.pth")
+    train.main([str(ROOT / "configs/toy.py"), "--data=data/s", "--out=out/s", *SMALL,
+                "--vision_weights=eye.pth", "--block_size=64", "--evaluate=false"])
+    parts = sample.load("out/s/phase2.pt")
+    assert parts.tower.shape() == eye.shape() and parts.meta["E"] == 2048
+    assert parts.meta["data"] == "saycam"
+    names = [*fake][:4]
+    open("v.csv", "w").write("image,positive_phrase,negative_phrase\n" + "".join(
+        f"{name},see ball,see cat\n" for name in names))
+    evaluation.main(["--checkpoint=out/s/phase2.pt", "--task=vtwt", "--csv=v.csv",
+                     "--images", "frames.txt"])
+    result = json.load(open("out/s/results_vtwt.json"))
+    assert result["tasks"]["vtwt"]["n"] == 4 and result["trained_on"] == "saycam"
