@@ -257,7 +257,7 @@ def read_image(path, size, file=None):
         with Image.open(file or path) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter: not in the zip
         raise DataError(f"{path}: no such image") from None
     except Image.UnidentifiedImageError:
         raise DataError(f"{path}: not a picture that Pillow can read") from None
@@ -465,7 +465,7 @@ def prepare(directory, config, splits):
         counts = meta["splits"][split] = {kind: 0 for kind in (*kinds, "characters")}
         with ExitStack() as stack:
             files = {kind: stack.enter_context(
-                (continuing if kind == "frames" and config.source == "saycam" else writing)(
+                (continuing if kind == "frames" and config.source != "toy" else writing)(
                     directory / f"{split}_{kind}.bin")) for kind in kinds}
 
             def put(kind, values):  # values: one row, but for the token bins, where one is a row
@@ -554,6 +554,97 @@ def part(items, split):
             if (i * stretches // len(items) % 10 == 9) == (split == "val")]
 
 
+def skip_log(path):
+    return path.with_suffix(".skipped")
+
+
+def resume_point(path, key, rows, row_bytes):
+    """(rows done, {row: why} of those skipped) of an interrupted run with the same `key`, else
+    (0, {}). The log names each skipped row; the rest are in the partial bin, in order."""
+    partial, bad = path.with_suffix(".partial"), {}
+    first, *lines = skip_log(path).read_text(encoding="utf-8").splitlines() \
+        if skip_log(path).exists() else [""]
+    if first == key:
+        bad = {int(row): why for row, tab, why in (line.partition("\t") for line in lines) if tab}
+    else:
+        os.truncate(partial, 0)
+    whole, done = partial.stat().st_size // row_bytes, 0
+    os.truncate(partial, whole * row_bytes)  # a row cut short is read again
+    while done < rows and (whole or done in bad):
+        whole -= done not in bad
+        done += 1  # a kill may have lost the last rows: skips after those are found again
+    return done, {row: why for row, why in bad.items() if row < done}
+
+
+def read_frame(job):
+    """A frame (S, S, 3), or a line that says why there is none. Runs in a process of its own."""
+    where, size = job
+    try:
+        if not isinstance(where, tuple):
+            return read_image(where, size)
+        archive, name, offset, length, method = where
+        with open(archive, "rb") as file:
+            file.seek(offset + 26)  # the local header: 30 bytes, of which the last are the lengths
+            name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+            file.seek(name_length + extra_length, os.SEEK_CUR)
+            content = file.read(length)
+        content = zlib.decompress(content, -15) if method == zipfile.ZIP_DEFLATED else content
+        return read_image(name, size, io.BytesIO(content))
+    except (DataError, zlib.error) as error:
+        return str(error) if isinstance(error, DataError) else f"{where[1]}: {error}"
+
+
+def read_frames(directory, split, rows, config):
+    """Yield what prepare() takes, for rows (label, where, clip, caption), on all cores.
+
+    Those that an interrupted run wrote are not read again. Those that cannot be read are logged
+    with their label; above max_skipped of them that is a DataError."""
+    path, key = directory / f"{split}_frames.bin", hashlib.sha256(str(config.size).encode())
+    for row in rows:
+        key.update(repr(row).encode())
+    done, bad = resume_point(path, key.hexdigest(), len(rows), 3 * config.size ** 2)
+    with writing(skip_log(path)) as log:
+        lines = [key.hexdigest(), *(f"{i}\t{why}" for i, why in bad.items()), ""]
+        log.write("\n".join(lines).encode("utf-8"))
+    yield from ((None, clip, [said]) for i, (_, _, clip, said) in enumerate(rows[:done])
+                if i not in bad)
+    with open(skip_log(path), "a", encoding="utf-8", buffering=1) as log, \
+            multiprocessing.Pool() as pool:
+        for start in range(done, len(rows), 512):  # so many frames in memory at most
+            jobs = [(where, config.size) for _, where, _, _ in rows[start:start + 512]]
+            for i, frame in enumerate(pool.imap(read_frame, jobs, 8), start):
+                label, _, clip, said = rows[i]
+                if not isinstance(frame, str):
+                    yield frame, clip, [said]
+                    continue
+                bad[i] = label + frame
+                log.write(f"{i}\t{bad[i]}\n")
+                if len(bad) > config.max_skipped * len(rows):
+                    raise DataError(f"{bad[i]}; {len(bad)} such of {len(rows)}, over max_skipped "
+                                    f"{config.max_skipped:g}")
+
+
+def prepare_rows(directory, config, text, rows):
+    """prepare() for text {split: utterances} and rows {split: [(label, where, clip, caption)]}."""
+    directory.mkdir(parents=True, exist_ok=True)
+    meta = prepare(directory, config, {
+        split: (lambda split=split: text[split],
+                lambda split=split: read_frames(directory, split, rows[split], config),
+                len(rows[split])) for split in text})
+    logs = [log for log in (skip_log(directory / f"{split}_frames.bin") for split in text)
+            if log.exists()]
+    skipped = [line.partition("\t")[2] for log in logs
+               for line in log.read_text(encoding="utf-8").splitlines()[1:]]
+    (directory / "skipped.txt").unlink(missing_ok=True)
+    if skipped:
+        with writing(directory / "skipped.txt") as file:
+            file.write("\n".join(skipped).encode("utf-8"))
+        print(f"{len(skipped)} images could not be read: {directory}/skipped.txt")
+    for log in logs:  # the last thing: now the run has ended
+        log.unlink()
+    return meta
+
+
 def prepare_pairs(config, directory):
     """Anybody's captioned pictures (--csv, --images) and transcripts (--text), either or both."""
     if not (config.csv or config.text):
@@ -569,32 +660,11 @@ def prepare_pairs(config, directory):
         lines = [row["caption"] for _, row in rows]
     if len(lines) < 10:
         raise DataError(f"{config.text or config.csv}: {len(lines)} utterances; need at least 10")
-    skipped = []
-
-    def frames(split):
-        for clip, (line, row) in enumerate(part(rows, split)):
-            try:
-                frame = read_image(Path(config.images) / row["image"], config.size)
-                yield frame, clip, [row["caption"]]
-            except DataError as error:
-                skipped.append(f"{config.csv}:{line}: {error}")
-                if len(skipped) > config.max_skipped * len(rows):
-                    raise DataError(f"{skipped[0]}; {len(skipped)} such of {len(rows)}, over "
-                                    f"max_skipped {config.max_skipped:g}") from None
-
-    meta = prepare(directory, config, {
-        split: (lambda split=split: part(lines, split), lambda split=split: frames(split),
-                len(part(rows, split))) for split in ("train", "val")})
-    report_skipped(directory, skipped)
-    return meta
-
-
-def report_skipped(directory, skipped):
-    (directory / "skipped.txt").unlink(missing_ok=True)
-    if skipped:
-        with writing(directory / "skipped.txt") as file:
-            file.write("\n".join(skipped).encode("utf-8"))
-        print(f"{len(skipped)} images could not be read: {directory}/skipped.txt")
+    rows = [(f"{config.csv}:{line}: ", os.path.join(config.images, row["image"]), clip,
+             row["caption"]) for clip, (line, row) in enumerate(rows)]
+    text, rows = ({split: part(items, split) for split in ("train", "val")}
+                  for items in (lines, rows))
+    return prepare_rows(directory, config, text, rows)
 
 
 # ---- SAYCam: 600,285 frames of a head camera, 37,486 utterances, under an agreement of Databrary's
@@ -621,73 +691,33 @@ def read_annotations(path):
             said = row["utterance"] if "utterance" in row else next(
                 turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
             alike = row.get("similarity")
-            found.append((said.strip(), names, alike if isinstance(alike, list) or alike is None
-                          else [alike] * len(names)))
+            alike = [alike] * len(names) if isinstance(alike, (int, float)) else alike
+            if alike is not None and len(alike) != len(names):
+                raise KeyError
+            found.append((said.strip(), names, alike))
         except (KeyError, TypeError, AttributeError, StopIteration):
             raise DataError(f"{path}: item {i} is no utterance, no CVCL entry (utterance, "
-                            "frame_filenames), no LLaVA entry (image, conversations)") from None
+                            "frame_filenames), no LLaVA entry (image, conversations), or its "
+                            "similarities are not as many as its frames") from None
     return [row for row in found if row[0]]
 
 
 def index_frames(path):
-    """{file name: where its bytes are} of a folder or a zip: a path, or (offset, size, method)."""
+    """{file name: where it is} of a folder or a zip: its path, or what read_frame needs."""
     if os.path.isdir(path):
         return {name: os.path.join(folder, name) for folder, _, names in os.walk(path)
                 for name in names}
     try:
         with zipfile.ZipFile(path) as archive:
             return {info.filename.rpartition("/")[2]:
-                    (info.header_offset, info.compress_size, info.compress_type)
-                    for info in archive.infolist()}
+                    (path, info.filename, info.header_offset, info.compress_size,
+                     info.compress_type) for info in archive.infolist()}
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: neither a folder nor a whole zip ({error})") from None
 
 
-def read_frame(job):
-    """A frame (S, S, 3), or a line that says why there is none. Runs in a process of its own."""
-    archive, name, where, size = job
-    try:
-        if where is None:
-            return f"{archive}: no {name} in it"
-        if isinstance(where, str):
-            return read_image(where, size)
-        offset, length, method = where
-        with open(archive, "rb") as file:
-            file.seek(offset + 26)  # the local header: 30 bytes, of which the last are the lengths
-            name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
-            file.seek(name_length + extra_length, os.SEEK_CUR)
-            content = file.read(length)
-        content = zlib.decompress(content, -15) if method == zipfile.ZIP_DEFLATED else content
-        return read_image(name, size, io.BytesIO(content))
-    except (DataError, zlib.error) as error:
-        return f"{name}: {error}" if isinstance(error, zlib.error) else str(error)
-
-
-def skip_log(path):
-    return path.with_suffix(".skipped")
-
-
-def resume_point(path, key, rows, row_bytes):
-    """(rows done, {row: why} of those skipped) of an interrupted run with the same `key`, else
-    (0, {}). The log names each skipped row; the rest are in the partial bin, in order."""
-    partial, bad = path.with_suffix(".partial"), {}
-    first, *lines = skip_log(path).read_text(encoding="utf-8").splitlines() \
-        if skip_log(path).exists() else [""]
-    if first == key:
-        bad = {int(row): why for row, _, why in (line.partition("\t") for line in lines)}
-    else:
-        os.truncate(partial, 0)
-    whole, done = partial.stat().st_size // row_bytes, 0
-    os.truncate(partial, whole * row_bytes)  # a row cut short is read again
-    while done < rows and (whole or done in bad):
-        whole -= done not in bad
-        done += 1  # a kill may have lost the last rows: skips after those are found again
-    return done, {row: why for row, why in bad.items() if row < done}
-
-
 def prepare_saycam(config, directory):
-    """SAYCam, or any captioned video in its form. Frames already written by a run that was stopped
-    are not read again; those that are missing or damaged are listed in skipped.txt."""
+    """SAYCam, or any captioned video in its form."""
     if not (config.frames and config.annotations):
         raise DataError("saycam: give --frames ZIP_OR_FOLDER and --annotations FILE.json ...")
     pairs, speech = defaultdict(list), defaultdict(list)
@@ -712,45 +742,12 @@ def prepare_saycam(config, directory):
     if not pairs["train"] or not pairs["val"]:
         raise DataError("saycam: no pairs to train on: one JSON with 'train' in its name must "
                         "have frames")
-    index, skipped = index_frames(config.frames), []
-    directory.mkdir(parents=True, exist_ok=True)
-
-    def frames(split):
-        rows = [(name.rpartition("/")[2], clip, said)
-                for clip, (said, names) in enumerate(pairs[split]) for name in names]
-        key = hashlib.sha256(f"{config.size} {config.frames}".encode())
-        for row in rows:
-            key.update(repr(row).encode())
-        path = directory / f"{split}_frames.bin"
-        done, bad = resume_point(path, key.hexdigest(), len(rows), 3 * config.size ** 2)
-        yield from ((None, clip, [said]) for i, (_, clip, said) in enumerate(rows[:done])
-                    if i not in bad)
-        with open(skip_log(path), "w", encoding="utf-8", buffering=1) as log, \
-                multiprocessing.Pool() as pool:
-            log.write("".join([key.hexdigest() + "\n", *(f"{i}\t{bad[i]}\n" for i in bad)]))
-            for start in range(done, len(rows), 512):  # so many frames in memory at most
-                block = rows[start:start + 512]
-                jobs = [(config.frames, name, index.get(name), config.size) for name, _, _ in block]
-                for i, frame in enumerate(pool.imap(read_frame, jobs, 8), start):
-                    if not isinstance(frame, str):
-                        yield frame, rows[i][1], [rows[i][2]]
-                        continue
-                    bad[i] = frame
-                    log.write(f"{i}\t{frame}\n")
-                    if len(bad) > config.max_skipped * len(rows):
-                        raise DataError(f"{frame}; {len(bad)} such of {len(rows)}, over "
-                                        f"max_skipped {config.max_skipped:g}")
-        skipped.extend(bad.values())
-
-    splits = {split: (lambda split=split: speech[split] or [said for said, _ in pairs[split]],
-                      lambda split=split: frames(split),
-                      sum(len(names) for _, names in pairs[split]))
-              for split in ("train", "val", "test") if pairs[split]}
-    meta = prepare(directory, config, splits)
-    for split in splits:  # the last thing: now the run has ended
-        skip_log(directory / f"{split}_frames.bin").unlink()
-    report_skipped(directory, skipped)
-    return meta
+    index = index_frames(config.frames)
+    rows = {split: [("", index.get(name.rpartition("/")[2], os.path.join(config.frames, name)),
+                     clip, said) for clip, (said, names) in enumerate(pairs[split])
+                    for name in names] for split in ("train", "val", "test") if pairs[split]}
+    text = {split: speech[split] or [said for said, _ in pairs[split]] for split in rows}
+    return prepare_rows(directory, config, text, rows)
 
 
 SOURCES = {"toy": prepare_toy, "pairs": prepare_pairs, "saycam": prepare_saycam}

@@ -382,7 +382,7 @@ def read_images(names, places, size, task, batch=256):
             raise DataError(f"{' and '.join(places)}: no {name}, which {task} asks for; --images "
                             "takes several folders or zips")
         frame = data.read_image(Path(there[0]) / name, size) if there else data.read_frame(
-            (zips[0], name, index[zips[0]][Path(name).name], size))
+            (index[zips[0]][Path(name).name], size))
         if isinstance(frame, str):
             raise DataError(frame)
         frames.append(frame)

@@ -68,7 +68,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LIMITS = {"sdpa": (8, 128), "torch": (1, 8192)}  # widths the Triton kernel takes in its place
 
 
-@torch.compiler.assume_constant_result
 def lacking(device):
     """Why Triton kernels cannot run on a device, "cuda:1" say, or "" where they can."""
     if triton is None:
@@ -80,6 +79,10 @@ def lacking(device):
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
     return ""
+
+
+# torch.compiler.assume_constant_result, without the 1.3 s that its import takes
+lacking._dynamo_marked_constant = True
 
 
 def choose(backend, fast, x):

@@ -185,6 +185,7 @@ def test_another_size_starts_anew(fake):
 @pytest.mark.parametrize("content, message", [
     ("{", "train.json: "), ("{}", "item 0 is no utterance"), ("[1]", "item 0 is no utterance"),
     ('[{"image": "a.jpg", "conversations": []}]', "item 0 is no utterance"),
+    ('[{"utterance": "a", "frame_filenames": ["x", "y"], "similarity": [1]}]', "not as many"),
     ('["hello", "baby"]', "one JSON with 'train' in its name must have frames")])
 def test_a_bad_json_is_one_clear_line(fake, content, message):
     open("train.json", "w").write(content)
