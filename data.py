@@ -190,7 +190,7 @@ def continuing(path):
     """Like writing(), but what an interrupted run wrote stays beside it, to be added to. While
     there is a log of what was skipped, the run has not ended, even if this file had."""
     partial = path.with_suffix(".partial")
-    if path.exists() and skip_log(path).exists():
+    if path.exists() and path.with_suffix(".skipped").exists():
         os.replace(path, partial)
     with open(partial, "ab") as file:
         yield file
@@ -554,17 +554,12 @@ def part(items, split):
             if (i * stretches // len(items) % 10 == 9) == (split == "val")]
 
 
-def skip_log(path):
-    return path.with_suffix(".skipped")
-
-
 def resume_point(path, key, rows, row_bytes):
     """(rows done, {row: why} of those skipped) of an interrupted run with the same `key`, else
     (0, {}). The log names each skipped row; the rest are in the partial bin, in order."""
-    partial, bad = path.with_suffix(".partial"), {}
-    first, *lines = skip_log(path).read_text(encoding="utf-8").splitlines() \
-        if skip_log(path).exists() else [""]
-    if first == key:
+    partial, log, bad = path.with_suffix(".partial"), path.with_suffix(".skipped"), {}
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    if lines[:1] == [key]:
         bad = {int(row): why for row, tab, why in (line.partition("\t") for line in lines) if tab}
     else:
         os.truncate(partial, 0)
@@ -603,12 +598,12 @@ def read_frames(directory, split, rows, config):
     for row in rows:
         key.update(repr(row).encode())
     done, bad = resume_point(path, key.hexdigest(), len(rows), 3 * config.size ** 2)
-    with writing(skip_log(path)) as log:
+    with writing(path.with_suffix(".skipped")) as log:
         lines = [key.hexdigest(), *(f"{i}\t{why}" for i, why in bad.items()), ""]
         log.write("\n".join(lines).encode("utf-8"))
     yield from ((None, clip, [said]) for i, (_, _, clip, said) in enumerate(rows[:done])
                 if i not in bad)
-    with open(skip_log(path), "a", encoding="utf-8", buffering=1) as log, \
+    with open(path.with_suffix(".skipped"), "a", encoding="utf-8", buffering=1) as log, \
             multiprocessing.Pool() as pool:
         for start in range(done, len(rows), 512):  # so many frames in memory at most
             jobs = [(where, config.size) for _, where, _, _ in rows[start:start + 512]]
@@ -631,8 +626,7 @@ def prepare_rows(directory, config, text, rows):
         split: (lambda split=split: text[split],
                 lambda split=split: read_frames(directory, split, rows[split], config),
                 len(rows[split])) for split in text})
-    logs = [log for log in (skip_log(directory / f"{split}_frames.bin") for split in text)
-            if log.exists()]
+    logs = [log for split in text if (log := directory / f"{split}_frames.skipped").exists()]
     skipped = [line.partition("\t")[2] for log in logs
                for line in log.read_text(encoding="utf-8").splitlines()[1:]]
     (directory / "skipped.txt").unlink(missing_ok=True)

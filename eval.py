@@ -127,19 +127,20 @@ def labeled_s(rows, nll, ties="fair"):
     return accuracy(hits, 1 / len(shown))
 
 
+def first_is_lower(pairs, ties):
+    return accuracy([lowest(np.array(pair), 0, ties) for pair in zip(*pairs)], 0.5)
+
+
 def vtwt(rows, nll, ties="fair"):
     """One picture, a true phrase and its foil: which is likelier?"""
-    images = [row["image"] for row in rows]
-    pairs = [nll(images, [row[f"{tag}_phrase"] for row in rows])
-             for tag in ("positive", "negative")]
-    return accuracy([lowest(np.array(pair), 0, ties) for pair in zip(*pairs)], 0.5)
+    return first_is_lower([nll([row["image"] for row in rows], [row[phrase] for row in rows])
+                           for phrase in ("positive_phrase", "negative_phrase")], ties)
 
 
 def two_by_one(rows, nll, ties="fair"):
     """Two pictures, one phrase: under which is it likelier?"""
-    pairs = [nll([row[name] for row in rows], [row["phrase"] for row in rows])
-             for name in ("image", "foil_image")]
-    return accuracy([lowest(np.array(pair), 0, ties) for pair in zip(*pairs)], 0.5)
+    return first_is_lower([nll([row[image] for row in rows], [row["phrase"] for row in rows])
+                           for image in ("image", "foil_image")], ties)
 
 
 def two_by_two(rows, nll, ties="fair"):

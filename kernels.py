@@ -65,7 +65,7 @@ jit = triton.jit if triton else lambda kernel: kernel
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own slow one: how the tests run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LIMITS = {"sdpa": (8, 128), "torch": (1, 8192)}  # widths the Triton kernel takes in its place
+LIMITS = {"sdpa": 128, "torch": 8192}  # widths that Triton's registers hold in their place
 
 
 def lacking(device):
@@ -96,9 +96,8 @@ def choose(backend, fast, x):
     why = lacking(str(x.device))
     if not why and x.dtype not in DTYPES:
         why = f"it takes float32, bfloat16 and float16, not {str(x.dtype)[6:]}"
-    low, high = LIMITS[fast]
-    if not why and not low <= x.shape[-1] <= high:
-        why = f"it takes vectors {low} to {high} wide, not {x.shape[-1]}"
+    if not why and x.shape[-1] > LIMITS[fast]:
+        why = f"it takes vectors up to {LIMITS[fast]} wide, not {x.shape[-1]}"
     if why and backend == "triton":
         raise ValueError(f"backend triton: {why}; choose auto, {fast} or reference")
     return "triton" if backend == "triton" or not (why or INTERPRET) else fast
@@ -132,8 +131,8 @@ def rms_norm(x, weight, eps, residual=None, backend=None):
                          "last axis, and the residual as all of it")
     if (backend := choose(backend, "torch", x)) == "triton":
         if residual is not None:  # one dtype for all: the wider
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
+            x, residual = (t.to(torch.promote_types(x.dtype, residual.dtype))
+                           for t in (x, residual))
         y, total, _ = norm_forward_op(x, residual, weight, eps)
         return y if residual is None else (y, total)
     total = x if residual is None else x + residual
@@ -463,8 +462,9 @@ TILES = {
 
 def family(x):
     """Which of TILES: decided by a multiprocessor's shared memory and the size of a number."""
-    big = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-    return "fp32" if x.dtype == torch.float32 else "hopper" if big else "ampere"
+    if x.dtype == torch.float32 or not x.is_cuda:
+        return "fp32"
+    return "hopper" if torch.cuda.get_device_capability(x.device)[0] == 9 else "ampere"
 
 
 def launch(kernel, which, q, k, v, prefix, *others):

@@ -32,7 +32,7 @@ FORMAT = 1  # of checkpoints; another is refused
 
 @dataclass
 class Config:
-    image: str = ""  # a picture file; give it again for each further picture
+    image: str = ""  # a picture file, or several
     prompt: str = ""  # the caption begins with these words
     checkpoint: str = ""  # a .pt that train.py wrote; empty: out/toy/phase2.pt, else assets/toy.pt
     num_samples: int = 1  # how many to say
@@ -193,9 +193,8 @@ def draw_attention(path, parts, tokens, features, frames, first):
 
 
 def main(argv):
-    images = [arg.partition("=")[2] if "=" in arg else argv[i + 1] if i + 1 < len(argv) else ""
-              for i, arg in enumerate(argv) if arg.partition("=")[0] == "--image"]
-    config = configs.load(Config, argv, __doc__)
+    config = configs.load(Config, argv, __doc__, many=("image",))
+    images = config.image.split("\n") if config.image else []
     fallback = Path(__file__).parent / "assets" / "toy.pt"
     default = "out/toy/phase2.pt" if Path("out/toy/phase2.pt").exists() else fallback
     device = choose_device(config.device)

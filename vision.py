@@ -95,9 +95,10 @@ class ViT(nn.Module):
         if size % patch or width % heads:
             raise ValueError(f"a ViT of {size} pixels in patches of {patch}, {width} wide with "
                              f"{heads} heads: neither division may leave a rest")
-        self.size, self.patch, self.width, self.heads = size, patch, width, heads
-        self.extras = {"scaled": scaled, "registers": registers, "offset": offset,
-                       "antialias": antialias}
+        self.patch, self.width, self.registers = patch, width, registers
+        self.arguments = dict(size=size, patch=patch, width=width, depth=depth, heads=heads,
+                              scaled=scaled, registers=registers, offset=offset,
+                              antialias=antialias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, width))
         self.patch_embed = PatchEmbed(patch, width)
@@ -114,8 +115,7 @@ class ViT(nn.Module):
 
     def shape(self):
         """The arguments that make a tower like this one."""
-        return {"size": self.size, "patch": self.patch, "width": self.width,
-                "depth": len(self.blocks), "heads": self.heads, **self.extras}
+        return self.arguments
 
     def positions(self, height, width):
         """Position embeddings for a picture of height x width patches, (1, 1 + P, E).
@@ -127,7 +127,7 @@ class ViT(nn.Module):
         if (height, width) == (side, side):
             return self.pos_embed
         grid = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        offset, antialias = self.extras["offset"], self.extras["antialias"]
+        offset, antialias = self.arguments["offset"], self.arguments["antialias"]
         to = {"scale_factor": ((height + offset) / side, (width + offset) / side)} if offset else \
             {"size": (height, width)}
         grid = F.interpolate(grid, **to, mode="bicubic", antialias=antialias)
@@ -142,12 +142,11 @@ class ViT(nn.Module):
         height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
         x = x + self.positions(height, width)
-        registers = self.extras["registers"]
-        if registers:  # after CLS, without positions
+        if self.registers:  # after CLS, without positions
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         for block in self.blocks[:len(self.blocks) + 1 + select_layer]:
             x = block(x)
-        x = torch.cat([x[:, :1], x[:, 1 + registers:]], 1) if registers else x
+        x = torch.cat([x[:, :1], x[:, 1 + self.registers:]], 1) if self.registers else x
         return self.norm(x) if select_layer == -1 else x
 
 
@@ -177,7 +176,7 @@ class ResNeXt(nn.Module):
 
     patch = 32  # pixels a side that become one position: five halvings
 
-    def __init__(self, depths=(3, 4, 6, 3), middle=128, groups=32, size=224):
+    def __init__(self, depths=(3, 4, 6, 3), middle=128, groups=32):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -189,8 +188,8 @@ class ResNeXt(nn.Module):
                                         2 if i and not k else 1))
                 inputs = 256 << i
             self.add_module(f"layer{i + 1}", layer)
-        self.width, self.size, self.heads = inputs, size, 0
-        self.arguments = {"depths": list(depths), "middle": middle, "groups": groups, "size": size}
+        self.width = inputs
+        self.arguments = {"depths": list(depths), "middle": middle, "groups": groups}
 
     def shape(self):
         return self.arguments

@@ -84,7 +84,7 @@ def read_flags(argv, kinds, many):
 
 def load(Config, argv, description="", many=()):
     """A Config from its defaults, the files that argv begins with, then flags. Knobs in `many`
-    take several values after one flag, a line each in the string that comes out.
+    take several values, after one flag or several, a line each in the string that comes out.
 
     Raises ConfigError for an unknown name (naming the nearest), a wrong type, or a file and a
     flag that disagree on `phase`. --help prints every knob with its comment and exits."""
@@ -115,7 +115,7 @@ def load(Config, argv, description="", many=()):
         if name == "phase" and said.get(name, value) != value:
             raise ConfigError(f"{where}: phase {value!r} contradicts phase {said[name]!r} of "
                               f"{files[-1]}")
-        said[name] = value
+        said[name] = value = f"{said[name]}\n{value}" if name in many and name in said else value
         setattr(config, name, value)
     return config
 

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +43,71 @@ def test_a_model_that_knows_nothing_scores_chance():
            for t in ("positive", "negative")]
     result = evaluation.baby_winoground(two, tied)
     assert result["image"]["accuracy"] == result["text"]["accuracy"] == 0.25
+
+
+def test_by_the_published_rule_a_model_that_knows_nothing_is_perfect():
+    tied = lambda images, phrases: np.zeros(len(images))
+    four = [dict(trial_id=0, target_category="a", real_category=c, image=c) for c in "bcda"]
+    pair = [dict(image="x", positive_phrase="p", negative_phrase="n", foil_image="y", phrase="p",
+                 foil_phrase="n")]
+    assert evaluation.labeled_s(four, tied, "published")["accuracy"] == 1
+    assert evaluation.vtwt(pair, tied, "published")["accuracy"] == 1
+    assert evaluation.two_by_two(pair, tied, "published")["group"]["accuracy"] == 0
+    assert evaluation.two_by_one(pair, tied)["accuracy"] == 0.5
+    assert evaluation.two_by_two(pair, tied)["image"]["accuracy"] == 0.25
+
+
+def test_the_generic_forms_ask_for_the_right_picture_and_phrase():
+    """Scores that know which of four pictures each phrase belongs to."""
+    truth = {"red": "r.png", "blue": "b.png"}
+    knows = lambda images, phrases: np.array([float(truth[p] != i)
+                                              for i, p in zip(images, phrases)])
+    one = [dict(image="r.png", foil_image="b.png", phrase="red"),
+           dict(image="r.png", foil_image="b.png", phrase="blue")]  # mislabelled: must be wrong
+    assert evaluation.two_by_one(one, knows)["accuracy"] == 0.5
+    two = [dict(image="r.png", foil_image="b.png", phrase="red", foil_phrase="blue")]
+    assert evaluation.two_by_two(two, knows)["group"]["accuracy"] == 1
+    two[0]["phrase"], two[0]["foil_phrase"] = "blue", "red"
+    assert evaluation.two_by_two(two, knows)["group"]["accuracy"] == 0
+
+
+def test_a_task_alone_from_files_of_its_own(recipe, home, tmp_path, capsys):
+    """The same scores as within the whole evaluation; pictures from a folder or a zip."""
+    whole = json.loads((recipe / "results.json").read_text())["tasks"]
+    folder = home / "data/tiny/eval"
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted((folder / "images").rglob("vtwt/*.png"))[1:]:
+            archive.write(path, f"deep/{path.name}")
+    one = sorted((folder / "images").rglob("vtwt/*.png"))[0]
+    (tmp_path / "rest/vtwt").mkdir(parents=True)
+    (tmp_path / "rest/vtwt" / one.name).write_bytes(one.read_bytes())
+    flags = ["--checkpoint=out/full/phase2.pt", f"--out={tmp_path}"]
+    for task, images in (("labeled_s", [str(folder / "images")]),
+                         ("vtwt", [str(tmp_path / "images.zip"), str(tmp_path / "rest")])):
+        evaluation.main([*flags, f"--task={task}", f"--csv={folder}/{task}.csv", "--batch=7",
+                         "--images", *images])
+        got = json.loads((tmp_path / f"results_{task}.json").read_text())["tasks"]
+        assert got == {task: whole[task]}
+    table = capsys.readouterr().out.splitlines()
+    assert any(line.split()[-4:] == ["0.420", "0.625", "0.066", "0.138"]
+               for line in table)  # the paper's row, and ours, of both files
+    ours = [line for line in table if line.startswith("this one, trained on toy")][-1].split()
+    assert ours[-4:] == [f"{whole['labeled_s']['accuracy']:.3f}",
+                         f"{whole['vtwt']['accuracy']:.3f}", "-", "-"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--task=vwtw"], "--task vwtw: one of labeled_s, vtwt"), (["--csv=x.csv"], "one of labeled_s"),
+    (["--ties=kind"], "fair or published"),
+    (["--task=vtwt", "--csv=no.csv"], "no.csv: No such file"),
+    (["--task=two_by_one"], "two_by_one.csv: No such file"),
+    (["--task=vtwt", "--images=elsewhere"], "elsewhere: neither a folder nor a whole zip"),
+    (["--task=vtwt", "--images=."], "no vtwt/.*, which vtwt asks for"),
+    (["--task=vtwt", "--checkpoint=out/full/phase0.pt"], "cannot see")])
+def test_a_mistaken_task_is_one_clear_line(recipe, home, flags, message):
+    with pytest.raises(DataError, match=message) as error:
+        evaluation.main(["--checkpoint=out/full/phase2.pt", "--out=out/none", *flags])
+    assert "\n" not in str(error.value)
 
 
 def test_winogrounds_rules_and_chances_over_every_order():

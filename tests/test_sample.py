@@ -131,13 +131,12 @@ def test_pictures_matter_to_the_shipped_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data.main(["toy", "--scenes=1", "--lines=50", "--trials=0.25", "--seed=99"])
     parts = sample.load(ROOT / "assets/toy.pt")
-    dataset = data.Data("data/toy")
-    config = evaluation.Config(checkpoint="assets/toy.pt")
-    seen = evaluation.evaluate(parts, dataset, config)[0]["tasks"]
+    config = evaluation.Config(checkpoint="assets/toy.pt", data="data/toy")
+    seen = evaluation.evaluate(parts, config)[0]["tasks"]
     assert seen["labeled_s"]["subsets"]["seen"]["accuracy"] > 0.7
     assert seen["vtwt"]["subsets"]["seen"]["accuracy"] > 0.8
     config.shuffle = True
-    blind = evaluation.evaluate(parts, dataset, config)[0]["tasks"]
+    blind = evaluation.evaluate(parts, config)[0]["tasks"]
     for task in ("labeled_s", "vtwt"):
         low, high = blind[task]["ci95"]
         assert low - 0.05 < blind[task]["chance"] < high + 0.05, task
