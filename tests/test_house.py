@@ -12,7 +12,7 @@ from configs import ConfigError
 from conftest import ROOT
 
 # Lines that are not blank; the sum of what is neither comment nor docstring has a budget too.
-BUDGET = {"kernels.py": 440, "model.py": 230, "vision.py": 370, "toyworld.py": 265, "data.py": 660,
+BUDGET = {"kernels.py": 440, "model.py": 230, "vision.py": 375, "toyworld.py": 265, "data.py": 660,
           "configs/__init__.py": 120, "sample.py": 190, "eval.py": 430, "train.py": 385}
 README = (ROOT / "README.md").read_text()
 IMPORTS = {"kernels": set(), "model": {"kernels"}, "vision": set(), "toyworld": set(),
@@ -55,7 +55,7 @@ def test_the_readmes_table_counts_the_lines_there_are():
     table = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \| (\d+) \|", README, re.M)
     assert [(name, int(a), int(b)) for name, a, b in table] == [
         (name, count(name), code(name)) for name in BUDGET]
-    total = re.search(r"([\d,]+) lines, ([\d,]+) of them code", README)
+    total = re.search(r"([\d,]+)\s+lines,\s+([\d,]+)\s+of\s+them\s+code", README)
     assert [int(n.replace(",", "")) for n in total.groups()] == [
         sum(map(count, BUDGET)), sum(map(code, BUDGET))]
 
