@@ -474,7 +474,7 @@ def launch(kernel, which, q, k, v, prefix, *others):
     BLOCK_D = max(16, triton.next_power_of_2(D))  # the least a tensor core takes is 16
     M, N, warps, stages = TILES[family(q)][64 if D <= 64 else 128][which]
     if D % 16 and which < 2:  # rows that start anywhere take more registers to address
-        M //= 2
+        M = max(16, M // 2)
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     run(kernel, (triton.cdiv(T_keys, N), H_kv, B) if which == 2 else (triton.cdiv(T, M), H, B), q,
         q, k, v, *others, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, T_keys,
