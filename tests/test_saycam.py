@@ -212,8 +212,14 @@ def test_from_the_zip_to_words_with_a_published_kind_of_eye(fake):
     eye = vision.ResNeXt((1, 1, 1, 1))
     state = {f"module.backbone.{key}": value for key, value in eye.state_dict().items()}
     torch.save({"teacher": state}, "eye.pth")
-    train.main([str(ROOT / "configs/toy.py"), "--data=data/s", "--out=out/s", *SMALL,
-                "--vision_weights=eye.pth", "--block_size=64", "--evaluate=false"])
+    for phase in (1, 0, 1, 2):
+        command = [str(ROOT / f"configs/phase{phase}.py"), "--data=data/s", "--out=out/s", *SMALL,
+                   "--block_size=64"]
+        if phase == 1 and not os.path.exists("out/s/phase0.pt"):
+            with pytest.raises(DataError, match="phase0.pt does not exist: finish it first with"):
+                train.main(command)
+            continue
+        train.main([*command, "--vision_weights=eye.pth"] if phase == 0 else command)
     parts = sample.load("out/s/phase2.pt")
     assert parts.tower.shape() == eye.shape() and parts.meta["E"] == 2048
     assert parts.meta["data"] == "saycam"
