@@ -488,7 +488,8 @@ def main(argv):
             other = json.loads(path.read_text())
             if other["checkpoint"] == config.checkpoint and other["source"] != "toy":
                 tasks |= other["tasks"]
-        print(*beside_the_paper(tasks, f"this one, trained on {results['trained_on']}"), sep="\n")
+        name = f"this one, trained on {parts.meta['config']['data']}"
+        print(*beside_the_paper(tasks, name), sep="\n")
     for name in ("val_loss", "bits_per_character"):
         if name in results:
             print(f"{name} {results[name]:.4f}")

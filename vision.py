@@ -198,8 +198,9 @@ class ResNeXt(nn.Module):
         return super().train(False)
 
     def forward(self, x, select_layer=-1):
-        if select_layer != -1:
-            raise ValueError(f"select_layer {select_layer}: a ResNeXt gives its last map, -1")
+        if select_layer != -1 or x.shape[2] % 32 or x.shape[3] % 32:
+            raise ValueError(f"a ResNeXt gives its last map, select_layer -1 and not {select_layer}"
+                             f", of sides that divide by 32, not {x.shape[3]} x {x.shape[2]}")
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, E, S / 32, S / 32)
         x = x.flatten(2).transpose(1, 2)

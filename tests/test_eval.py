@@ -91,7 +91,7 @@ def test_a_task_alone_from_files_of_its_own(recipe, home, tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert any(line.split()[-4:] == ["0.420", "0.625", "0.066", "0.138"]
                for line in table)  # the paper's row, and ours, of both files
-    ours = [line for line in table if line.startswith("this one, trained on toy")][-1].split()
+    ours = [line for line in table if line.startswith("this one, trained on data/tiny")][-1].split()
     assert ours[-4:] == [f"{whole['labeled_s']['accuracy']:.3f}",
                          f"{whole['vtwt']['accuracy']:.3f}", "-", "-"]
 

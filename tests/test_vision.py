@@ -124,6 +124,8 @@ def test_the_published_resnext():
                                                  net.state_dict().values()))
     with pytest.raises(ValueError, match="gives its last map"):
         vision.tower_features(loaded, x, -2)
+    with pytest.raises(ValueError, match="divide by 32, not 240 x 240"):
+        vision.tower_features(loaded, torch.randn(1, 3, 240, 240))
     state.pop("module.backbone.layer3.2.bn2.running_var")
     with pytest.raises(ValueError, match="1 keys missing: layer3.2.bn2.running_var"):
         build_tower(state)
