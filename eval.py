@@ -1,19 +1,19 @@
 """
-What has it learnt? The four BabyVLM tests, grammar pairs, validation loss, and the eye's probes.
+What has it learnt? The four BabyVLM tests, grammar pairs, validation loss, and the tower's probes.
 
     python eval.py --checkpoint out/toy/phase2.pt              # all that the data folder has
     python eval.py --checkpoint out/toy/phase0.pt --zorro DIR  # grammar pairs, words alone
     python eval.py --shuffle                                   # pictures dealt to wrong captions
     python eval.py --task vtwt --csv vtwt.csv --images frames.zip   # BabyVLM's published files
 
-Every score is a mean negative log-likelihood per token of a phrase that follows the picture, in
-fp32, lower is better; a tie counts as its fair share. Each accuracy comes with n, chance and a
+Every score is a mean negative log-likelihood (NLL) per token of a phrase that follows the picture,
+in fp32, lower is better; a tie counts as its fair share. Each accuracy comes with n, chance and a
 95 % Wilson interval, and apart for each `subset` that the CSV names. Writes results.json,
 report.html and captions.png beside the checkpoint.
+
+A new test is an entry in TASKS: its columns, which of them name pictures, and its rule.
 """
-import base64
-import html
-import io
+
 import json
 import math
 from collections import defaultdict
@@ -24,214 +24,303 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import configs
-import data
+import checkpoint
+import config
+import features
+import report
 import sample
-import vision
-from data import DataError
+from batches import SampleBatches, TextBatches
+from config import UserError, knob
+from data import Data
+from dino import linear_probe
+from files import read_csv, read_log, write_json, writing
+from images import Places, read_image, to_pixels
+from scores import accuracy, choose_meteor, lowest, names_in, over_ties
 
 
 @dataclass
-class Config:
+class Config(config.Knobs):
     checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote
     data: str = ""  # the folder with eval/*.csv and val bins; empty: the one it was trained on
     task: str = ""  # one of TASKS alone; empty: all that the data folder has
     csv: str = ""  # the task's file; empty: eval/<task>.csv of the data folder
-    images: str = ""  # folders or zips of its pictures, one or several; empty: eval/images
-    ties: str = "fair"  # fair: a tie counts as its share; published: as in BabyVLM's own scorer
+    images: tuple[str, ...] = ()  # folders or zips of its pictures; empty: eval/images
+    ties: str = knob("fair", choices=("fair", "published"))  # published: as BabyVLM's own scorer
     zorro: str = ""  # a folder of Zorro's .txt files: odd line wrong, even line right
-    batch: int = 256  # phrases scored at a time
+    batch: int = knob(256, low=1, high=1 << 20)  # phrases scored at a time
     shuffle: bool = False  # deal each test's pictures at random: all must fall to chance
     out: str = ""  # where to write; empty: the checkpoint's folder
-    device: str = ""  # cpu, cuda, mps; empty: cuda where there is one
+    device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda where there is one
 
 
 # ---------------------------------------------------------------------------------------------
-# Scores
+# Asking a model
 
 
 @torch.no_grad()
-def phrase_nll(parts, features, rows, phrases, batch=256):
-    """Mean NLL per token of phrases[i] after the picture features[rows[i]]: float64 (n,).
+def phrase_nll(loaded, images, rows, phrases, batch=256):
+    """Mean NLL per token of phrases[i] after the picture images[rows[i]]: float64 (n,).
 
-    features (N, P, E) or None for words alone, which then follow an <eos>. No <eos> is scored."""
-    model, tokenizer = parts.model, parts.tokenizer
-    device, scores = model.gpt.cos.device, np.zeros(len(phrases))
-    head = [tokenizer.eos] if features is None else [tokenizer.image] * features.shape[1]
+    images: features (N, P, E), or None for words alone, which then follow an <eos>. No <eos> is
+    scored. Raises UserError where a phrase is too long or empty, or a score no finite number."""
+    model, tokenizer, device = loaded.model, loaded.tokenizer, loaded.device
+    before = [tokenizer.eos] if images is None else [tokenizer.image] * images.shape[1]
+    scores = np.zeros(len(phrases))
     for start in range(0, len(phrases), batch):
-        words = [tokenizer.encode(phrase) for phrase in phrases[start:start + batch]]
-        T = max(map(len, words)) + len(head)
-        if T - 1 > model.gpt.config.block_size:
-            raise DataError(f"a phrase makes {T - 1} tokens with what precedes it, over the "
-                            f"model's {model.gpt.config.block_size}: {phrases[start][:40]!r} ...")
-        stream = torch.full((len(words), T), tokenizer.pad, device=device)
-        for i, row in enumerate(words):
-            stream[i, :len(head) + len(row)] = torch.tensor(head + row, device=device)
-        targets = stream.masked_fill((stream == tokenizer.pad) | (stream == tokenizer.image), -100)
-        seen = None if features is None else features[rows[start:start + batch]].to(device)
-        logits, _ = model(stream[:, :-1], features=seen)
-        losses = F.cross_entropy(logits.float().transpose(1, 2), targets[:, 1:],
-                                 reduction="none", ignore_index=-100)  # (n, T - 1)
-        lengths = torch.tensor([len(row) for row in words], device=device)
-        scores[start:start + batch] = (losses.double().sum(1) / lengths).cpu().numpy()
+        words = [tokenizer.encode(phrase) for phrase in phrases[start : start + batch]]
+        T = len(before) + max(map(len, words)) - 1  # the last token is only ever a target
+        if model.gpt.config.block_size < T or not all(words):
+            raise UserError(
+                f"a phrase makes no tokens, or {T} with what precedes it, over the model's "
+                f"{model.gpt.config.block_size}: it is near {phrases[start][:40]!r}"
+            )
+        tokens = torch.full((len(words), T), tokenizer.pad)
+        positions, targets, owners = [], [], []
+        for i, phrase in enumerate(words):
+            stream = before + phrase
+            tokens[i, : len(stream) - 1] = torch.tensor(stream[:-1])
+            first = i * T + len(before) - 1  # the position that says the first word
+            positions += range(first, first + len(phrase))
+            targets += phrase
+            owners += [i] * len(phrase)
+        shown = None if images is None else images[rows[start : start + batch]].to(device)
+        logits, _ = model(
+            tokens.to(device), positions=torch.tensor(positions, device=device), images=shown
+        )
+        losses = F.cross_entropy(
+            logits.float(), torch.tensor(targets, device=device), reduction="none"
+        )
+        sums = np.bincount(owners, losses.double().cpu().numpy())
+        scores[start : start + batch] = sums / [len(phrase) for phrase in words]
+    if not np.isfinite(scores).all():
+        raise UserError("the model's scores are not finite numbers: its weights are broken")
     return scores
 
 
-def wilson(hits, n):
-    """95 % interval of a proportion of n trials (Wilson 1927); hits may be fractional."""
-    z, p = 1.959964, hits / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round((centre + sign * spread) / (1 + z * z / n), 4) for sign in (-1, 1)]
+class Subject:
+    """A model that is asked about the pictures of a test, by their names."""
 
+    def __init__(self, loaded, names, locations, settings):
+        self.loaded, self.settings = loaded, settings
+        self.place = {name: i for i, name in enumerate(names)}
+        if settings.shuffle:
+            self.place = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
+        self.locations, seen = locations, []
+        for start in tqdm(range(0, len(names), 64), "pictures", unit_scale=64, unit="image"):
+            seen.append(sample.see(loaded, self.read(locations[start : start + 64])).cpu())
+        self.features = torch.cat(seen)  # each picture's once
 
-def accuracy(hits, chance):
-    """{"accuracy", "chance", "n", "ci95"} of a list of hits, each 0 to 1."""
-    return {"accuracy": round(float(np.mean(hits)), 4), "chance": chance, "n": len(hits),
-            "ci95": wilson(float(np.sum(hits)), len(hits))}
+    def read(self, locations):
+        return np.stack([read_image(place, self.loaded.image_format) for place in locations])
 
+    def frames(self, images):
+        """What is shown where these names are asked for: (n, S, S, 3) uint8."""
+        return self.read([self.locations[self.place[name]] for name in images])
 
-def lowest(scores, right, ties="fair"):
-    """1 if scores[right] is the lowest, 0 if not; 1 / k if k share the lowest, or, by the
-    published rule, 1: it puts the target first and lets it keep the place."""
-    best = np.flatnonzero(scores == np.min(scores))
-    return float(right in best) / (len(best) if ties == "fair" else 1)
+    def nll(self, images, phrases):
+        """phrase_nll of each phrase after each picture."""
+        rows = [self.place[name] for name in images]
+        return phrase_nll(self.loaded, self.features, rows, phrases, self.settings.batch)
 
-
-def below(*pairs, ties="fair"):
-    """The chance that all a < b hold, a tie being a coin's toss: products of 1, 1/2 and 0. By
-    the published rule a tie is 0."""
-    tie = 0.5 if ties == "fair" else 0.0
-    return float(np.prod([1.0 if a < b else tie if a == b else 0.0 for a, b in pairs]))
+    def say(self, images):
+        """What the model says of each picture, greedily, 25 tokens at most."""
+        return sample.caption(self.loaded, self.frames(images), 25)
 
 
 # ---------------------------------------------------------------------------------------------
-# The tests. Each takes rows of its CSV, nll(images, phrases) -> (n,), and the rule for ties, and
-# returns its results.
+# The rules. Each takes the rows of its CSV, a Subject and the way to count ties, and returns
+# {measure: result}.
 
 
-def labeled_s(rows, nll, ties="fair"):
-    """Four pictures, one word: under which picture is the word likeliest?"""
-    scores = nll([row["image"] for row in rows], [row["target_category"] for row in rows])
+def labeled_s(rows, subject, ties):
+    """Some pictures, one word: under which picture is the word likeliest?"""
+    scores = subject.nll([row["image"] for row in rows], [row["target_category"] for row in rows])
     trials = defaultdict(list)
     for row, score in zip(rows, scores):
         trials[row["trial_id"]].append((score, row["target_category"] == row["real_category"]))
-    hits = []
-    for name, shown in trials.items():
-        right = [i for i, (_, is_target) in enumerate(shown) if is_target]
+    hits, chances = [], []
+    for name, trial in trials.items():
+        right = [i for i, (_, is_target) in enumerate(trial) if is_target]
         if len(right) != 1:
-            raise DataError(f"labeled_s.csv: trial {name} has {len(right)} pictures of its target")
-        hits.append(lowest(np.array([score for score, _ in shown]), right[0], ties))
-    return accuracy(hits, 1 / len(shown))
+            raise UserError(f"labeled_s: trial {name} has {len(right)} pictures of its target")
+        hits.append(lowest(np.array([score for score, _ in trial]), right[0], ties))
+        chances.append(1 / len(trial))
+    return {"accuracy": accuracy(hits, float(np.mean(chances)))}
 
 
-def first_is_lower(pairs, ties):
-    return accuracy([lowest(np.array(pair), 0, ties) for pair in zip(*pairs)], 0.5)
+def first_is_lower(firsts, seconds, ties):
+    hits = [lowest(np.array(pair), 0, ties) for pair in zip(firsts, seconds)]
+    return {"accuracy": accuracy(hits, 0.5)}
 
 
-def vtwt(rows, nll, ties="fair"):
+def vtwt(rows, subject, ties):
     """One picture, a true phrase and its foil: which is likelier?"""
-    return first_is_lower([nll([row["image"] for row in rows], [row[phrase] for row in rows])
-                           for phrase in ("positive_phrase", "negative_phrase")], ties)
+    images = [row["image"] for row in rows]
+    positive = subject.nll(images, [row["positive_phrase"] for row in rows])
+    negative = subject.nll(images, [row["negative_phrase"] for row in rows])
+    return first_is_lower(positive, negative, ties)
 
 
-def two_by_one(rows, nll, ties="fair"):
+def two_by_one(rows, subject, ties):
     """Two pictures, one phrase: under which is it likelier?"""
-    return first_is_lower([nll([row[image] for row in rows], [row["phrase"] for row in rows])
-                           for image in ("image", "foil_image")], ties)
+    phrases = [row["phrase"] for row in rows]
+    true = subject.nll([row["image"] for row in rows], phrases)
+    foil = subject.nll([row["foil_image"] for row in rows], phrases)
+    return first_is_lower(true, foil, ties)
 
 
-def two_by_two(rows, nll, ties="fair"):
-    """Two pictures, two phrases, each phrase true of one: scored as Baby Winoground."""
-    return baby_winoground([
-        {"instance_id": i, "image": row[image], "image_tag": tag,
-         "positive_phrase": row["phrase"], "negative_phrase": row["foil_phrase"]}
-        for i, row in enumerate(rows)
-        for image, tag in (("image", "positive"), ("foil_image", "negative"))], nll, ties)
+# L00: positive picture, positive phrase; L01: positive picture, negative phrase; and so on. The
+# chances are those of four scores in random order: four of the 24 orders pass the group rule.
+WINOGROUND = {
+    "image": (lambda L00, L01, L10, L11: L00 < L10 and L11 < L01, 1 / 4),
+    "text": (lambda L00, L01, L10, L11: L00 < L01 and L11 < L10, 1 / 4),
+    "group": (lambda L00, L01, L10, L11: max(L00, L11) < min(L01, L10), 1 / 6),
+    "positive_context": (lambda L00, L01, L10, L11: L00 < min(L01, L10), 1 / 3),
+    "negative_context": (lambda L00, L01, L10, L11: L11 < min(L01, L10), 1 / 3),
+}
 
 
-def baby_winoground(rows, nll, ties="fair"):
-    """Two pictures, two phrases, L[picture][phrase], 0 the positive one. The chances are
-    those of four scores in random order: four of the 24 orders pass the group rule."""
-    scores = nll([row["image"] for row in rows for _ in range(2)],
-                 [row[f"{tag}_phrase"] for row in rows for tag in ("positive", "negative")])
-    L = defaultdict(dict)
-    for row, pair in zip(rows, scores.reshape(-1, 2)):
-        L[row["instance_id"]][row["image_tag"]] = pair
-    rules = {"image": ((0, 0, 1, 0), (1, 1, 0, 1)), "text": ((0, 0, 0, 1), (1, 1, 1, 0)),
-             "group": ((0, 0, 1, 0), (1, 1, 0, 1), (0, 0, 0, 1), (1, 1, 1, 0)),
-             "positive_context": ((0, 0, 1, 0), (0, 0, 0, 1)),
-             "negative_context": ((1, 1, 0, 1), (1, 1, 1, 0))}
-    chance = {"image": 0.25, "text": 0.25, "group": 1 / 6, "positive_context": 1 / 3,
-              "negative_context": 1 / 3}
-    hits = defaultdict(list)
-    for name, m in L.items():
-        if set(m) != {"positive", "negative"}:
-            raise DataError(f"baby_winoground.csv: instance {name} needs a positive and a negative")
-        m = m["positive"], m["negative"]
-        for rule, terms in rules.items():
-            hits[rule].append(below(*((m[a][b], m[c][d]) for a, b, c, d in terms), ties=ties))
-    return {rule: accuracy(hits[rule], chance[rule]) for rule in rules}
+def winoground(instances, subject, ties):
+    """instances: (positive picture, negative picture, positive phrase, negative phrase)."""
+    images = [image for instance in instances for image in instance[:2] for _ in range(2)]
+    phrases = [phrase for instance in instances for _ in range(2) for phrase in instance[2:]]
+    tables = subject.nll(images, phrases).reshape(-1, 4)  # rows of L00, L01, L10, L11
+    results = {}
+    for measure, (rule, chance) in WINOGROUND.items():
+        hits = [over_ties(table, rule, ties) for table in tables.tolist()]
+        results[measure] = accuracy(hits, chance)
+    return results
 
 
-def captions(rows, said):
-    """METEOR of what was said against one reference each, mean."""
+def baby_winoground(rows, subject, ties):
+    """Two pictures, two phrases, each phrase true of one; a row for each picture."""
+    by_instance = defaultdict(list)
+    for row in rows:
+        by_instance[row["instance_id"]].append(row)
+    instances = []
+    for name, sides in by_instance.items():
+        images = {row["image_tag"]: row["image"] for row in sides}
+        phrases = {(row["positive_phrase"], row["negative_phrase"]) for row in sides}
+        if len(sides) != 2 or set(images) != {"positive", "negative"} or len(phrases) != 1:
+            raise UserError(
+                f"baby_winoground:{sides[-1].get('line', '')}: instance {name} needs one row "
+                "tagged positive and one tagged negative, with the same two phrases"
+            )
+        instances.append((images["positive"], images["negative"], *phrases.pop()))
+    return winoground(instances, subject, ties)
+
+
+def two_by_two(rows, subject, ties):
+    """Baby Winoground in one row an instance."""
+    columns = ("image", "foil_image", "phrase", "foil_phrase")
+    return winoground([tuple(row[c] for c in columns) for row in rows], subject, ties)
+
+
+def captions(rows, subject, ties):
+    """METEOR of what is said against one reference each. Where the CSV has them: how often it
+    names the `thing` shown and no other, and the right `colour`, where it says one."""
+    answers = subject.say([row["image"] for row in rows])
     name, meteor = choose_meteor()
-    scores = [meteor(row["text"].split(), line.split()) for row, line in zip(rows, said)]
-    return {name: round(float(np.mean(scores)), 4), "n": len(rows), "chance": None,
-            "exact": round(float(np.mean([r["text"] == s for r, s in zip(rows, said)])), 4)}
+    scores = [meteor(row["text"].split(), said.split()) for row, said in zip(rows, answers)]
+    score = round(float(np.mean(scores)), 4)
+    results = {name: {"score": score, "n": len(rows), "chance": None, "ci95": None}}
+    things, colours = ({row[column] for row in rows if row.get(column)} for column in NAMED)
+    if things:
+        hits = [names_in(said, things) == {row["thing"]} for row, said in zip(rows, answers)]
+        results["names_thing"] = accuracy(hits, None)
+    if colours:
+        said_colours = [names_in(said, colours) for said in answers]
+        hits = [said == {row["colour"]} for row, said in zip(rows, said_colours) if said]
+        if hits:
+            results["colour_if_said"] = accuracy(hits, None)
+    return results
 
 
-def meteor_exact(reference, said):
-    """METEOR (Banerjee and Lavie 2005) with exact matches only, nltk's parameters: 0.9, 3, 0.5.
-
-    nltk's greedy alignment: the last occurrences pair up first. Words are lists of strings."""
-    left, matches = list(enumerate(reference)), []
-    for i in range(len(said) - 1, -1, -1):
-        for k in range(len(left) - 1, -1, -1):
-            if left[k][1] == said[i]:
-                matches.append((i, left.pop(k)[0]))
-                break
-    if not matches:
-        return 0.0
-    matches.sort()
-    precision, recall = len(matches) / len(said), len(matches) / len(reference)
-    chunks = 1 + sum(b != (a[0] + 1, a[1] + 1) for a, b in zip(matches, matches[1:]))
-    mean = precision * recall / (0.9 * precision + 0.1 * recall)
-    return mean * (1 - 0.5 * (chunks / len(matches)) ** 3)
+NAMED = ("thing", "colour")  # columns of a caption's CSV that say what its picture shows
 
 
-def choose_meteor():
-    """("meteor", nltk's with stems and WordNet) where it and its data are installed, else
-    ("meteor_exact", ours): two names, because the numbers are not comparable."""
-    try:
-        from nltk.translate.meteor_score import single_meteor_score
-        single_meteor_score(["a"], ["b"])  # unequal words ask WordNet, which may be absent
-        return "meteor", single_meteor_score
-    except (ImportError, LookupError):
-        return "meteor_exact", meteor_exact
+@dataclass(frozen=True)
+class Task:
+    """A test: the columns its CSV must have, which of them name pictures, its rule, and whether
+    it is one of BabyVLM's four, printed beside the paper."""
+
+    columns: tuple
+    pictures: tuple
+    rule: object
+    published: bool = False
 
 
-def zorro(directory, parts, batch):
-    """Grammar pairs: is the right sentence likelier as a whole? Mean over files of accuracies.
+TASKS = {
+    "labeled_s": Task(
+        ("trial_id", "target_category", "real_category", "image"), ("image",), labeled_s, True
+    ),
+    "vtwt": Task(("image", "positive_phrase", "negative_phrase"), ("image",), vtwt, True),
+    "baby_winoground": Task(
+        ("instance_id", "positive_phrase", "negative_phrase", "image", "image_tag"),
+        ("image",),
+        baby_winoground,
+        True,
+    ),
+    "caption": Task(("image", "text"), ("image",), captions, True),
+    "two_by_one": Task(("image", "foil_image", "phrase"), ("image", "foil_image"), two_by_one),
+    "two_by_two": Task(
+        ("image", "foil_image", "phrase", "foil_phrase"), ("image", "foil_image"), two_by_two
+    ),
+}
+
+
+def run_task(task, path, images, loaded, settings):
+    """({subset: {measure: result}} of a test on the CSV at `path`, entries of a contact sheet)."""
+    test = TASKS[task]
+    rows = read_csv(path, test.columns)
+    places = Places(images)
+    names = sorted({row[column] for row in rows for column in test.pictures})
+    locations = [places.find(name) for name in names]
+    if None in locations:
+        missing = names[locations.index(None)]
+        raise UserError(
+            f"{' and '.join(places.paths)}: no {missing}, which {task} asks for; --images takes "
+            "several folders or zips"
+        )
+    subject = Subject(loaded, names, locations, settings)
+    results = {"all": test.rule(rows, subject, settings.ties)}
+    subsets = sorted({row["subset"] for row in rows if row.get("subset")})
+    if len(subsets) > 1:
+        for subset in subsets:
+            chosen = [row for row in rows if row["subset"] == subset]
+            results[subset] = test.rule(chosen, subject, settings.ties)
+    entries = []
+    if test.rule is captions:
+        chosen = rows[:: max(1, len(rows) // 36)]
+        names = [row["image"] for row in chosen]
+        texts = [row["text"] for row in chosen]
+        entries = list(zip(subject.frames(names), texts, subject.say(names)))
+    return results, entries
+
+
+def zorro(directory, loaded, batch):
+    """Grammar pairs: is the right sentence likelier as a whole? {"all": {"accuracy", and one
+    measure a file}}; the accuracy is the mean over files.
 
     A sentence's log-probability is the sum over its tokens, after an <eos>."""
     files = sorted(Path(directory).glob("*.txt"))
     if not files:
-        raise DataError(f"{directory}: no .txt files of sentence pairs")
-    results = {}
+        raise UserError(f"{directory}: no .txt files of sentence pairs")
+    paradigms = {}
     for path in tqdm(files, "zorro", unit="file"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        lines = [line.lower().strip() for line in lines]
-        lengths = np.array([len(parts.tokenizer.encode(line)) for line in lines])
-        scores = phrase_nll(parts, None, None, lines, batch) * lengths
-        results[path.stem] = accuracy([below((right, wrong)) for wrong, right in
-                                       zip(scores[::2], scores[1::2])], 0.5)
-    macro = np.mean([result["accuracy"] for result in results.values()])
-    return {"accuracy": round(float(macro), 4), "chance": 0.5, "n": len(results),
-            "paradigms": results}
+        lines = [line.lower().strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line]
+        if len(lines) % 2 or not lines:
+            raise UserError(f"{path}: {len(lines)} sentences are no pairs")
+        lengths = np.array([len(loaded.tokenizer.encode(line)) for line in lines])
+        scores = phrase_nll(loaded, None, None, lines, batch) * lengths
+        wrong, right = scores[::2], scores[1::2]
+        paradigms[path.stem] = accuracy(np.where(right == wrong, 0.5, right < wrong), 0.5)
+    macro = round(float(np.mean([result["score"] for result in paradigms.values()])), 4)
+    overall = {"score": macro, "n": len(paradigms), "chance": 0.5, "ci95": None}
+    return {"all": {"accuracy": overall} | paradigms}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,18 +328,17 @@ def zorro(directory, parts, batch):
 
 
 @torch.no_grad()
-def val_loss(model, batches, batch, limit=0, rank=0, world=1):
-    """Mean NLL per target over the first `limit` batches (0: all), in order, always the same."""
+def val_loss(model, batches, image_format, limit=0, rank=0, world=1):
+    """Mean NLL per target over `limit` rows (0: all), always the same ones; each of `world`
+    processes takes its share of the batches."""
     modes = {module: module.training for module in model.modules()}
-    device = model.gpt.cos.device
     model.eval()
-    count = min(len(batches) // batch or 1, limit or len(batches))
-    total = torch.zeros(2, device=device, dtype=torch.float64)
-    for i in range(rank, count, world):
-        rows = batches(i * batch, min(batch, len(batches)), shuffle=False)
-        rows = [torch.as_tensor(part, device=device) for part in rows]
-        words = (rows[1] != -100).sum()
-        total += torch.stack([model(*rows)[1].double() * words, words.double()])
+    total = torch.zeros(2, device=model.gpt.device, dtype=torch.float64)  # sum of NLL, targets
+    for i, (rows, length) in enumerate(batches.fixed_plan(limit)):
+        if i % world == rank:
+            batch = batches.read(rows, length)
+            loss = model(*model.inputs(batch, image_format, 0, 0))[1].double()
+            total += torch.stack([loss * batch.count, torch.full_like(loss, batch.count)])
     if world > 1:
         dist.all_reduce(total)
     for module, mode in modes.items():
@@ -258,243 +346,129 @@ def val_loss(model, batches, batch, limit=0, rank=0, world=1):
     return float(total[0] / total[1])
 
 
+@torch.no_grad()
 def probe(tower, dataset):
     """{"kind", "colour"}: accuracies of linear probes on a tower, from eval/probe.csv, else {}.
 
-    Fitted on three quarters of the frames, on [CLS, mean of patches] after the last norm."""
+    Fitted on three quarters of the frames, on [CLS, mean of places] after the last layer."""
     path = dataset.directory / "eval" / "probe.csv"
     if not path.exists():
         return {}
-    rows = [row for _, row in data.read_csv(path, ("image", "kind", "colour"))]
-    frames = np.stack([data.read_image(path.parent / "images" / row["image"], dataset.meta["S"])
-                       for row in rows])
-    with torch.no_grad():
-        x = torch.cat([tower(vision.preprocess(part, next(tower.parameters()).device)).float().cpu()
-                       for part in np.array_split(frames, len(frames) // 256 + 1)])
-    x = torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)
-    labels = {name: torch.tensor(np.unique([row[name] for row in rows], return_inverse=True)[1])
-              for name in ("kind", "colour")}
-    return {name: vision.linear_probe(x, y, len(x) * 3 // 4) for name, y in labels.items()}
+    rows, outputs = read_csv(path, ("image", "kind", "colour")), []
+    device = next(tower.parameters()).device
+    for start in range(0, len(rows), 256):
+        names = [row["image"] for row in rows[start : start + 256]]
+        frames = [read_image(path.parent / "images" / n, dataset.image_format) for n in names]
+        x = tower(to_pixels(np.stack(frames), dataset.image_format, device)).float().cpu()
+        outputs.append(torch.cat([x[:, 0], x[:, 1:].mean(1)], 1))
+    outputs, accuracies = torch.cat(outputs), {}
+    for name in ("kind", "colour"):
+        labels = np.unique([row[name] for row in rows], return_inverse=True)[1]
+        accuracies[name] = linear_probe(outputs, torch.tensor(labels), len(rows) * 3 // 4)
+    return accuracies
 
 
 # ---------------------------------------------------------------------------------------------
-# All of it, and the report
+# All of it
 
 
-def losses(parts, dataset):
-    """{"val_loss": ...} and, of a GPT alone, {"bits_per_character": ...}, of a prepared folder."""
-    block_size, counts = parts.model.gpt.config.block_size, dataset.meta["splits"]["val"]
-    if parts.model.projector is None:
-        loss = val_loss(parts.model, data.TextBatches(dataset, "val", block_size), 16)
-        return {"val_loss": loss, "bits_per_character":
-                loss / math.log(2) * counts["text"] / counts["characters"]}
-    tower = vision.fingerprint(parts.tower, parts.meta["select_layer"], parts.meta["keep_cls"])
-    if not counts.get("features") or dataset.meta["tower"] != tower:
+def losses(loaded, dataset):
+    """{"val_loss"} and, of a GPT alone, {"bits_per_character"}, of a prepared folder; {} and a
+    line where its vocabulary or its pictures are not the checkpoint's."""
+    model = loaded.model
+    same_words = dataset.tokenizer.digest() == loaded.tokenizer.digest()
+    if not same_words or (model.projector and dataset.image_format != loaded.image_format):
+        print(
+            f"no validation loss: {dataset.directory} has another vocabulary or other pictures "
+            "than the data this checkpoint was trained on"
+        )
         return {}
-    return {"val_loss": val_loss(parts.model, data.PairBatches(dataset, "val", block_size), 64)}
+    if model.projector is None:
+        batches = TextBatches(dataset, "val", 16, 0, model)
+        loss = val_loss(model, batches, dataset.image_format)
+        counts = dataset.meta["splits"]["val"]
+        tokens_a_character = counts["text"] / counts["characters"]
+        # nats a token, times tokens a character, are nats a character; over ln 2, bits
+        return {"val_loss": loss, "bits_per_character": loss * tokens_a_character / math.log(2)}
+    stored = features.open_stored(dataset, "val", model)
+    batches = SampleBatches(dataset, "val", 64, 0, model, stored)
+    return {"val_loss": val_loss(model, batches, dataset.image_format)}
 
 
-def run_task(task, path, images, parts, config):
-    """(results of a test on the CSV at `path`, rows for the contact sheet, if it has captions)."""
-    test, columns = TASKS[task]
-    rows = [row for _, row in data.read_csv(path, columns)]
-    pictures = [column for column in columns if column.endswith("image")]
-    names = sorted({row[column] for row in rows for column in pictures})
-    features, kept, sheet = [], [], []
-    for frames in read_images(names, images, parts.meta["S"], task):
-        features.append(sample.see(parts, frames).cpu())  # once a picture, few in memory
-        kept += list(frames) if test is captions else []
-    features = torch.cat(features)
-    place = {name: i for i, name in enumerate(names)}
-    if config.shuffle:
-        place = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
-
-    def nll(images, phrases):
-        return phrase_nll(parts, features, [place[name] for name in images], phrases, config.batch)
-
-    if test is captions:
-        shown = np.stack([kept[place[row["image"]]] for row in rows])
-        said = sample.caption(parts, shown, 25)
-        sheet = [(frame, row["text"], line) for frame, row, line in zip(shown, rows, said)]
-        run = lambda chosen: captions([rows[i] for i in chosen], [said[i] for i in chosen])
-    else:
-        run = lambda chosen: test([rows[i] for i in chosen], nll, config.ties)
-    results = run(range(len(rows)))
-    subsets = sorted({row["subset"] for row in rows if row.get("subset")})
-    if len(subsets) > 1:
-        results["subsets"] = {
-            name: run([i for i, row in enumerate(rows) if row["subset"] == name])
-            for name in subsets}
-    return results, sheet
-
-
-def evaluate(parts, config):
-    """({"tasks": {...}, "val_loss": ..., ...} of a checkpoint, rows for the contact sheet)."""
-    if config.ties not in ("fair", "published"):
-        raise DataError(f"--ties {config.ties}: fair or published")
-    if config.task not in ("", *TASKS) or (config.csv or config.images) and not config.task:
-        raise DataError(f"--task {config.task or '(none)'}: one of {', '.join(TASKS)}")
-    if config.task and parts.model.projector is None:
-        raise DataError(f"{config.checkpoint} cannot see: --task needs one of phase 1 or 2")
-    folder = Path(config.data or parts.meta["config"]["data"])
-    results = {"checkpoint": config.checkpoint, "phase": parts.meta["phase"], "tasks": {},
-               "trained_on": parts.meta["data"], "data": config.csv or str(folder),
-               "source": config.csv, "shuffled": config.shuffle, "ties": config.ties}
-    sheet = []
-    if config.zorro:
-        results["tasks"]["zorro"] = zorro(config.zorro, parts, config.batch)
-    if not config.csv:  # a CSV of its own needs no prepared folder
-        dataset = data.Data(folder)
-        results |= {"source": dataset.meta["source"], **losses(parts, dataset)}
-    for task in (config.task,) if config.task else TASKS if parts.model.projector else ():
-        path = Path(config.csv or folder / "eval" / f"{task}.csv")
-        if path.exists() or config.task:
-            images = config.images or str(path.parent / "images")
-            results["tasks"][task], rows = run_task(task, path, images, parts, config)
-            sheet = rows or sheet
-    return results, sheet
+def evaluate(loaded, settings):
+    """({"tasks": {...}, "val_loss": ..., ...} of a checkpoint, entries of a contact sheet)."""
+    sees, saved = loaded.model.projector is not None, loaded.checkpoint
+    if settings.task not in ("", *TASKS):
+        raise UserError(f"--task {settings.task}: one of {', '.join(TASKS)}")
+    if (settings.csv or settings.images) and not settings.task:
+        raise UserError(f"--csv and --images need a --task: one of {', '.join(TASKS)}")
+    if settings.task and not sees:
+        raise UserError(f"{settings.checkpoint} cannot see: --task needs one of phase 1 or 2")
+    folder = Path(settings.data or saved["settings"]["data"])
+    results = {
+        "checkpoint": str(settings.checkpoint),
+        "phase": saved["phase"],
+        "trained_on": saved["source"],
+        "corpus": saved["corpus"],
+        "data": settings.csv or str(folder),
+        "source": settings.csv,
+        "shuffled": settings.shuffle,
+        "ties": settings.ties,
+        "tasks": {},
+    }
+    entries = []
+    if settings.zorro:
+        results["tasks"]["zorro"] = zorro(settings.zorro, loaded, settings.batch)
+    if not settings.csv:  # a CSV of its own needs no prepared folder
+        dataset = Data(folder)
+        results |= {"source": dataset.meta["source"], **losses(loaded, dataset)}
+    for task in [settings.task] if settings.task else TASKS if sees else ():
+        path = Path(settings.csv or folder / "eval" / f"{task}.csv")
+        if path.exists() or settings.task:
+            images = settings.images or [path.parent / "images"]
+            results["tasks"][task], more = run_task(task, path, images, loaded, settings)
+            entries = more or entries
+    return results, entries
 
 
-# Each test with the columns of its CSV: BabyVLM's four, and two forms that any pictures fit.
-TASKS = {"labeled_s": (labeled_s, ("trial_id", "target_category", "real_category", "image")),
-         "vtwt": (vtwt, ("image", "positive_phrase", "negative_phrase")),
-         "baby_winoground": (baby_winoground, ("instance_id", "positive_phrase",
-                                               "negative_phrase", "image", "image_tag")),
-         "caption": (captions, ("image", "text")),
-         "two_by_one": (two_by_one, ("image", "foil_image", "phrase")),
-         "two_by_two": (two_by_two, ("image", "foil_image", "phrase", "foil_phrase"))}
-# As the BabyVLM paper reports them: Labeled-S, VTWT, Baby Winoground (group), METEOR.
-PAPER = {"LLaVA-1.5-7B, web scale (paper)": (0.740, 0.785, 0.427, 0.166),
-         "CVCL (paper)": (0.609, 0.649, 0.093, None),
-         "BabyLLaVA (paper)": (0.420, 0.625, 0.066, 0.138),
-         "BabyLLaVA + transferred captions (paper)": (0.536, 0.693, 0.082, None)}
-
-
-def read_images(names, places, size, task, batch=256):
-    """Yield frames (n, S, S, 3) of pictures, in the order of names, a batch at a time. places:
-    folders or zips, a line each. Raises DataError for the first that is missing or damaged."""
-    places = places.split("\n")
-    index = {place: data.index_frames(place) for place in places if not Path(place).is_dir()}
-    frames = []
-    for i, name in enumerate(tqdm(names, f"{task} images", unit="image", mininterval=1)):
-        there = [place for place in places if place not in index and (Path(place) / name).exists()]
-        zips = [place for place in index if Path(name).name in index[place]]
-        if not (there or zips):
-            raise DataError(f"{' and '.join(places)}: no {name}, which {task} asks for; --images "
-                            "takes several folders or zips")
-        frame = data.read_image(Path(there[0]) / name, size) if there else data.read_frame(
-            (index[zips[0]][Path(name).name], size))
-        if isinstance(frame, str):
-            raise DataError(frame)
-        frames.append(frame)
-        if len(frames) == batch or i == len(names) - 1:
-            yield np.stack(frames)
-            frames = []
-
-
-def beside_the_paper(tasks, name):
-    """Lines: what BabyVLM's authors report, and what this checkpoint scores on their files."""
-    group = tasks.get("baby_winoground", {}).get("group", {})
-    ours = [*(tasks.get(task, {}).get("accuracy") for task in ("labeled_s", "vtwt")),
-            group.get("accuracy"), tasks.get("caption", {}).get("meteor")]
-    yield "{:42} {:>9} {:>6} {:>10} {:>7}".format("", "Labeled-S", "VTWT", "Winoground", "METEOR")
-    for model, scores in (PAPER | {name: ours}).items():
-        cells = ["-" if score is None else f"{score:.3f}" for score in scores]
-        yield "{:42} {:>9} {:>6} {:>10} {:>7}".format(model, *cells)
-
-
-def contact_sheet(sheet, columns=6, rows=6):
-    """A PIL picture of frames, each over what was said (black) and what the model says (blue)."""
-    chosen = sheet[::max(1, len(sheet) // (columns * rows))][:columns * rows]
-    page = Image.new("RGB", (190 * columns, 190 * -(-len(chosen) // columns)), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (frame, text, said) in enumerate(chosen):
-        x, y = 190 * (i % columns) + 8, 190 * (i // columns) + 6
-        page.paste(Image.fromarray(frame).resize((128, 128), Image.Resampling.BICUBIC), (x, y))
-        for k, (line, ink) in enumerate(((text, "black"), (said, "blue"))):
-            draw.text((x, y + 132 + 22 * k), line[:30] + "\n" + line[30:60], ink, font_size=9,
-                      spacing=0)
-    return page
-
-
-def rows_of(tasks):
-    """(test, measure, subset, score, interval, chance, n) as text, for each number there is."""
-    for task, result in tasks.items():
-        for subset, part in [("all", result), *result.get("subsets", {}).items()]:
-            for measure, r in ({"": part} if "n" in part else part).items():
-                if "n" not in r:
-                    continue  # the subsets themselves
-                name = next(iter(r))  # accuracy, meteor or meteor_exact
-                interval = "{:.3f} - {:.3f}".format(*r["ci95"]) if "ci95" in r else ""
-                chance = f"{r['chance']:.3f}" if r["chance"] else ""
-                yield (task, measure or name, subset, f"{r[name]:.3f}", interval, chance,
-                       str(r["n"]))
-
-
-def report(results, page, log):
-    """report.html: one file, no script, nothing fetched."""
-    cells = ["<tr><td>" + "<td>".join(row) for row in rows_of(results["tasks"])]
-    curves = defaultdict(list)
-    for line in log:
-        if "loss" in line:
-            curves[line["phase"]].append((line["step"], line["loss"]))
-    charts = []
-    for phase, points in curves.items():
-        steps, losses = np.array(points, float).T
-        x = 300 * steps / max(steps.max(), 1)
-        y = 100 - 96 * (losses - losses.min()) / max(np.ptp(losses), 1e-9)
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-        charts.append(f"<figure><svg width=300 height=104><polyline fill=none stroke=navy "
-                      f"points='{line}'/></svg><figcaption>{phase}: loss {losses[0]:.3f} to "
-                      f"{losses[-1]:.3f} in {int(steps[-1])} steps</figcaption></figure>")
-    picture = ""
-    if page:
-        page.save(buffer := io.BytesIO(), "PNG")
-        picture = ("<h2>What was said (black), what the model says (blue)</h2><img src='data:image/"
-                   f"png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>")
-    loss = f", validation loss {results['val_loss']:.3f}" if "val_loss" in results else ""
-    kind = "Toy world: drawn pictures, not SAYCam." if results["source"] == "toy" else \
-        f"Data: {html.escape(results['source'])}."
-    return ("<!doctype html><meta charset=utf-8><title>nanoBabyLLaVA</title><style>body{font:15px "
-            "sans-serif;margin:2em}td,th{padding:2px 12px;text-align:left}figure{display:inline-"
-            f"block}}</style><h1>nanoBabyLLaVA</h1><p>{kind} {html.escape(results['checkpoint'])}"
-            f"{loss}.<table><tr><th>test<th>measure<th>subset<th>score<th>95 % interval<th>chance"
-            f"<th>n{''.join(cells)}</table><h2>Training</h2>{''.join(charts)}{picture}")
+def write(results, entries, out, task):
+    """results.json, report.html and captions.png in the folder `out`; returns their names."""
+    suffix = f"_{task}" if task else ""
+    sheet = report.contact_sheet(entries) if entries else None
+    names = [f"results{suffix}.json", f"report{suffix}.html"]
+    write_json(out / names[0], results)
+    with writing(out / names[1]) as file:
+        file.write(report.page(results, sheet, read_log(out / "log.jsonl")).encode("utf-8"))
+    if sheet:
+        names.append("captions.png")
+        with writing(out / names[2]) as file:
+            sheet.save(file, "PNG")
+    return names
 
 
 def main(argv):
-    config = configs.load(Config, argv, __doc__, many=("images",))
-    parts = sample.load(config.checkpoint, sample.choose_device(config.device))
-    if parts.model is None:
-        raise DataError(f"{config.checkpoint}: an eye alone; train.py logs its probes")
-    results, sheet = evaluate(parts, config)
-    out = Path(config.out or Path(config.checkpoint).parent)
-    task = f"_{config.task}" if config.task else ""
-    page = contact_sheet(sheet) if sheet else None
-    log = out / "log.jsonl"
-    log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    data.write_json(out / f"results{task}.json", results)
-    with data.writing(out / f"report{task}.html") as file:
-        file.write(report(results, page, log).encode("utf-8"))
-    if page:
-        with data.writing(out / "captions.png") as file:
-            page.save(file, "PNG")
-    for row in [("test", "measure", "subset", "score", "95 % interval", "chance", "n"),
-                *rows_of(results["tasks"])]:
-        print("{:16} {:17} {:9} {:6} {:14} {:7} {:>5}".format(*row))
-    if config.csv and config.task in [*TASKS][:4]:  # with what was scored on other files of theirs
-        tasks = {}
-        for path in out.glob("results_*.json"):
-            other = json.loads(path.read_text())
-            if other["checkpoint"] == config.checkpoint and other["source"] != "toy":
+    settings = config.load(Config, argv, __doc__)
+    device = checkpoint.choose_device(settings.device)
+    loaded = checkpoint.load(settings.checkpoint, device)
+    if loaded.model.gpt is None:
+        raise UserError(f"{settings.checkpoint}: a tower alone; train.py logs its probes")
+    results, entries = evaluate(loaded, settings)
+    out = Path(settings.out or Path(settings.checkpoint).parent)
+    names = write(results, entries, out, settings.task)
+    print(*report.table(results["tasks"]), sep="\n")
+    if settings.csv and TASKS[settings.task].published:
+        tasks = {}  # with what this checkpoint scored on other files of theirs
+        for path in sorted(out.glob("results_*.json")):
+            other = json.loads(path.read_text(encoding="utf-8"))
+            if other.get("checkpoint") == results["checkpoint"] and other.get("source") != "toy":
                 tasks |= other["tasks"]
-        name = f"this one, trained on {parts.meta['config']['data']}"
-        print(*beside_the_paper(tasks, name), sep="\n")
+        name = f"this one, trained on {loaded.checkpoint['settings']['data']}"
+        print(*report.beside_the_paper(tasks, name), sep="\n")
     for name in ("val_loss", "bits_per_character"):
         if name in results:
             print(f"{name} {results[name]:.4f}")
-    print(f"written: {out}/results{task}.json, report{task}.html" + ", captions.png" * bool(page))
+    print(f"written: {out}/{', '.join(names)}")
 
 
 if __name__ == "__main__":
-    configs.run(main, DataError, ValueError)
+    config.run(main)

@@ -6,9 +6,12 @@ Grow a small vision-language model from what one infant saw and heard, phase by 
     python train.py --phase 1                                # the same as configs/phase1.py
     torchrun --nproc_per_node=8 train.py configs/phase1.py   # on eight GPUs
 
-Each phase writes out/<run>/<phase>.pt and starts from the one before. Run again, an interrupted
+Each phase writes out/<run>/<phase>.pt and starts from the ones before. Run again, an interrupted
 phase goes on where it was last saved, to the same bits on a CPU; a finished one is left alone.
+A new phase, or another set of parts that learn, is a row of PHASES below.
 """
+
+import hashlib
 import json
 import math
 import os
@@ -16,413 +19,480 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import configs
+import checkpoint
+import config
 import data
 import eval as evaluation
-import sample
-import vision
-from data import DataError
-from model import BabyLLaVA, GPT, GPTConfig, Projector
+import weights
+from batches import ClipBatches, SampleBatches, TextBatches
+from config import UserError, knob
+from dino import DINO
+from files import only_one, trim_log
+from model import BabyLLaVA
+from phases import (
+    Phase,
+    Processes,
+    carry_on,
+    check_backends,
+    compute_dtype,
+    find_parents,
+    find_resume,
+    inherit,
+    introduce,
+    make_optimizer,
+    new_dino,
+    new_gpt,
+    set_learning,
+    stored_features,
+    wrap,
+)
 
 
 @dataclass
-class Config:
-    phase: str = "all"  # 0, 1, 2, or all, which evaluates at the end
-    tower: str = "both"  # narrows phase 0 to vision or language
+class Config(config.Knobs):
+    phase: str = knob("all", choices=("0", "1", "2", "3", "all"), once=True)  # all: and evaluate
+    tower: str = knob("both", choices=("both", "vision", "language"))  # narrows phase 0
     data: str = "data/toy"  # a folder that data.py wrote; data/toy is drawn if it is not there
     out: str = "out/toy"  # where checkpoints, log.jsonl and results go
-    vision_weights: str = ""  # an eye to use as it is (.pth, .safetensors); empty, none: train one
-    # the eye
-    patch: int = 8  # pixels a side of a patch: P = (S / patch)^2
-    vision_width: int = 128  # E
-    vision_depth: int = 4  # blocks
-    vision_heads: int = 4  # 128 / 4 = 32 wide each
-    prototypes: int = 128  # K, outputs of DINO's head
-    local_views: int = 0  # near views a frame, beside the two wide ones
-    teacher_temperature: float = 0.04  # sharpening; higher flattens the teacher to uniform
-    momentum: float = 0.99  # of the teacher, at first; it climbs to 1
-    select_layer: int = -1  # -1: last block, normed; -2: the block before, not normed (LLaVA)
+    vision_weights: str = ""  # a tower to use as it is (.pth, .safetensors); empty, none: train one
+    # the tower
+    patch: int = knob(8, low=1, high=1024)  # pixels a side of a patch: P = (S / patch)^2
+    vision_width: int = knob(128, low=1, high=1 << 16)  # E
+    vision_depth: int = knob(4, low=1, high=1000)  # blocks
+    vision_heads: int = knob(4, low=1, high=1 << 12)  # 128 / 4 = 32 wide each
+    prototypes: int = knob(128, low=1, high=1 << 20)  # K, outputs of DINO's head
+    local_views: int = knob(0, low=0, high=100)  # small crops, beside the two large ones
+    teacher_temperature: float = knob(0.04, low=1e-4, high=10.0)  # sharpening; higher flattens
+    momentum: float = knob(0.99, low=0.0, high=1.0)  # of the teacher, at first; it climbs to 1
+    # what the projector is given of the tower, and the projector
+    select_layer: int = knob(-1, high=-1)  # -1: last block, normed; -2: the one before, not normed
     keep_cls: bool = False  # hand the projector the CLS token too, before the patches
-    # the mind
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # heads
-    n_kv_head: int = 0  # key and value heads; 0: as many as n_head
-    n_embd: int = 128  # C
-    n_hidden: int = 0  # width of the MLP; 0: 8/3 of n_embd, rounded up
-    block_size: int = 128  # the longest sequence: image tokens and words
-    dropout: float = 0.0  # in the GPT, while it trains
     projector: str = "mlp2x_gelu"  # linear, mlpNx_gelu, identity
+    image_attention: str = knob("causal", choices=("causal", "full"))  # full: images see themselves
+    features: str = knob("stored", choices=("stored", "live"))  # live: the tower runs in each step
+    # the language model
+    n_layer: int = knob(4, low=1, high=1000)  # blocks
+    n_head: int = knob(4, low=1, high=1 << 12)  # heads
+    n_kv_head: int = knob(0, low=0, high=1 << 12)  # key and value heads; 0: as many as n_head
+    n_embd: int = knob(128, low=2, high=1 << 16)  # C
+    n_hidden: int = knob(0, low=0, high=1 << 18)  # width of the MLP; 0: 8/3 of n_embd, rounded up
+    block_size: int = knob(128, low=2, high=1 << 20)  # the longest sequence: image tokens and words
+    dropout: float = knob(0.0, low=0.0, high=0.99)  # in the GPT, while it learns; differs by rank
     # steps, learning rate, and batch over all processes, for each thing that is trained
-    vision_steps: int = 1500  # DINO
-    vision_lr: float = 1e-3  # at its highest
-    vision_batch: int = 32  # frames
-    phase0_steps: int = 300  # GPT
-    phase0_lr: float = 1e-3  # at its highest
-    phase0_batch: int = 16  # rows of block_size tokens
-    phase1_steps: int = 150  # projector
-    phase1_lr: float = 3e-3  # at its highest
-    phase1_batch: int = 32  # pairs
-    phase2_steps: int = 1200  # projector and GPT
-    phase2_lr: float = 2e-3  # at its highest
-    phase2_batch: int = 32  # pairs
-    grad_accum: int = 1  # cut each process's share of a batch into this many pieces
-    warmup: float = 0.03  # share of the steps over which the rate climbs; then a cosine to 0
-    weight_decay: float = 0.1  # of matrices; vectors are not decayed
-    beta2: float = 0.95  # AdamW's; beta1 is 0.9
-    clip: float = 1.0  # largest norm of the gradient
+    vision_steps: int = knob(1500, low=1)  # DINO
+    vision_lr: float = knob(1e-3, low=0.0)  # at its highest
+    vision_batch: int = knob(32, low=1, high=1 << 20)  # frames
+    phase0_steps: int = knob(300, low=1)  # GPT
+    phase0_lr: float = knob(1e-3, low=0.0)  # at its highest
+    phase0_batch: int = knob(16, low=1, high=1 << 20)  # rows of block_size tokens
+    phase1_steps: int = knob(150, low=1)  # projector
+    phase1_lr: float = knob(3e-3, low=0.0)  # at its highest
+    phase1_batch: int = knob(32, low=1, high=1 << 20)  # samples
+    phase2_steps: int = knob(1200, low=1)  # projector and GPT
+    phase2_lr: float = knob(2e-3, low=0.0)  # at its highest
+    phase2_batch: int = knob(32, low=1, high=1 << 20)  # samples
+    phase2_learn: tuple[str, ...] = ()  # parts, as projector gpt tower=2e-4; empty: see PHASES
+    phase3_steps: int = knob(600, low=1)  # the same, on conversations
+    phase3_lr: float = knob(1e-3, low=0.0)  # at its highest
+    phase3_batch: int = knob(32, low=1, high=1 << 20)  # samples
+    phase3_learn: tuple[str, ...] = ()  # as phase2_learn
+    grad_accum: int = knob(1, low=1, high=1 << 20)  # micro-batches of each process's share
+    warmup: float = knob(0.03, low=0.0, high=1.0)  # share of the steps; then a cosine to 0
+    weight_decay: float = knob(0.1, low=0.0, high=10.0)  # of matrices; vectors are not decayed
+    beta2: float = knob(0.95, low=0.0, high=0.99999)  # AdamW's; beta1 is 0.9
+    clip: float = knob(1.0, low=1e-6)  # largest norm of the gradient
     # the machine
-    seed: int = 1  # of weights, order and dropout
-    device: str = ""  # cpu, cuda, mps; empty: cuda where there is one
-    dtype: str = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on cuda, float32 elsewhere
-    compile: str = ""  # on or off: torch.compile; empty: on for cuda
-    attention: str = "auto"  # triton, sdpa, reference, or the best that runs here
-    norm: str = "auto"  # triton, torch, reference, or the best that runs here
+    seed: int = knob(1, low=0, high=2**32 - 1)  # of weights, order and dropout
+    device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda where there is one
+    dtype: str = knob("", choices=("", "float32", "bfloat16"))  # empty: bfloat16 on cuda
+    compile: str = knob("", choices=("", "on", "off"))  # torch.compile; empty: on for cuda
+    attention: str = knob("auto", choices=("auto", "triton", "sdpa", "reference"))  # see kernels.py
+    norm: str = knob("auto", choices=("auto", "triton", "torch", "reference"))  # see kernels.py
     # how often, in steps
-    log_every: int = 10  # a line in log.jsonl
-    eval_every: int = 250  # validation loss, or the eye's probes
-    eval_batches: int = 20  # of the validation set, always the same
-    save_every: int = 100  # what an interruption can cost at most
+    log_every: int = knob(10, low=1)  # a line in log.jsonl
+    eval_every: int = knob(250, low=1)  # validation loss, or the tower's probes
+    eval_batches: int = knob(20, low=1)  # of the validation set, always the same samples
+    save_every: int = knob(100, low=1)  # what an interruption can cost at most
     evaluate: bool = True  # after phase all: run eval.py on the last checkpoint
 
 
-# The recipe: what trains, from which bins, starting from which phase. All else is frozen.
+# ---------------------------------------------------------------------------------------------
+# The phases
+
+
+def watch_tower(run):
+    metrics = evaluation.probe(run.raw_model.teacher["backbone"], run.dataset)
+    return metrics or {"frames": run.train_batches.rows}
+
+
+def watch_loss(run):
+    limit = run.config.eval_batches * run.batch
+    processes = (run.processes.rank, run.processes.world)
+    image_format = run.dataset.image_format
+    loss = evaluation.val_loss(run.raw_model, run.val_batches, image_format, limit, *processes)
+    return {"val_loss": loss}
+
+
+TOWER = ("patch", "vision_width", "vision_depth", "vision_heads", "vision_weights")
+SELF_DISTILLATION = ("prototypes", "local_views", "teacher_temperature", "momentum")
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size")
+SEEING = ("select_layer", "keep_cls", "projector", "image_attention")
+# fmt: off
 PHASES = {
-    "vision": (("student.",), data.ClipBatches, None),
-    "phase0": (("gpt.",), data.TextBatches, None),
-    "phase1": (("projector.",), data.PairBatches, "phase0"),
-    "phase2": (("projector.", "gpt."), data.PairBatches, "phase1"),
+    "vision": Phase(("student",), ClipBatches, ("train", "val"), new_dino, (), TOWER,
+                    SELF_DISTILLATION, watch_tower, "frames/s"),
+    "phase0": Phase(("gpt",), TextBatches, ("train", "val"), new_gpt, (), SIZES, ("dropout",),
+                    watch_loss),
+    "phase1": Phase(("projector",), SampleBatches, ("train", "val"), introduce,
+                    ("vision", "phase0"), SEEING, (), watch_loss),
+    "phase2": Phase(("projector", "gpt"), SampleBatches, ("train", "val"), carry_on,
+                    ("phase1",), (), ("dropout", "phase2_learn"), watch_loss),
+    "phase3": Phase(("projector", "gpt"), SampleBatches, ("chat_train", "chat_val"), carry_on,
+                    ("phase2",), (), ("dropout", "phase3_learn"), watch_loss),
 }
-# Knobs that may change when a phase is resumed; any other must be what it was.
-ANY_TIME = {"phase", "tower", "out", "device", "compile", "attention", "norm", "grad_accum",
-            "log_every", "eval_every", "eval_batches", "save_every", "evaluate"}
-
-
-def choose_phases(config):
-    """The names in PHASES that --phase and --tower ask for."""
-    towers = {"both": ["vision", "phase0"], "vision": ["vision"], "language": ["phase0"]}
-    if config.tower not in towers:
-        raise DataError(f"--tower {config.tower}: vision, language or both")
-    wanted = {"0": towers[config.tower], "1": ["phase1"], "2": ["phase2"], "all": list(PHASES)}
-    if config.phase not in wanted:
-        raise DataError(f"--phase {config.phase}: 0, 1, 2 or all")
-    return wanted[config.phase]
+# fmt: on
+def choose_phases(config, dataset):
+    """The names in PHASES that --phase and --tower ask for; of `all`, those that the data has
+    something to learn from for."""
+    narrowed = {"both": ("vision", "phase0"), "vision": ("vision",), "language": ("phase0",)}
+    if config.phase == "0":
+        return narrowed[config.tower]
+    if config.phase != "all":
+        return (f"phase{config.phase}",)
+    bins = {ClipBatches: "frames", TextBatches: "text", SampleBatches: "samples"}
+    return tuple(
+        name
+        for name, row in PHASES.items()
+        if all(dataset.count(split, bins[row.batches]) for split in row.splits)
+    )
 
 
 # ---------------------------------------------------------------------------------------------
-# What a phase starts with
+# Setting a phase up
 
 
-def finished(config, name):
-    """The finished checkpoint of an earlier phase, or a line that says how to get it."""
-    path = Path(config.out) / f"{name}.pt"
-    how = "0 --tower vision" if name == "vision" else f"{name[-1]}"
-    if not path.exists() or not (checkpoint := sample.read_checkpoint(path))["done"]:
-        state = f"is at step {checkpoint['step']}" if path.exists() else "does not exist"
-        raise DataError(f"{path} {state}: finish it first with --phase {how}")
-    return checkpoint
+@dataclass
+class Run:
+    """A phase that is set up: all that the loop needs."""
+
+    config: Config
+    name: str
+    dataset: data.Data
+    processes: Processes
+    parents: dict
+    decided: dict  # {knob: value} that later phases inherit
+    raw_model: torch.nn.Module  # to save and evaluate; `model` is the same under compile and DDP
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    train_batches: object
+    val_batches: object
+    start: int
+    steps: int
+    batch: int
+
+    @property
+    def path(self):
+        return Path(self.config.out) / f"{self.name}.pt"
+
+    @property
+    def learning(self):
+        return [p for p in self.raw_model.parameters() if p.requires_grad]
+
+    def autocast(self):
+        dtype = compute_dtype(self.config, self.processes.device)
+        return torch.autocast(self.processes.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def build_model(config, name, dataset, resume):
-    """(module to train, tower or None) of phase `name`: fresh, continued or resumed."""
-    tower_shape = dict(size=dataset.meta["S"], patch=config.patch, width=config.vision_width,
-                       depth=config.vision_depth, heads=config.vision_heads)
-    if name == "vision":
-        model = vision.DINO(
-            vision.ViT(**tower_shape), vision.ViT(**tower_shape), prototypes=config.prototypes,
-            local_views=config.local_views, temperature=config.teacher_temperature,
-            momentum=config.momentum)
-        if resume:
-            model.load_state_dict(resume["dino"])
-        return model, model.teacher["backbone"]
-    backends = {"attention": config.attention, "norm": config.norm}
+def set_up(config, name, dataset, processes):
+    """The Run of a phase: from nothing, from the phases before, or from where it stopped; None
+    where it is done."""
+    row, device = PHASES[name], processes.device
+    steps, lr, batch = (getattr(config, f"{name}_{knob}") for knob in ("steps", "lr", "batch"))
+    if batch % (processes.world * config.grad_accum):
+        raise UserError(
+            f"{name}_batch {batch} does not divide into {processes.world} processes x "
+            f"grad_accum {config.grad_accum}"
+        )
+    parents = find_parents(config, row, dataset)
+    decided = inherit(config, parents) | {name: getattr(config, name) for name in row.shape}
+    resume = find_resume(config, name, row, dataset, parents, processes.say)
+    if resume and resume["done"]:
+        processes.say(f"{name}: done already, {config.out}/{name}.pt")
+        return None
+    torch.manual_seed(config.seed)
+    raw_model = row.make(config, dataset, parents)
     if resume:
-        parts = sample.build(resume, **backends)
-        return parts.model, parts.tower
-    if name == "phase0":
-        gpt = GPTConfig(dataset.meta["vocab_size"], config.block_size, config.n_layer,
-                        config.n_head, config.n_kv_head, config.n_embd, config.n_hidden,
-                        config.dropout, **backends)
-        return BabyLLaVA(GPT(gpt), None, dataset.tokenizer.image), None
-    before = finished(config, PHASES[name][2])
-    if before["ranks"] != dataset.tokenizer.dump():
-        raise DataError(f"{config.out}/{PHASES[name][2]}.pt speaks another vocabulary than "
-                        f"{config.data}: train phase 0 on the data you use in phase 1")
-    parts = sample.build(before, **backends)
-    if name == "phase1":
-        parts.tower = sample.build(finished(config, "vision")).tower
-        parts.model.projector = Projector(config.projector, parts.tower.width,
-                                          parts.model.gpt.config.n_embd)
-    return parts.model, parts.tower
+        raw_model.load_state_dict(resume.get("dino") or resume["weights"])
+    raw_model.to(device)
+    check_backends(config, raw_model, device)
 
-
-def ensure_features(config, dataset, tower, device, rank):
-    """Compute what the frozen eye sees of every frame, once; later phases map it into memory.
-
-    Features of another tower, or of another layer of it, are never used: they are made anew."""
-    key = vision.fingerprint(tower, config.select_layer, config.keep_cls)
-    shape = ((dataset.meta["S"] // tower.patch) ** 2 + config.keep_cls, tower.width)
-    for split, counts in dataset.meta["splits"].items():
-        if rank == 0 and (dataset.meta["tower"] != key or not counts.get("features")):
-            frames = dataset.open(split, "frames")
-
-            def blocks(start):
-                bar = tqdm(total=len(frames), initial=start, desc=f"{split} features", unit="frame")
-                for block in vision.extract(tower.to(device), frames[start:], config.select_layer,
-                                            config.keep_cls):
-                    yield block
-                    bar.update(len(block))
-                bar.close()
-
-            dataset.write_features(split, blocks, key, shape)
-    if dist.is_initialized():
-        dist.barrier()
-    return data.Data(dataset.directory)
+    groups = set_learning(raw_model, getattr(config, f"{name}_learn", ()) or row.learns, lr)
+    optimizer = make_optimizer(config, groups, device)
+    if optimizer is None:
+        processes.say(f"{name}: nothing in it can learn; it is saved as it is")
+        steps = 0
+    stored = stored_features(config, dataset, row.splits, raw_model, device)
+    train_batches, val_batches = (
+        row.batches(dataset, split, batch, config.seed, raw_model, kept)
+        for split, kept in zip(row.splits, stored)
+    )
+    model = wrap(raw_model, config, processes, train_batches) if optimizer else raw_model
+    if resume:
+        optimizer.load_state_dict(resume["optimizer"])
+    start = resume["step"] if resume else 0
+    return Run(
+        config,
+        name,
+        dataset,
+        processes,
+        parents,
+        decided,
+        raw_model,
+        model,
+        optimizer,
+        train_batches,
+        val_batches,
+        start,
+        steps,
+        batch,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
 # The loop
 
 
-def record(path, rank, **line):
-    if rank == 0:
+def learning_rate(step, steps, warmup):
+    """The share of its highest rate at a step: a climb from 0, then half a cosine back to 0."""
+    warm = max(1, int(warmup * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(steps - warm, 1))
+
+
+def micro_batches(run, step):
+    """This process's share of a step's batch, in grad_accum pieces."""
+    rows, length = run.train_batches.plan(step)
+    share = len(rows) // (run.processes.world * run.config.grad_accum)
+    first = run.processes.rank * share * run.config.grad_accum
+    starts = range(first, first + share * run.config.grad_accum, share)
+    return [run.train_batches.read(rows[i : i + share], length, i) for i in starts]
+
+
+def take_step(run, step):
+    """Forward, backward, update. Returns the loss, mean over all targets of the whole batch."""
+    world, config = run.processes.world, run.config
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["highest_lr"] * learning_rate(step, run.steps, config.warmup)
+    # All randomness of a step follows from its number, so a resumed run repeats none of it.
+    # Dropout draws other masks on each rank, so results differ by rank where it is on.
+    torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + run.processes.rank)
+    batches = micro_batches(run, step)
+    total = torch.tensor(float(sum(batch.count for batch in batches)), device=run.processes.device)
+    if world > 1:
+        dist.all_reduce(total)
+    loss_sum = torch.zeros((), device=run.processes.device)
+    for i, batch in enumerate(batches):
+        run.model.require_backward_grad_sync = i == len(batches) - 1  # DDP: reduce once a step
+        inputs = run.raw_model.inputs(batch, run.dataset.image_format, config.seed, step)
+        with run.autocast():
+            _, loss = run.model(*inputs)
+        # Every target counts the same, however they fell to micro-batches and processes; x world
+        # because DDP divides by it.
+        loss = loss * (batch.count / total) * world
+        loss.backward()
+        loss_sum += loss.detach() / world
+    torch.nn.utils.clip_grad_norm_(run.learning, config.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.raw_model.after_step(step / run.steps)
+    return loss_sum
+
+
+def loop(run):
+    """Train from run.start to run.steps. It goes round once more than there are steps, so that the
+    last evaluation and save are no second copy."""
+    config, processes, log = run.config, run.processes, Path(run.config.out) / "log.jsonl"
+    progress = tqdm(total=run.steps, initial=run.start, desc=run.name, disable=processes.rank > 0)
+    clock, units = time.perf_counter(), 0  # since when, and how much was seen since
+    for step in range(run.start, run.steps + 1):
+        is_last = step == run.steps
+        if step % config.eval_every == 0 or is_last:
+            with run.autocast():
+                metrics = PHASES[run.name].watch(run)
+            record(log, processes, phase=run.name, step=step, **metrics)
+            values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            processes.say(f"{run.name} step {step}: {values}")
+            clock, units = time.perf_counter(), 0
+        if is_last or (step > run.start and step % config.save_every == 0):
+            save(run, step)
+        if is_last:
+            break
+        loss = take_step(run, step)
+        progress.update()
+        rows, length = run.train_batches.plan(step)
+        units += len(rows) * (length if PHASES[run.name].unit == "tokens/s" else 1)
+        if step % config.log_every == 0:
+            if processes.world > 1:
+                dist.all_reduce(loss)
+            check_finite([loss], run, step)
+            speed = {PHASES[run.name].unit: round(units / (time.perf_counter() - clock))}
+            progress.set_postfix(loss=f"{float(loss):.3f}", **speed)
+            lr = run.optimizer.param_groups[0]["lr"]
+            record(
+                log,
+                processes,
+                phase=run.name,
+                step=step,
+                loss=round(float(loss), 5),
+                lr=lr,
+                **speed,
+            )
+    progress.close()
+
+
+def record(path, processes, **entry):
+    """Append a line to the log."""
+    if processes.is_first:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
 
-def trim_log(path, rank, name, start):
-    """Drop the lines of steps that an interruption lost and that are about to be logged again."""
-    if rank == 0 and path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(True)
-                 if (entry := json.loads(line))["phase"] != name or entry["step"] < start]
-        with data.writing(path) as file:
-            file.write("".join(lines).encode("utf-8"))
-
-
-def contents(config, name, dataset, model, tower, optimizer, step):
-    """What a checkpoint holds: with it alone, sample.py speaks and train.py goes on.
-
-    No random state and no loader's position need saving: both follow from seed and step."""
-    steps = getattr(config, f"{name}_steps")
-    checkpoint = {"format": sample.FORMAT, "phase": name, "step": step, "done": step == steps,
-                  "position": step * getattr(config, f"{name}_batch"), "config": asdict(config),
-                  "data": dataset.meta["source"]}
-    if tower is not None:
-        checkpoint |= {"vision": tower.shape(), "tower": tower.state_dict(), "E": tower.width,
-                       "S": dataset.meta["S"], "select_layer": config.select_layer,
-                       "keep_cls": config.keep_cls}
-    if name == "vision":
-        checkpoint |= {"dino": model.state_dict()} if model else {}
-    else:
-        gpt = {k: v for k, v in asdict(model.gpt.config).items() if k not in ("attention", "norm")}
-        checkpoint |= {"gpt": gpt, "model": model.state_dict(), "ranks": dataset.tokenizer.dump(),
-                       "tokenizer": dataset.tokenizer.kind}
-        if model.projector is not None:
-            checkpoint["projector"] = config.projector
-    return checkpoint | ({"optimizer": optimizer.state_dict()} if optimizer else {})
-
-
-def save(path, checkpoint):
-    with data.writing(path) as file:
-        torch.save(checkpoint, file)
-
-
-def check_finite(tensors, name, step, path):
+def check_finite(tensors, run, step):
     """A run that has gone to NaN stops before it is saved over a good one."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise DataError(f"{name} step {step}: the loss or a weight is not finite; lower {name}_lr. "
-                        f"{path} holds the last good step, if any")
+        raise UserError(
+            f"{run.name} step {step}: the loss or a weight is not finite; lower {run.name}_lr. "
+            f"{run.path} holds the last good step, if any"
+        )
 
 
-def resumable(config, name, path):
-    """The checkpoint at `path` to go on from, or None. Refuses one made with other knobs."""
-    if not path.exists():
-        return None
-    checkpoint = sample.read_checkpoint(path)
-    for knob, value in checkpoint["config"].items():
-        elsewhere = any(knob.startswith(phase) and phase != name for phase in PHASES)
-        now = getattr(config, knob, None)
-        if knob not in ANY_TIME and not elsewhere and now != value:
-            raise DataError(f"{path} was made with {knob}={value}, now it is {now}: give another "
-                            "--out, or delete the file to train it again")
-    return checkpoint
+def save(run, step):
+    """Write the checkpoint of a run; see checkpoint.py for what is in it."""
+    if not run.processes.is_first:
+        return
+    check_finite(run.learning, run, step)
+    is_dino, model = isinstance(run.raw_model, DINO), run.raw_model
+    if is_dino:
+        model = BabyLLaVA(None, tower=run.raw_model.teacher["backbone"])
+    contents = checkpoint.describe(
+        run.config, run.name, run.dataset, model, step, step == run.steps
+    )
+    contents["decided"] = run.decided
+    contents["parents"] = {name: parent["digest"] for name, parent in run.parents.items()}
+    if is_dino:
+        contents["dino"] = run.raw_model.state_dict()
+    if run.optimizer:
+        contents["optimizer"] = run.optimizer.state_dict()
+    checkpoint.save(run.path, contents)
 
 
-def run_phase(config, name, dataset, device, rank, world):
-    """Train one phase to its end: from nothing, from the phase before, or from where it stopped."""
-    path, log = Path(config.out) / f"{name}.pt", Path(config.out) / "log.jsonl"
-    prefixes, Batches, _ = PHASES[name]
-    steps, lr, batch = (getattr(config, f"{name}_{knob}") for knob in ("steps", "lr", "batch"))
-    say = tqdm.write if rank == 0 else lambda line: None
-    resume = resumable(config, name, path)
-    if resume and resume["done"]:
-        return say(f"{name}: done already, {path}")
-    if name == "vision" and config.vision_weights not in ("", "none"):
-        tower = load_tower(config)
-        if rank == 0:
-            save(path, contents(config, name, dataset, None, tower, None, steps))
-        return say(f"{name}: the eye of {config.vision_weights}, as it is")
-    torch.manual_seed(config.seed)
-    raw_model, tower = build_model(config, name, dataset, resume)
-    if name in ("phase1", "phase2"):
-        dataset = ensure_features(config, dataset, tower, device, rank)
-
-    # ---- what learns, and how
-    raw_model.to(device).requires_grad_(False).eval()
-    for child, module in raw_model.named_children():
-        if (child + ".").startswith(prefixes):  # frozen means frozen: no dropout there either
-            module.requires_grad_(True).train()
-    learning = [p for p in raw_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in learning if p.ndim >= 2], "weight_decay": config.weight_decay},
-         {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, config.beta2), fused=device.type == "cuda")
-    start = 0
-    if resume:
-        optimizer.load_state_dict(resume["optimizer"])
-        start = resume["step"]
-        trim_log(log, rank, name, start)
-    model = raw_model  # keeps its name below compile and DDP, to save and evaluate
-    if config.compile == "on" or not config.compile and device.type == "cuda":
-        model = torch.compile(model)
-    if world > 1:
-        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
-    dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise DataError(f"--dtype {dtype}: float32 or bfloat16")
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-
-    # ---- what it sees
-    length = () if name == "vision" else (raw_model.gpt.config.block_size,)
-    batches = Batches(dataset, "train", *length, seed=config.seed)
-    held = None if name == "vision" else Batches(dataset, "val", *length)
-    share = batch // world  # rows of each batch that are this process's
-    if share * world != batch or share % config.grad_accum:
-        raise DataError(f"{name}_batch {batch} does not divide into {world} processes x "
-                        f"grad_accum {config.grad_accum}")
-    say(f"{name}: {sum(p.numel() for p in learning):,} of "
-        f"{sum(p.numel() for p in raw_model.parameters()):,} parameters learn; {steps} steps x "
-        f"{batch} rows = {steps * batch / len(batches):.1f} passes; {device.type}, {dtype}" +
-        ("" if name == "vision" else ", attention {}, norm {}".format(
-            *raw_model.gpt.backends(getattr(torch, dtype)))))
-
-    # ---- one step more than there are steps: the last evaluation and save are no second copy
-    bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=rank > 0, mininterval=1)
-    clock, seen = time.perf_counter(), 0
-    for step in range(start, steps + 1):
-        if step % config.eval_every == 0 or step == steps:
-            with autocast:
-                metrics = evaluation.probe(tower, dataset) if name == "vision" else {
-                    "val_loss": evaluation.val_loss(raw_model, held, batch, config.eval_batches,
-                                                    rank, world)}
-            record(log, rank, phase=name, step=step, **metrics)
-            say(f"{name} step {step}: " + (", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-                                           or "no eval/probe.csv to probe the eye with"))
-            clock, seen = time.perf_counter(), 0
-        if rank == 0 and (step == steps or step > start and step % config.save_every == 0):
-            check_finite(learning, name, step, path)
-            save(path, contents(config, name, dataset, raw_model, tower, optimizer, step))
-        if step == steps:
-            break
-
-        warm = max(1, int(config.warmup * steps))  # a climb from 0, then half a cosine back to 0
-        rate = (step + 1) / warm if step < warm else \
-            0.5 + 0.5 * math.cos(math.pi * (step - warm) / (steps - warm))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate
-        # All randomness of a step follows from its number, so a resumed run repeats none of it.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)
-        rows = batches(step * batch + rank * share, share)
-        pieces = [*zip(*(np.split(part, config.grad_accum) for part in rows))]
-        if name == "vision":
-            shared = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            pieces = [raw_model.views(*(torch.as_tensor(part, device=device) for part in piece),
-                                      shared, rank, world) for piece in pieces]
-            words = torch.ones(len(pieces), device=device)
-        else:
-            words = torch.tensor([(piece[1] != -100).sum() for piece in pieces], device=device)
-            pieces = [[torch.as_tensor(part, device=device) for part in piece] for piece in pieces]
-        total = words.sum()
-        if world > 1:
-            dist.all_reduce(total)
-        loss_sum = 0.0
-        for i, piece in enumerate(pieces):
-            model.require_backward_grad_sync = i == len(pieces) - 1  # DDP: reduce once a step
-            with autocast:
-                _, loss = model(*piece)
-            # Every word counts the same, however they fell to pieces and processes; x world
-            # because DDP divides by it.
-            loss = loss * words[i] / total * world
-            loss.backward()
-            loss_sum = loss_sum + loss.detach() / world
-        torch.nn.utils.clip_grad_norm_(learning, config.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if name == "vision":
-            raw_model.after_step(step / steps)
-
-        seen += rows[0].size * world if name != "vision" else len(rows[0]) * world
-        bar.update()
-        if step % config.log_every == 0:
-            if world > 1:
-                dist.all_reduce(loss_sum)
-            check_finite([loss_sum], name, step, path)
-            speed = round(seen / (time.perf_counter() - clock))
-            unit = "frames/s" if name == "vision" else "tokens/s"
-            bar.set_postfix_str(f"loss {float(loss_sum):.3f}, {speed:,} {unit}")
-            record(log, rank, phase=name, step=step, loss=round(float(loss_sum), 5),
-                   lr=lr * rate, **{unit: speed})
-    bar.close()
+# ---------------------------------------------------------------------------------------------
+# All phases
 
 
-def load_tower(config):
-    """The eye of --vision_weights: a published checkpoint (vision.py) or a vision.pt of ours."""
-    if not Path(config.vision_weights).exists():
-        raise DataError(f"no {config.vision_weights}: fetch that checkpoint, name another with "
-                        "--vision_weights, or train a ViT with --vision_weights none")
-    state = sample.read_file(config.vision_weights)
-    try:
-        if state.get("format") == sample.FORMAT:
-            return sample.build({key: state[key] for key in ("vision", "tower")}).tower
-        return vision.build_tower(state)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{config.vision_weights}: {error}") from None
+def import_tower(config, dataset, processes):
+    """Phase 0 for a tower that comes from a file: save it as it is, unless it is there already."""
+    path, source = Path(config.out) / "vision.pt", Path(config.vision_weights)
+    tower = weights.load_tower(source)  # complains if there is none
+    with open(source, "rb") as file:
+        parents = {"vision_weights": hashlib.file_digest(file, "sha256").hexdigest()}
+    # the other knobs of TOWER did not make this one: None contradicts them all
+    decided = dict.fromkeys(TOWER) | {"vision_weights": config.vision_weights}
+    if path.exists() and checkpoint.read(path)["parents"] == parents:
+        processes.say(f"vision: the tower of {source}, as it was, {path}")
+    elif processes.is_first:
+        model = BabyLLaVA(None, tower=tower)
+        contents = checkpoint.describe(config, "vision", dataset, model, step=0, done=True)
+        checkpoint.save(path, contents | {"parents": parents, "decided": decided})
+        processes.say(f"vision: the tower of {source}, as it is")
 
 
-def main(argv):
-    config = configs.load(Config, argv, __doc__)
-    rank, world = (int(os.environ.get(name, default)) for name, default in
-                   (("RANK", 0), ("WORLD_SIZE", 1)))
-    device = sample.choose_device(config.device)
+def train_phase(config, name, dataset, processes):
+    """Train one phase to its end."""
+    run = set_up(config, name, dataset, processes)
+    if run is None:
+        return
+    count = sum(p.numel() for p in run.learning)
+    whole = sum(p.numel() for p in run.raw_model.parameters())
+    passes = run.steps * run.batch / run.train_batches.rows
+    dtype = compute_dtype(config, processes.device)
+    line = f"{name}: {count:,} of {whole:,} parameters learn; {run.steps} steps x {run.batch} rows"
+    line += f" = {passes:.1f} passes; {processes.device}, {str(dtype)[6:]}"
+    if isinstance(run.raw_model, BabyLLaVA):
+        line += ", attention {}, norm {}".format(*run.raw_model.gpt.backends(dtype))
+    processes.say(line)
+    if processes.is_first:
+        trim_log(Path(config.out) / "log.jsonl", name, run.start)
+    loop(run)
+
+
+def load_settings(argv):
+    """The Config of the command line; `--phase 1` without a file means configs/phase1.py."""
+    files, flags = config.split_arguments(argv)
+    settings = config.load(Config, argv, __doc__)
+    path = Path(__file__).parent / "configs" / f"phase{settings.phase}.py"
+    if not files and "phase" in settings.given and path.exists():
+        print(f"no config file given: taking configs/{path.name}")
+        settings = config.load(Config, [str(path), *flags], __doc__)
+    return settings
+
+
+def find_processes(settings):
+    """This process among torchrun's, or the only one there is."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = checkpoint.choose_device(settings.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, world, device)
+
+
+def train(settings, processes):
+    """All phases that are asked for, and the tests after the last."""
+    if processes.is_first and settings.data == "data/toy" and not Path("data/toy").exists():
+        data.prepare("toy", [])
+    processes.wait()
+    dataset = data.Data(settings.data)
+    names = choose_phases(settings, dataset)
+    for name in names:
+        # a phase changes what it inherits, and the next one must not take that for given
+        config_of_phase = Config(**asdict(settings))
+        config_of_phase.given = settings.given
+        foreign = settings.vision_weights not in ("", "none")
+        if name == "vision" and foreign:
+            import_tower(config_of_phase, dataset, processes)
+        else:
+            train_phase(config_of_phase, name, dataset, processes)
+        processes.wait()  # the next phase reads what the first process has written
+    if settings.phase == "all" and settings.evaluate and processes.is_first:
+        last = f"--checkpoint={settings.out}/{names[-1]}.pt"
+        flags = [last, f"--data={settings.data}", f"--device={settings.device}"]
+        if names[-1] != "vision":
+            evaluation.main(flags)
+
+
+def main(argv):
+    settings = load_settings(argv)
+    processes = find_processes(settings)
     try:
-        names = choose_phases(config)
-        if rank == 0 and config.data == "data/toy" and not Path("data/toy/meta.json").exists():
-            data.make(data.Config())
-        if world > 1:
-            dist.barrier()
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        for name in names:
-            run_phase(config, name, data.Data(config.data), device, rank, world)
-            if world > 1:
-                dist.barrier()  # the next phase reads what rank 0 has written
-        if config.phase == "all" and config.evaluate and rank == 0:
-            evaluation.main([f"--checkpoint={config.out}/phase2.pt", f"--data={config.data}",
-                             f"--device={config.device}"])
+        if processes.is_first:
+            with only_one(settings.out, "training"):
+                train(settings, processes)
+        else:
+            train(settings, processes)
     finally:
-        if world > 1:
+        if processes.world > 1:
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    configs.run(main, DataError, ValueError)
+    config.run(main)

@@ -1,0 +1,235 @@
+"""
+Batches with a position: what step number `step` reads is a pure function of (seed, step).
+
+So a resumed run sees what it would have seen, and validation cannot disturb training. plan(step)
+gives the rows of a whole batch and the length they are padded to; read(rows, length) reads any
+part of them, so that processes and micro-batches share a batch as they like.
+Letters: B batch, T sequence length, N images, P image tokens an image, E vision width, S side,
+K targets.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from config import UserError
+from images import to_pixels
+
+
+@dataclass
+class Batch:
+    """What a model is given: tokens (n, T), the positions in the flattened (n T) that have a
+    target (None: all have), these targets (K,), and images (N, P, E) features, (N, S, S, 3)
+    frames, or None. `count` targets are to be learnt, the others are padding, -100."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray | None
+    images: np.ndarray | None
+    count: int
+
+    def to(self, device, image_format):
+        """(tokens, targets, positions, images) as tensors; frames become a tower's input."""
+        tensors = [
+            None if part is None else torch.as_tensor(part, device=device)
+            for part in (self.tokens, self.targets, self.positions, self.images)
+        ]
+        if tensors[3] is not None and tensors[3].dtype == torch.uint8:
+            tensors[3] = to_pixels(self.images, image_format, device)
+        return tensors
+
+
+def round_up(n, parts=8):
+    """n, or a little more: 2^k / parts, rounded to a power of two, is the grain between 2^k and
+    2^(k + 1). With 8 parts at most an eighth is padding, and there are 8 lengths a doubling."""
+    grain = max(8, (1 << max(n - 1, 1).bit_length() - 1) // parts)
+    return -(-n // grain) * grain
+
+
+class Order:
+    """An endless shuffled deck of 0 .. n - 1: each pass is a fresh permutation of all of them."""
+
+    def __init__(self, n, seed):
+        self.n, self.seed, self.decks = n, seed, {}
+
+    def __call__(self, start, count):
+        """Cards number start .. start + count - 1 of the endless deck."""
+        positions = np.arange(start, start + count)
+        decks, cards = positions // self.n, positions % self.n
+        wanted = np.unique(decks).tolist()
+        self.decks = {
+            deck: self.decks[deck]
+            if deck in self.decks
+            else np.random.RandomState([self.seed, deck]).permutation(self.n)
+            for deck in wanted
+        }
+        chosen = np.empty(count, np.int64)
+        for deck in wanted:
+            chosen[decks == deck] = self.decks[deck][cards[decks == deck]]
+        return chosen
+
+
+def some_rows(n, limit):
+    """All of 0 .. n - 1, or `limit` of them chosen once for all, in order."""
+    if not limit or limit >= n:
+        return np.arange(n)
+    return np.sort(np.random.RandomState(0).permutation(n)[:limit])
+
+
+class TextBatches:
+    """Rows of T tokens from one long stream of utterances; every position has a target."""
+
+    def __init__(self, dataset, split, batch, seed, model=None, features=None):
+        self.text = dataset.open(split, "text")
+        self.T = min(model.gpt.config.block_size, len(self.text) - 2)
+        if self.T < 1:
+            raise UserError(f"{dataset.path(split, 'text')}: {len(self.text)} tokens are too few")
+        self.rows = (len(self.text) - 1) // self.T
+        self.batch, self.order = batch, Order(self.rows, seed)
+
+    def plan(self, step):
+        return self.order(step * self.batch, self.batch), self.T
+
+    def fixed_plan(self, limit=0):
+        """The plans of a validation over `limit` rows (0: all), always the same."""
+        rows = some_rows(self.rows, limit)
+        return [(rows[i : i + self.batch], self.T) for i in range(0, len(rows), self.batch)]
+
+    def read(self, rows, length, first=0):
+        begins = rows * length
+        stream = np.stack([self.text[b : b + length + 1] for b in begins]).astype(np.int64)
+        return Batch(stream[:, :-1], stream[:, 1:].reshape(-1), None, None, len(rows) * length)
+
+
+class SampleBatches:
+    """Samples of alike length, with and without pictures apart.
+
+    Of each 32 batches' worth of shuffled samples those of like length are put together, and the
+    batches shuffled again. Every row has the same length, one of few (round_up)."""
+
+    WINDOW = 32
+
+    def __init__(self, dataset, split, batch, seed, model, features=None):
+        self.samples, self.tokens = dataset.open(split, "samples"), dataset.open(split, "tokens")
+        self.learn, self.tokenizer = dataset.open(split, "learn"), dataset.tokenizer
+        self.batch, self.seed, self.rows = batch, seed, len(self.samples)
+        self.P, self.features, self.shown, self.frames = 0, features, None, None
+        if dataset.count(split, "shown"):
+            self.P = model.image_tokens(dataset.image_format.size)
+            self.shown, self.images = (dataset.open(split, kind) for kind in ("shown", "images"))
+            self.frames = dataset.open(split, "frames")
+        self.block_size = model.gpt.config.block_size
+        longest = int(max(self.lengths(part).max() for part in self.parts()))
+        if longest > self.block_size:
+            raise UserError(
+                f"{dataset.directory}: the longest {split} sample makes {longest} "
+                f"tokens, {self.P} for an image, over block_size {self.block_size}: "
+                "raise block_size in phase 0, or shorten the samples"
+            )
+        if model.image_attention == "full":
+            self.check_images_lead(dataset.directory)
+        self.order, self.window, self.plans = Order(self.rows, seed), None, None
+
+    def parts(self, size=1 << 16):
+        return (np.arange(i, min(i + size, self.rows)) for i in range(0, self.rows, size))
+
+    def lengths(self, rows):
+        """Positions that each sample takes: its last token is only ever a target."""
+        samples = self.samples[rows].astype(np.int64)
+        return samples[:, 1] - 1 + samples[:, 3] * (self.P - 1)
+
+    def check_images_lead(self, directory):
+        """Raise UserError unless all samples begin with the same number of images: then these are
+        the `prefix` that every position may see."""
+        for rows in self.parts():
+            samples = self.samples[rows].astype(np.int64)
+            number = int(self.samples[0, 3])
+            leading = [self.tokens[samples[:, 0] + i] for i in range(number)]
+            alike = all((tokens == self.tokenizer.image).all() for tokens in leading)
+            if not alike or (samples[:, 3] != number).any() or not number:
+                raise UserError(
+                    f"{directory}: image_attention=full needs samples that all begin "
+                    "with the same number of images; use causal"
+                )
+
+    def group(self, rows):
+        """Plans for rows: those with images and those without, each by padded length."""
+        lengths = np.array([min(round_up(int(n)), self.block_size) for n in self.lengths(rows)])
+        with_images = self.samples[rows][:, 3] > 0
+        order = np.lexsort((lengths, with_images))
+        groups = [order[i : i + self.batch] for i in range(0, len(rows), self.batch)]
+        return [(rows[group], int(lengths[group].max())) for group in groups]
+
+    def plan(self, step):
+        window = step // self.WINDOW
+        if window != self.window:
+            size = self.WINDOW * self.batch
+            plans = self.group(self.order(window * size, size))
+            shuffled = np.random.RandomState([self.seed, window, 1]).permutation(len(plans))
+            self.window, self.plans = window, [plans[i] for i in shuffled]
+        return self.plans[step % self.WINDOW]
+
+    def fixed_plan(self, limit=0):
+        """The plans of a validation over `limit` samples (0: all), always the same."""
+        return self.group(some_rows(self.rows, limit))
+
+    def read(self, rows, length, first=0):
+        stream = np.full((len(rows), length + 1), self.tokenizer.pad, np.int64)
+        learn = np.zeros((len(rows), length + 1), bool)
+        shown = []
+        for i, (token, tokens, image, images) in enumerate(self.samples[rows].tolist()):
+            ids = self.tokens[token : token + tokens]
+            repeats = np.where(ids == self.tokenizer.image, max(self.P, 1), 1)
+            end = int(repeats.sum())
+            stream[i, :end] = np.repeat(ids, repeats)  # each <image> becomes P placeholders
+            learn[i, :end] = np.repeat(self.learn[token : token + tokens], repeats)
+            if images:
+                shown.append(self.shown[image : image + images])
+        positions = np.flatnonzero(learn[:, 1:])
+        targets = stream[:, 1:].reshape(-1)[positions]
+        padding = round_up(max(len(positions), 1), parts=4) - len(positions)
+        batch = Batch(
+            tokens=stream[:, :-1],
+            targets=np.pad(targets, (0, padding), constant_values=-100),
+            positions=np.pad(positions, (0, padding)),
+            images=None,
+            count=len(positions),
+        )
+        if shown:
+            frames = self.images[np.concatenate(shown)][:, 0]
+            batch.images = (self.frames if self.features is None else self.features)[frames]
+        return batch
+
+
+class ClipBatches:
+    """Pairs of frames for DINO: two of one clip, or the same frame twice where it has only one."""
+
+    def __init__(self, dataset, split, batch, seed, model=None, features=None):
+        self.frames, self.clips = dataset.open(split, "frames"), dataset.open(split, "clips")
+        self.rows, self.batch = len(self.frames), batch
+        self.order = Order(self.rows, seed)
+
+    def plan(self, step):
+        return self.order(step * self.batch, self.batch), step * self.batch
+
+    def read(self, rows, start, first=0):
+        """(frames, others), each (n, S, S, 3) uint8; these rows are number `first` and on of the
+        batch that begins at position `start` of the endless deck."""
+        begin = np.searchsorted(self.clips, self.clips[rows], "left")
+        length = np.searchsorted(self.clips, self.clips[rows], "right") - begin
+        position = np.arange(start + first, start + first + len(rows))
+        chance = position * 2654435761 >> 8  # Knuth's multiplicative hash
+        others = begin + (rows - begin + 1 + chance % np.maximum(length - 1, 1)) % length
+        return FramePairs(self.frames[rows], self.frames[others], first, len(rows))
+
+
+@dataclass
+class FramePairs:
+    """frames and others (n, S, S, 3) uint8, row by row of one clip; number `first` and on of
+    their batch; `count` rows."""
+
+    frames: np.ndarray
+    others: np.ndarray
+    first: int
+    count: int

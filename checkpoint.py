@@ -1,0 +1,177 @@
+"""
+What a run saves and loads. A checkpoint is one self-contained file, a dict of torch.save:
+
+    format      2; another is refused
+    phase       "vision", "phase0", "phase1", "phase2" or "phase3"
+    step, done  how many steps were taken, and whether these were all
+    settings    {knob: value}: the Config it was made with
+    decided     {knob: value} of these, which later phases inherit and must not contradict
+    parents     {phase: digest} of the checkpoints it started from; of a tower that came from a
+                file, {"vision_weights": sha256 of the file}
+    digest      of its weights, once it is done: what its children keep under `parents`
+    source      which source its data came from, "toy" or another
+    corpus      the id of its data, as in meta.json
+    images      the images.ImageFormat, a dict
+    tokenizer   {"kind", "ranks"}, a Tokenizer as text; None for a tower alone
+    parts       {"tower": vision.describe(), "gpt": sizes, "projector": Projector's arguments,
+                "seeing": BabyLLaVA's other arguments}: those there are
+    weights     the state dict of a model.BabyLLaVA of these parts
+    dino        the state dict of a dino.DINO: vision alone, to go on from
+    optimizer   the optimizer's, to go on from; step and seed give all else: no state of random
+                numbers and no position of a loader needs saving
+
+With it alone sample.py speaks, eval.py scores and train.py goes on.
+"""
+
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import vision
+from config import UserError
+from files import writing
+from images import ImageFormat
+from model import GPT, BabyLLaVA, GPTConfig, Projector
+from tokenizer import Tokenizer
+
+FORMAT = 2
+BACKENDS = ("attention", "norm")  # of a GPTConfig: the machine's choice, not the model's
+
+
+@dataclass
+class Loaded:
+    """A checkpoint brought to life, in eval mode. Parts that it does not have are None: `model` has
+    no projector before phase 1, and no GPT in vision.pt."""
+
+    model: BabyLLaVA
+    tokenizer: Tokenizer | None
+    image_format: ImageFormat
+    checkpoint: dict
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+
+def choose_device(name):
+    """The torch.device of a --device knob; empty: cuda where there is one, else cpu."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name}: cpu, cuda, cuda:1 ... or mps") from None
+    has_none = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if has_none or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: this machine has none that torch can use; try cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, from cuda:0")
+    return device
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving
+
+
+def describe_parts(model, projector_kind):
+    """The `parts` of a BabyLLaVA."""
+    parts = {}
+    if model.tower is not None:
+        parts["tower"] = vision.describe(model.tower)
+    if model.gpt is not None:
+        sizes = asdict(model.gpt.config)
+        parts["gpt"] = {name: value for name, value in sizes.items() if name not in BACKENDS}
+    if model.projector is not None:
+        parts["projector"] = {
+            "kind": projector_kind,
+            "features": model.tower.width,
+            "width": model.gpt.config.n_embd,
+        }
+        parts["seeing"] = {
+            "select_layer": model.select_layer,
+            "keep_cls": model.keep_cls,
+            "image_attention": model.image_attention,
+        }
+    return parts
+
+
+def describe(config, name, dataset, model, step, done):
+    """The dict of a checkpoint, beside what is needed to go on."""
+    tokenizer = {"kind": dataset.tokenizer.kind, "ranks": dataset.tokenizer.dump()}
+    return {
+        "format": FORMAT,
+        "phase": name,
+        "step": step,
+        "done": done,
+        "settings": asdict(config),
+        "parents": {},
+        "digest": vision.weights_digest(model.state_dict()) if done else None,
+        "source": dataset.meta["source"],
+        "corpus": dataset.meta["corpus"],
+        "images": asdict(dataset.image_format),
+        "tokenizer": tokenizer if model.gpt is not None else None,
+        "parts": describe_parts(model, config.projector),
+        "weights": model.state_dict(),
+    }
+
+
+def save(path, checkpoint):
+    """Write a checkpoint, whole or not at all."""
+    with writing(path) as file:
+        torch.save(checkpoint, file)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+
+def read_torch(path, safe=()):
+    """What torch.save wrote, on the CPU, read without running any code in it; classes in `safe`
+    may occur. Raises UserError for no file, a foreign one or one cut short."""
+    try:
+        with torch.serialization.safe_globals(list(safe)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such checkpoint; python train.py configs/toy.py makes one"
+        ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from None
+
+
+def read(path):
+    """The dict that train.py wrote. Raises UserError for another thing or format."""
+    checkpoint = read_torch(path)
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found == 1:
+        raise UserError(f"{path}: of an earlier version (format 1, now {FORMAT}): train it again")
+    if found != FORMAT:
+        raise UserError(f"{path}: not a nanoBabyLLaVA checkpoint of format {FORMAT}")
+    return checkpoint
+
+
+def build(checkpoint, device="cpu", **backends):
+    """A Loaded of a checkpoint's dict. backends: `attention` and `norm`, see kernels.py."""
+    parts = checkpoint["parts"]
+    tower = vision.build(parts["tower"]) if "tower" in parts else None
+    tokenizer = gpt = projector = None
+    if checkpoint["tokenizer"]:
+        tokenizer = Tokenizer.parse(
+            checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"]
+        )
+    if "gpt" in parts:
+        gpt = GPT(GPTConfig(**parts["gpt"], **backends))
+    if "projector" in parts:
+        projector = Projector(**parts["projector"])
+    image_token = tokenizer.image if tokenizer else None
+    model = BabyLLaVA(gpt, projector, tower, image_token, **parts.get("seeing", {}))
+    model.load_state_dict(checkpoint["weights"])
+    image_format = ImageFormat.parse(checkpoint["images"])
+    return Loaded(model.eval().to(device), tokenizer, image_format, checkpoint)
+
+
+def load(path, device="cpu"):
+    return build(read(Path(path)), device)

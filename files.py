@@ -1,0 +1,119 @@
+"""
+Files that appear whole or not at all, tables, logs, and a lock on a folder.
+"""
+
+import csv
+import io
+import json
+import os
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from config import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextmanager
+def writing(path):
+    """A binary file that appears at `path` whole or not at all, also when the power fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with writing(path) as file:
+        file.write(json.dumps(value, indent=1).encode("utf-8"))
+
+
+def write_csv(path, header, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    with writing(path) as file:
+        file.write(text.getvalue().encode("utf-8"))
+
+
+def read_csv(path, columns):
+    """[{column: text}] of a CSV file, with each row's line number under "line".
+
+    Raises UserError for a missing file or column, an empty cell in `columns`, or no rows."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        header = reader.fieldnames or []
+        lacking = [column for column in columns if column not in header]
+        if lacking:
+            found = ",".join(header) or "(empty)"
+            raise UserError(f"{path}:1: no column {', '.join(lacking)}; the header is {found}")
+        try:
+            rows = [row | {"line": reader.line_num} for row in reader]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}:{reader.line_num}: not a CSV in UTF-8 ({error})") from None
+    for row in rows:
+        empty = [column for column in columns if not row[column]]
+        if empty:
+            raise UserError(f"{path}:{row['line']}: empty {empty[0]}")
+    if not rows:
+        raise UserError(f"{path}: no rows below the header")
+    return rows
+
+
+@contextmanager
+def locked(path, wait=True):
+    """Hold the lock of a file, which ends with the process however it ends. Without `wait`,
+    raises BlockingIOError where another process holds it. (Where the system has no flock,
+    Windows, there is no lock.)"""
+    if fcntl is None:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextmanager
+def only_one(folder, doing):
+    """Be the only process that is `doing` this in a folder, else raise UserError."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / ".lock", wait=False))
+        except BlockingIOError:
+            message = f"{folder}: another run is {doing} here; wait for it, or choose another"
+            raise UserError(message + " folder") from None
+        yield
+
+
+def read_log(path):
+    """The entries of a log.jsonl, a dict each; nothing where there is no file. A line that was
+    cut short, by a full disk say, is passed over."""
+    entries = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def trim_log(path, name, start):
+    """Drop the entries of steps that were lost, or are trained again, and are about to be logged
+    again; and lines that were cut short."""
+    kept = [
+        entry for entry in read_log(path) if entry.get("phase") != name or entry["step"] < start
+    ]
+    with writing(path) as file:
+        file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode("utf-8"))

@@ -1,0 +1,77 @@
+"""
+Your captioned pictures, and speech to learn language from: either or both.
+
+    python data.py pairs --name mine --csv pairs.csv --images DIR --text transcripts.txt
+    python data.py pairs --name speech --text transcripts.txt   # speech alone: enough for phase 0
+
+The CSV has the columns image and caption, one pair a row, a picture in as many rows as it has
+captions; the text file has one utterance a line. Every tenth stretch of pictures, and of lines, is
+for validation: by picture, so that none is in both parts, and what is said over a validation
+picture is kept out of the text that is learnt.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+from config import UserError, knob
+from data import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
+from files import read_csv
+from images import FITS, RESAMPLING, ImageFormat, Places
+
+
+@dataclass
+class Config(config.Knobs):
+    name: str = ""  # write to data/<name>; empty: pairs
+    csv: str = ""  # a CSV file with columns image and caption
+    images: str = "."  # the folder or zip its image names are in
+    text: str = ""  # transcripts, one utterance a line; empty: the captions are all there is
+    size: int = knob(64, low=8, high=2048)  # S: frames are S x S pixels
+    fit: str = knob("squash", choices=FITS)  # how a picture becomes a square
+    resample: str = knob("bilinear", choices=tuple(RESAMPLING))  # how it is resized
+    vocab_size: int = knob(6000, low=260, high=1 << 20)  # BPE tokens, specials included
+    vocab: str = ""  # a {"word": id} JSON: word-level tokens of these words instead of BPE
+    max_skipped: float = knob(0.01, low=0.0, high=1.0)  # the largest share of unreadable pictures
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_pictures(path, places):
+    """The pictures of a CSV in the order of their first rows, each with all its captions."""
+    pictures = {}
+    for row in read_csv(path, ("image", "caption")):
+        location = places.find(row["image"]) or row["image"]  # if missing, to be counted as such
+        if location not in pictures:
+            label = f"{path}:{row['line']}: "
+            pictures[location] = Captioned(location, len(pictures), [], label)
+        pictures[location].captions.append(row["caption"])
+    return list(pictures.values())
+
+
+def prepare(config, writer):
+    if not (config.csv or config.text):
+        raise UserError("pairs: give --csv FILE --images DIR, or --text FILE, or both")
+    pictures = {"train": [], "val": []}
+    if config.csv:
+        pictures = hold_out(read_pictures(config.csv, Places([config.images])))
+    text = {
+        split: [caption for picture in pictures[split] for caption in picture.captions]
+        for split in pictures
+    }
+    if config.text:
+        captions = text["val"]
+        text = hold_out(read_lines(config.text))
+        text["train"] = keep_out(captions, text["train"])
+    if len(text["train"]) + len(text["val"]) < 10:
+        raise UserError(f"{config.text or config.csv}: fewer than 10 utterances to learn from")
+    tokenizer = make_tokenizer(config, text["train"])
+    writer.start(tokenizer, ImageFormat(config.size, config.fit, config.resample))
+    for split in ("train", "val"):
+        write_captioned(writer, split, text[split], pictures[split], config.max_skipped)

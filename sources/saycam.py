@@ -1,0 +1,167 @@
+"""
+SAYCam: 600,285 frames of a head camera and 37,486 utterances, under an agreement of Databrary's;
+or any captioned video in its form.
+
+    python data.py saycam --frames frames.txt --annotations train.json val.json test.json
+
+--frames is a folder of JPEGs or a zip of them, whatever it is called. A JSON may be CVCL's
+({"data": [{"utterance", "frame_filenames", ...}]}), BabyLLaVA's ([{"image", "conversations"}]), or
+a list of utterances without pictures: transcripts for phase 0. Whether a file is for training,
+validation or testing is said by a word of its name (train; val, valid, validation, dev; test), else
+by --train, --val, --test instead of --annotations. Without validation files every tenth stretch of
+the training files is held out.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import config
+from config import UserError, knob
+from data import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
+from images import FITS, RESAMPLING, ImageFormat, Places
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass
+class Config(config.Knobs):
+    name: str = ""  # write to data/<name>; empty: saycam
+    frames: str = ""  # a folder of JPEGs or a zip of them, whatever the zip is called
+    annotations: tuple[str, ...] = ()  # JSON files whose names say what they are for
+    train: tuple[str, ...] = ()  # JSON files to train on, whatever their names
+    val: tuple[str, ...] = ()  # JSON files to validate on
+    test: tuple[str, ...] = ()  # JSON files to test on
+    frames_per_utterance: int = knob(0, low=0)  # so many, evenly spread; 0: all there are
+    min_similarity: float = 0.0  # only frames whose "similarity" is above this; 0: all
+    size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
+    fit: str = knob("squash", choices=FITS)  # how a picture becomes a square
+    resample: str = knob("bilinear", choices=tuple(RESAMPLING))  # how it is resized
+    vocab_size: int = knob(6000, low=260, high=1 << 20)  # BPE tokens, specials included
+    vocab: str = ""  # a {"word": id} JSON: word-level tokens of these words instead of BPE
+    max_skipped: float = knob(0.01, low=0.0, high=1.0)  # the largest share of unreadable frames
+
+
+@dataclass
+class Utterance:
+    words: str
+    frames: list  # names of pictures; none in a transcript
+    similarities: list | None = None  # of each picture to the words, as some files say
+
+
+def read_item(item):
+    """The Utterance of an item in one of the three forms. Raises KeyError, TypeError,
+    AttributeError or StopIteration for anything else."""
+    if isinstance(item, str):
+        return Utterance(item.strip(), [])
+    if "utterance" in item:
+        words, names = item["utterance"], item["frame_filenames"]
+    else:
+        names, turns = item["image"], item["conversations"]
+        words = next(turn["value"] for turn in turns if turn["from"] == "gpt")
+    names = [names] if isinstance(names, str) else list(names)
+    similarities = item.get("similarity")
+    if isinstance(similarities, (int, float)):
+        similarities = [similarities] * len(names)
+    if similarities is not None and len(similarities) != len(names):
+        raise KeyError("similarity")
+    return Utterance(words.strip(), names, similarities)
+
+
+def read_annotations(path):
+    """The Utterances of a JSON file; those without words are passed over."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    items = content.get("data") if isinstance(content, dict) else content
+    utterances = []
+    for i, item in enumerate(items if isinstance(items, list) else [None]):
+        try:
+            utterances.append(read_item(item))
+        except (KeyError, TypeError, AttributeError, StopIteration):
+            raise UserError(
+                f"{path}: item {i} is no utterance, no CVCL entry (utterance, "
+                "frame_filenames), no LLaVA entry (image, conversations), or its "
+                "similarities are not as many as its frames"
+            ) from None
+    return [utterance for utterance in utterances if utterance.words]
+
+
+def split_of(path):
+    """What a file is for, by the words of its name; train where none says."""
+    words = re.split(r"[^a-z]+", Path(path).stem.lower())
+    found = [split for split, names in SPLIT_WORDS.items() if set(words) & set(names)]
+    if len(found) > 1:
+        raise UserError(f"{path}: its name says {' and '.join(found)}: use --train, --val, --test")
+    return found[0] if found else "train"
+
+
+def choose(utterance, config, path):
+    """The utterance's frames that are wanted: similar enough, and so many, evenly spread."""
+    names = utterance.frames
+    if config.min_similarity and names:
+        if utterance.similarities is None:
+            raise UserError(f"{path}: --min_similarity, but {names[0]} has no similarity")
+        pairs = zip(names, utterance.similarities)
+        names = [name for name, similarity in pairs if similarity > config.min_similarity]
+    if config.frames_per_utterance and names:
+        spread = np.linspace(0, len(names) - 1, config.frames_per_utterance)
+        names = [names[i] for i in sorted({round(i) for i in spread})]
+    return names
+
+
+def read_all_annotations(config):
+    """({split: Utterances with frames}, {split: Utterances without})."""
+    files = [(split_of(path), path) for path in config.annotations]
+    for split in SPLIT_WORDS:
+        files += [(split, path) for path in getattr(config, split)]
+    shown, speech = ({split: [] for split in SPLIT_WORDS} for _ in range(2))
+    for split, path in files:
+        print(f"{split:5} {path}")
+        for utterance in read_annotations(path):
+            if not utterance.frames:
+                speech[split].append(utterance)
+                continue
+            utterance.frames = choose(utterance, config, path)
+            shown[split].append(utterance)
+    for utterances in (shown, speech):
+        if utterances["train"] and not utterances["val"]:
+            # by first frame: utterances over the same picture are not torn apart
+            utterances |= hold_out(
+                utterances["train"], key=lambda u: tuple(u.frames[:1]) or u.words
+            )
+    return shown, speech
+
+
+def prepare(config, writer):
+    if not config.frames or not (config.annotations or config.train):
+        raise UserError("saycam: give --frames ZIP_OR_FOLDER and --annotations FILE.json ...")
+    shown, speech = read_all_annotations(config)
+    if not shown["train"] or not shown["val"]:
+        raise UserError("saycam: no pairs to train on: one JSON for training must have frames")
+    places = Places([config.frames])
+    pictures = {split: [] for split in shown if shown[split]}
+    for split in pictures:
+        for clip, utterance in enumerate(shown[split]):
+            for name in utterance.frames:
+                location = places.find(name) or os.path.join(config.frames, name)
+                pictures[split].append(Captioned(location, clip, [utterance.words], ""))
+    validation = [utterance.words for utterance in shown["val"]]
+    text = {}
+    for split in pictures:
+        text[split] = [utterance.words for utterance in speech[split] or shown[split]]
+    if speech["train"]:
+        text["train"] = keep_out(validation, text["train"])
+    tokenizer = make_tokenizer(config, text["train"])
+    writer.start(tokenizer, ImageFormat(config.size, config.fit, config.resample))
+    for split in pictures:
+        write_captioned(writer, split, text[split], pictures[split], config.max_skipped)
