@@ -101,7 +101,7 @@ class Places:
             for name, entry in self.zips.get(path, {}).items():
                 found[name.rpartition("/")[2]].append((name, entry))
             if path not in self.zips:
-                for folder, _, names in os.walk(path):
+                for folder, _, names in sorted(os.walk(path)):
                     for name in names:
                         location = os.path.join(folder, name)
                         found[name].append((clean(os.path.relpath(location, path)), location))

@@ -95,10 +95,6 @@ RENAMES = [
 ]
 
 
-def is_hugging_face(state):
-    return any("embeddings.cls_token" in key for key in state)
-
-
 def dino_names(state):
     """A Hugging Face ViT's state dict under DINO's names; q, k, v stacked into one."""
     renamed = {}
@@ -116,18 +112,21 @@ def dino_names(state):
 
 
 def unwrap(state):
-    """The backbone's own state dict: a training checkpoint's teacher, prefixes off the start of
-    its keys; heads, and the mask token that only training uses, left out."""
+    """(the backbone's own state dict under DINO's names, whether it had Hugging Face's): a training
+    checkpoint's teacher, prefixes off the start of its keys; heads, and the mask token that only
+    training uses, left out."""
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state, dict):
             state = state.get(key, state)
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise DoesNotFit("no state dict of tensors")
-    if is_hugging_face(state):
+    hugging_face = any("embeddings.cls_token" in key for key in state)
+    if hugging_face:
         state = dino_names(state)
     prefixes, not_backbone = r"^((module|backbone|encoder)\.)+", r"(head|fc)\.|mask_token$"
     state = {re.sub(prefixes, "", key): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if not re.match(not_backbone, key)}
+    backbone = {key: value for key, value in state.items() if not re.match(not_backbone, key)}
+    return backbone, hugging_face
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,8 +196,7 @@ def fill(tower, state):
 
 def tower_of(state, heads=0):
     """A ViT or ResNeXt in eval mode, filled strictly from a checkpoint's dict. Raises DoesNotFit."""
-    hugging_face = is_hugging_face(state)
-    state = unwrap(state)
+    state, hugging_face = unwrap(state)
     try:
         if "pos_embed" in state and "patch_embed.proj.weight" in state:
             tower = vit_like(state, heads, hugging_face)

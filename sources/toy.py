@@ -33,8 +33,8 @@ class Config(config.Knobs):
     size: int = knob(64, low=8, high=2048)  # S: frames are S x S pixels
     vocab_size: int = knob(512, low=260, high=1 << 20)  # BPE tokens, specials included
     seed: int = knob(1, low=0, high=2**32 - 1)  # the same seed draws the same bytes everywhere
-    scenes: int = knob(3000, low=1, high=10**8)  # to train on; validation films a tenth as many
-    clip_frames: int = knob(4, low=1, high=1000)  # frames filmed of each scene
+    scenes: int = knob(6000, low=1, high=10**8)  # to train on; validation films a tenth as many
+    clip_frames: int = knob(2, low=1, high=1000)  # frames filmed of each scene
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     trials: float = knob(1.0, low=0.01, high=1000.0)  # 1: 320 Labeled-S trials, 560 VTWT, ...
     sprites: str = ""  # a folder of transparent PNGs to draw instead of the drawn things

@@ -1,8 +1,11 @@
 """A toy world small enough to train on in seconds, and a run of the whole recipe on it."""
+
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,18 +17,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-TINY = ["--size=16", "--scenes=12", "--clip=2", "--lines=200", "--trials=0.03", "--vocab_size=300"]
-SMALL = ["--patch=8", "--vision_width=16", "--vision_depth=2", "--vision_heads=2",
-         "--prototypes=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=48",
-         "--vision_steps=4", "--phase0_steps=4", "--phase1_steps=4", "--phase2_steps=4",
-         "--vision_batch=8", "--phase0_batch=8", "--phase1_batch=8", "--phase2_batch=8",
-         "--eval_every=2", "--save_every=2", "--log_every=1", "--device=cpu"]
+TINY = "--size=16 --scenes=12 --clip_frames=2 --lines=200 --trials=0.03 --vocab_size=300".split()
+SMALL = (
+    "--patch=8 --vision_width=16 --vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 "
+    "--n_head=2 --n_embd=16 --block_size=48 --vision_steps=4 --phase0_steps=4 --phase1_steps=4 "
+    "--phase2_steps=4 --phase3_steps=4 --vision_batch=8 --phase0_batch=8 --phase1_batch=8 "
+    "--phase2_batch=8 --phase3_batch=8 --eval_every=2 --save_every=2 --log_every=1 --device=cpu"
+).split()
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with data/tiny in it; the tests of a session share it and only read it."""
     import data
+
     folder = tmp_path_factory.mktemp("world")
     before = os.getcwd()
     os.chdir(folder)
@@ -38,6 +43,7 @@ def world(tmp_path_factory):
 def recipe(world):
     """out/full: the whole recipe, once."""
     import train
+
     before = os.getcwd()
     os.chdir(world)
     train.main(["--data=data/tiny", "--out=out/full", *SMALL])
@@ -50,3 +56,52 @@ def home(world, monkeypatch):
     """The test runs in the shared world's folder."""
     monkeypatch.chdir(world)
     return world
+
+
+def shell(*args, cwd, **env):
+    """Run a script as a user would."""
+    env = {**os.environ, "PYTHONPATH": "", **env}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
+
+
+def one_line(error):
+    """Whether an error is what a user should see: one line, not empty."""
+    return bool(str(error.value)) and "\n" not in str(error.value)
+
+
+def weights(path, prefix=""):
+    """The tensors of a checkpoint whose names begin so; all of DINO's, where it has them."""
+    found = torch.load(path, weights_only=True)
+    state = found.get("dino") or found["weights"]
+    return {name: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def furthest(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+def make_corpus(folder, splits, size=16):
+    """A corpus written sample by sample. splits: {split: [(tokens, learn, number of images)]};
+    tokens may be ids, or words for a caption. Pictures are noise."""
+    from data import Writer
+    from images import ImageFormat
+    from tokenizer import Tokenizer, caption_sample
+
+    tokenizer = Tokenizer.train(["look , a red ball !", "a ball . a bear ."] * 9, 280)
+    writer = Writer(folder, "made")
+    writer.start(tokenizer, ImageFormat(size))
+    rng = np.random.RandomState(0)
+    for split, samples in splits.items():
+        part = writer.split(split)
+        part.text(["look , a red ball !"] * 30)
+        for words, images in samples:
+            noise = [rng.randint(0, 256, (size, size, 3), np.uint8) for _ in range(images)]
+            numbers = [part.image(frame, i) for i, frame in enumerate(noise)]
+            part.sample(*caption_sample(tokenizer, words, images), numbers)
+    writer.finish()

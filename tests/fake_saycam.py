@@ -6,6 +6,7 @@ A fake SAYCam in the published layout, for those without the agreement: noise fo
 frames.txt is a zip of S_YYYYMMDD_AABB_PP_UUU_FF.jpg, 224 x 224; {train,val,test}.json are CVCL's,
 Azure_transcribed_corpus_train.json and SAYCam_train_data.json BabyLLaVA's.
 """
+
 import io
 import json
 import os
@@ -43,15 +44,28 @@ def write(folder, utterances=(12, 4, 4), size=224, method=zipfile.ZIP_STORED, pi
                     frames[name] = pool[rng.randint(len(pool))]
                     archive.writestr(f"train_5fps/{name}", frames[name])
                 said = SAID[u % 4]
-                entries.append({
-                    "utterance": said, "transcript_filename": f"{video}.csv",
-                    "video_filename": f"{video}.mp4", "utterance_num": u % 100,
-                    "num_frames": len(names), "timestamps": [f / 5 for f in range(len(names))],
-                    "frame_filenames": names})
+                entries.append(
+                    {
+                        "utterance": said,
+                        "transcript_filename": f"{video}.csv",
+                        "video_filename": f"{video}.mp4",
+                        "utterance_num": u % 100,
+                        "num_frames": len(names),
+                        "timestamps": [f / 5 for f in range(len(names))],
+                        "frame_filenames": names,
+                    }
+                )
                 alike = [0.1 + 0.2 * (f % 2) for f in range(len(names))] if u % 2 else 0.3
-                pairs.append({"image": names if u % 2 else names[0], "conversations": [
-                    {"from": "human", "value": "<image>"}, {"from": "gpt", "value": said}],
-                    "similarity": alike})
+                pairs.append(
+                    {
+                        "image": names if u % 2 else names[0],
+                        "conversations": [
+                            {"from": "human", "value": "<image>"},
+                            {"from": "gpt", "value": said},
+                        ],
+                        "similarity": alike,
+                    }
+                )
             (folder / f"{split}.json").write_text(json.dumps({"data": entries}))
     (folder / "SAYCam_train_data.json").write_text(json.dumps(pairs))
     (folder / "Azure_transcribed_corpus_train.json").write_text(json.dumps(["hello baby ."] * 40))
@@ -63,13 +77,24 @@ def main(count):
         os.chdir(folder)
         frames = len(write(".", (count * 9 // 165, count // 330, count // 330), pictures=500))
         script = Path(__file__).resolve().parent.parent / "data.py"
-        command = [sys.executable, str(script), "saycam", "--frames",
-                   "frames.txt", "--annotations", "train.json", "val.json", "test.json"]
+        command = [
+            sys.executable,
+            str(script),
+            "saycam",
+            "--frames",
+            "frames.txt",
+            "--annotations",
+            "train.json",
+            "val.json",
+            "test.json",
+        ]
         start = time.perf_counter()
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         took = time.perf_counter() - start
-        print(f"{frames} frames in {took:.1f} s: {frames / took:.0f} a second on {os.cpu_count()} "
-              f"cores; SAYCam's 600,285 would take {600285 / frames * took / 60:.0f} minutes")
+        print(
+            f"{frames} frames in {took:.1f} s: {frames / took:.0f} a second on {os.cpu_count()} "
+            f"cores; SAYCam's 600,285 would take {600285 / frames * took / 60:.0f} minutes"
+        )
 
 
 if __name__ == "__main__":

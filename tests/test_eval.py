@@ -1,4 +1,5 @@
 """The scorer, against loops and counted sets; chance where there is nothing to know."""
+
 import itertools
 import json
 import math
@@ -27,7 +28,9 @@ def test_scores_are_the_mean_over_phrase_tokens(recipe):
     for score, row, phrase in zip(fast, rows, phrases):
         words = parts.tokenizer.encode(phrase)
         tokens = torch.tensor([[parts.tokenizer.image] * 4 + words])
-        logits = parts.model(tokens, features=features[row:row + 1])[0][0].double().log_softmax(-1)
+        logits = (
+            parts.model(tokens, features=features[row : row + 1])[0][0].double().log_softmax(-1)
+        )
         slow = -sum(logits[3 + i, word] for i, word in enumerate(words)) / len(words)
         assert abs(score - slow) < 1e-5
 
@@ -39,8 +42,10 @@ def test_a_model_that_knows_nothing_scores_chance():
     assert evaluation.labeled_s(four, tied)["accuracy"] == 0.25
     pair = [dict(image="x", positive_phrase="p", negative_phrase="n")]
     assert evaluation.vtwt(pair, tied)["accuracy"] == 0.5
-    two = [dict(instance_id=0, positive_phrase="p", negative_phrase="n", image=t, image_tag=t)
-           for t in ("positive", "negative")]
+    two = [
+        dict(instance_id=0, positive_phrase="p", negative_phrase="n", image=t, image_tag=t)
+        for t in ("positive", "negative")
+    ]
     result = evaluation.baby_winoground(two, tied)
     assert result["image"]["accuracy"] == result["text"]["accuracy"] == 0.25
 
@@ -48,8 +53,16 @@ def test_a_model_that_knows_nothing_scores_chance():
 def test_by_the_published_rule_a_model_that_knows_nothing_is_perfect():
     tied = lambda images, phrases: np.zeros(len(images))
     four = [dict(trial_id=0, target_category="a", real_category=c, image=c) for c in "bcda"]
-    pair = [dict(image="x", positive_phrase="p", negative_phrase="n", foil_image="y", phrase="p",
-                 foil_phrase="n")]
+    pair = [
+        dict(
+            image="x",
+            positive_phrase="p",
+            negative_phrase="n",
+            foil_image="y",
+            phrase="p",
+            foil_phrase="n",
+        )
+    ]
     assert evaluation.labeled_s(four, tied, "published")["accuracy"] == 1
     assert evaluation.vtwt(pair, tied, "published")["accuracy"] == 1
     assert evaluation.two_by_two(pair, tied, "published")["group"]["accuracy"] == 0
@@ -60,10 +73,13 @@ def test_by_the_published_rule_a_model_that_knows_nothing_is_perfect():
 def test_the_generic_forms_ask_for_the_right_picture_and_phrase():
     """Scores that know which of four pictures each phrase belongs to."""
     truth = {"red": "r.png", "blue": "b.png"}
-    knows = lambda images, phrases: np.array([float(truth[p] != i)
-                                              for i, p in zip(images, phrases)])
-    one = [dict(image="r.png", foil_image="b.png", phrase="red"),
-           dict(image="r.png", foil_image="b.png", phrase="blue")]  # mislabelled: must be wrong
+    knows = lambda images, phrases: np.array(
+        [float(truth[p] != i) for i, p in zip(images, phrases)]
+    )
+    one = [
+        dict(image="r.png", foil_image="b.png", phrase="red"),
+        dict(image="r.png", foil_image="b.png", phrase="blue"),
+    ]  # mislabelled: must be wrong
     assert evaluation.two_by_one(one, knows)["accuracy"] == 0.5
     two = [dict(image="r.png", foil_image="b.png", phrase="red", foil_phrase="blue")]
     assert evaluation.two_by_two(two, knows)["group"]["accuracy"] == 1
@@ -82,28 +98,48 @@ def test_a_task_alone_from_files_of_its_own(recipe, home, tmp_path, capsys):
     (tmp_path / "rest/vtwt").mkdir(parents=True)
     (tmp_path / "rest/vtwt" / one.name).write_bytes(one.read_bytes())
     flags = ["--checkpoint=out/full/phase2.pt", f"--out={tmp_path}"]
-    for task, images in (("labeled_s", [str(folder / "images")]),
-                         ("vtwt", [str(tmp_path / "images.zip"), str(tmp_path / "rest")])):
-        evaluation.main([*flags, f"--task={task}", f"--csv={folder}/{task}.csv", "--batch=7",
-                         "--images", *images])
+    for task, images in (
+        ("labeled_s", [str(folder / "images")]),
+        ("vtwt", [str(tmp_path / "images.zip"), str(tmp_path / "rest")]),
+    ):
+        evaluation.main(
+            [
+                *flags,
+                f"--task={task}",
+                f"--csv={folder}/{task}.csv",
+                "--batch=7",
+                "--images",
+                *images,
+            ]
+        )
         got = json.loads((tmp_path / f"results_{task}.json").read_text())["tasks"]
         assert got == {task: whole[task]}
     table = capsys.readouterr().out.splitlines()
-    assert any(line.split()[-4:] == ["0.420", "0.625", "0.066", "0.138"]
-               for line in table)  # the paper's row, and ours, of both files
+    assert any(
+        line.split()[-4:] == ["0.420", "0.625", "0.066", "0.138"] for line in table
+    )  # the paper's row, and ours, of both files
     ours = [line for line in table if line.startswith("this one, trained on data/tiny")][-1].split()
-    assert ours[-4:] == [f"{whole['labeled_s']['accuracy']:.3f}",
-                         f"{whole['vtwt']['accuracy']:.3f}", "-", "-"]
+    assert ours[-4:] == [
+        f"{whole['labeled_s']['accuracy']:.3f}",
+        f"{whole['vtwt']['accuracy']:.3f}",
+        "-",
+        "-",
+    ]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--task=vwtw"], "--task vwtw: one of labeled_s, vtwt"), (["--csv=x.csv"], "one of labeled_s"),
-    (["--ties=kind"], "fair or published"),
-    (["--task=vtwt", "--csv=no.csv"], "no.csv: No such file"),
-    (["--task=two_by_one"], "two_by_one.csv: No such file"),
-    (["--task=vtwt", "--images=elsewhere"], "elsewhere: neither a folder nor a whole zip"),
-    (["--task=vtwt", "--images=."], "no vtwt/.*, which vtwt asks for"),
-    (["--task=vtwt", "--checkpoint=out/full/phase0.pt"], "cannot see")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--task=vwtw"], "--task vwtw: one of labeled_s, vtwt"),
+        (["--csv=x.csv"], "one of labeled_s"),
+        (["--ties=kind"], "fair or published"),
+        (["--task=vtwt", "--csv=no.csv"], "no.csv: No such file"),
+        (["--task=two_by_one"], "two_by_one.csv: No such file"),
+        (["--task=vtwt", "--images=elsewhere"], "elsewhere: neither a folder nor a whole zip"),
+        (["--task=vtwt", "--images=."], "no vtwt/.*, which vtwt asks for"),
+        (["--task=vtwt", "--checkpoint=out/full/phase0.pt"], "cannot see"),
+    ],
+)
 def test_a_mistaken_task_is_one_clear_line(recipe, home, flags, message):
     with pytest.raises(DataError, match=message) as error:
         evaluation.main(["--checkpoint=out/full/phase2.pt", "--out=out/none", *flags])
@@ -112,15 +148,20 @@ def test_a_mistaken_task_is_one_clear_line(recipe, home, flags, message):
 
 def test_winogrounds_rules_and_chances_over_every_order():
     """All 24 orders of four distinct scores, written out from the paper's inequalities."""
-    rows = [dict(instance_id=0, positive_phrase="p", negative_phrase="n", image=t, image_tag=t)
-            for t in ("positive", "negative")]
+    rows = [
+        dict(instance_id=0, positive_phrase="p", negative_phrase="n", image=t, image_tag=t)
+        for t in ("positive", "negative")
+    ]
     totals = {}
     for scores in itertools.permutations(range(4)):
         L00, L01, L10, L11 = scores
         got = evaluation.baby_winoground(rows, lambda images, phrases: np.array(scores, float))
-        want = {"image": L00 < L10 and L11 < L01, "text": L00 < L01 and L11 < L10,
-                "positive_context": L00 < L10 and L00 < L01,
-                "negative_context": L11 < L01 and L11 < L10}
+        want = {
+            "image": L00 < L10 and L11 < L01,
+            "text": L00 < L01 and L11 < L10,
+            "positive_context": L00 < L10 and L00 < L01,
+            "negative_context": L11 < L01 and L11 < L10,
+        }
         want["group"] = want["image"] and want["text"]
         for rule, value in want.items():
             assert got[rule]["accuracy"] == value
@@ -130,8 +171,11 @@ def test_winogrounds_rules_and_chances_over_every_order():
 
 
 def test_the_lowest_wins_wherever_it_stands():
-    rows = [dict(trial_id=t, target_category="b", real_category=c, image=c)
-            for t in range(2) for c in "abcd"]
+    rows = [
+        dict(trial_id=t, target_category="b", real_category=c, image=c)
+        for t in range(2)
+        for c in "abcd"
+    ]
     nll = lambda images, phrases: np.array([3, 1, 2, 4, 1, 3, 2, 4.0])
     assert evaluation.labeled_s(rows, nll)["accuracy"] == 0.5
     rows[1]["real_category"] = "a"
@@ -169,8 +213,11 @@ def test_dealing_the_pictures_anew_brings_chance():
     for i, label in enumerate(labels):
         foil = (label + rng.randint(1, len(kinds))) % len(kinds)
         rows.append(dict(image=str(i), positive_phrase=kinds[label], negative_phrase=kinds[foil]))
-    knows = lambda deal: lambda images, phrases: np.array(
-        [float(kinds[labels[deal[int(i)]]] != p) for i, p in zip(images, phrases)])
+    knows = lambda deal: (
+        lambda images, phrases: np.array(
+            [float(kinds[labels[deal[int(i)]]] != p) for i, p in zip(images, phrases)]
+        )
+    )
     assert evaluation.vtwt(rows, knows(np.arange(600)))["accuracy"] == 1.0
     shuffled = evaluation.vtwt(rows, knows(rng.permutation(600)))
     assert shuffled["ci95"][0] < 0.5 < shuffled["ci95"][1]
@@ -186,7 +233,8 @@ def test_results_name_chance_interval_and_subsets(recipe):
         low, high = tasks[name]["ci95"]
         assert 0 <= low <= tasks[name]["accuracy"] <= high <= 1
     assert {"image", "text", "group", "positive_context", "negative_context"} <= set(
-        tasks["baby_winoground"])
+        tasks["baby_winoground"]
+    )
     assert ("meteor" in tasks["caption"]) != ("meteor_exact" in tasks["caption"])
     assert math.isfinite(results["val_loss"])
 

@@ -1,4 +1,5 @@
 """The Triton kernels: against fp64, against themselves broken on purpose, and compiled unrun."""
+
 import importlib.util
 import itertools
 import os
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import kernels
 from conftest import DEVICE, ROOT
+
+import kernels
 from kernels import attention, attention_reference, rms_norm, rms_norm_reference
 from model import GPT, BabyLLaVA, GPTConfig
 
@@ -26,7 +28,7 @@ def attention_error(call, T, D, heads, prefix, keys=None, B=2):
     (H, H_kv), keys = heads, keys or T
     fused = torch.randn(B, keys, H + 2 * H_kv, D, device=DEVICE)  # as a projection leaves them
     q, k, v = fused.split([H, H_kv, H_kv], 2)
-    inputs = [x.detach().requires_grad_() for x in (q[:, keys - T:], k, v)]
+    inputs = [x.detach().requires_grad_() for x in (q[:, keys - T :], k, v)]
     assert not inputs[1].is_contiguous() or keys == B == 1
     y = call(*inputs, prefix)
     dy = torch.randn_like(y)
@@ -39,17 +41,22 @@ def attention_error(call, T, D, heads, prefix, keys=None, B=2):
 
 def norm_error(call, shape, residual):
     torch.manual_seed(shape[-1])
-    x, r, w = (torch.randn(n, device=DEVICE, requires_grad=True)
-               for n in (shape, shape, shape[-1:]))
+    x, r, w = (
+        torch.randn(n, device=DEVICE, requires_grad=True) for n in (shape, shape, shape[-1:])
+    )
     y = call(x, w, 1e-5, r if residual else None)
     outputs = y if residual else (y,)
     grads = [torch.randn(shape, device=DEVICE) for _ in outputs]
     got = [*outputs, *torch.autograd.grad(outputs, (x, r, w) if residual else (x, w), grads)]
     x, r, w = (t.detach().double().requires_grad_() for t in (x, r, w))
     total = x + r if residual else x
-    outputs = [rms_norm_reference(total, w, 1e-5), total][:len(outputs)]
-    true = [*outputs, *torch.autograd.grad(outputs, (x, r, w) if residual else (x, w),
-                                           [g.double() for g in grads])]
+    outputs = [rms_norm_reference(total, w, 1e-5), total][: len(outputs)]
+    true = [
+        *outputs,
+        *torch.autograd.grad(
+            outputs, (x, r, w) if residual else (x, w), [g.double() for g in grads]
+        ),
+    ]
     return torch.stack([(a - b).abs().max() for a, b in zip(got, true)]).max()  # NaN stays NaN
 
 
@@ -62,9 +69,12 @@ def triton_norm(x, w, eps, residual, module=kernels):
 
 
 # Every T with every D, and heads, groups and prefixes in turn, so that all pairs with T occur.
-GRID = [(T, D, [(2, 2), (4, 2), (3, 1)][(a + b) % 3], [0, 5, 70][(a + 2 * b) % 3])
-        for (a, T), (b, D) in itertools.product(enumerate((1, 17, 64, 130)),
-                                                enumerate((8, 32, 48, 64, 128)))]
+GRID = [
+    (T, D, [(2, 2), (4, 2), (3, 1)][(a + b) % 3], [0, 5, 70][(a + 2 * b) % 3])
+    for (a, T), (b, D) in itertools.product(
+        enumerate((1, 17, 64, 130)), enumerate((8, 32, 48, 64, 128))
+    )
+]
 
 
 @pytest.mark.parametrize("T, D, heads, prefix", GRID)
@@ -73,8 +83,9 @@ def test_attention_and_its_gradients_are_the_formulas(T, D, heads, prefix):
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 4, 1), (64, 16, 4, 1), (64, 64, 4, 1)])
-@pytest.mark.parametrize("T, keys, prefix", [(80, 80, 0), (80, 80, 33), (80, 80, 1000),
-                                             (20, 90, 0), (20, 90, 80)])
+@pytest.mark.parametrize(
+    "T, keys, prefix", [(80, 80, 0), (80, 80, 33), (80, 80, 1000), (20, 90, 0), (20, 90, 80)]
+)
 def test_any_tile_any_prefix_and_fewer_queries_than_keys(monkeypatch, tile, T, keys, prefix):
     monkeypatch.setitem(kernels.TILES["fp32"], 64, (tile,) * 3)
     assert attention_error(triton_attention, T, 16, (2, 1), prefix, keys, B=1) < EXACT
@@ -96,8 +107,10 @@ BREAKS = {
     "old sums are not shrunk": ("l * shrink", "l"),
     "the logarithm is dropped": ("m + tl.log2(l)", "m"),
     "delta is dropped from dQ": ("(dp - delta[:, None])", "dp"),
-    "delta is dropped from dK": ("(dp - tl.load(DELTA + number, mask=row < queries, other=0.0)"
-                                 "[None, :])", "dp"),
+    "delta is dropped from dK": (
+        "(dp - tl.load(DELTA + number, mask=row < queries, other=0.0)[None, :])",
+        "dp",
+    ),
     "only the first head of a group adds": ("in range(GROUP)", "in range(1)"),
     "dK is not scaled back": ("dk * scale", "dk"),
 }
@@ -126,8 +139,10 @@ def broken(tmp_path, old, new):
 @pytest.mark.parametrize("what", BREAKS)
 def test_the_check_fails_a_broken_attention(tmp_path, what):
     module = broken(tmp_path, *BREAKS[what])
-    assert not attention_error(lambda *a: triton_attention(*a, module=module), 70, 16, (4, 2), 37,
-                               B=1) < 1e-3
+    assert (
+        not attention_error(lambda *a: triton_attention(*a, module=module), 70, 16, (4, 2), 37, B=1)
+        < 1e-3
+    )
 
 
 @pytest.mark.parametrize("what", NORM_BREAKS)
@@ -142,14 +157,18 @@ def test_any_stride_of_inputs_and_gradients():
     y = rms_norm(x, w, 1e-5, None, "triton")
     assert (y - rms_norm_reference(x, w, 1e-5)).abs().max() < 1e-5
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 8, 20, device=DEVICE).permute(0, 3, 1, 2).requires_grad_()
-               for _ in range(3))  # (B, T, H, D) whose last axis is not consecutive
+    q, k, v = (
+        torch.randn(2, 3, 8, 20, device=DEVICE).permute(0, 3, 1, 2).requires_grad_()
+        for _ in range(3)
+    )  # (B, T, H, D) whose last axis is not consecutive
     x = torch.randn(24, 10, device=DEVICE).t().requires_grad_()
     w = torch.ones(24, device=DEVICE, requires_grad=True)
-    for call, inputs in ((lambda b: attention(q, k, v, 3, b), (q, k, v)),
-                         (lambda b: rms_norm(x, w, 1e-5, None, b), (x, w)),
-                         (lambda b: rms_norm(x, w, 1e-5, x * 2, b)[1], (x,)),
-                         (lambda b: rms_norm(x, w, 1e-5, x * 2, b)[0], (x, w))):
+    for call, inputs in (
+        (lambda b: attention(q, k, v, 3, b), (q, k, v)),
+        (lambda b: rms_norm(x, w, 1e-5, None, b), (x, w)),
+        (lambda b: rms_norm(x, w, 1e-5, x * 2, b)[1], (x,)),
+        (lambda b: rms_norm(x, w, 1e-5, x * 2, b)[0], (x, w)),
+    ):
         grads = [torch.autograd.grad(call(b).sum(), inputs) for b in ("triton", "reference")]
         for ours, true in zip(*grads):  # a sum's gradient is one number, expanded with stride 0
             assert (ours - true).abs().max() < 1e-4
@@ -159,33 +178,50 @@ def test_gradients_are_the_same_bits_each_time():
     torch.manual_seed(0)
     q = torch.randn(2, 40, 4, 16, device=DEVICE, requires_grad=True)
     k, v = (torch.randn(2, 40, 2, 16, device=DEVICE, requires_grad=True) for _ in range(2))
-    runs = [torch.autograd.grad(attention(q, k, v, 7, "triton").pow(2).sum(), (q, k, v))
-            for _ in range(2)]
+    runs = [
+        torch.autograd.grad(attention(q, k, v, 7, "triton").pow(2).sum(), (q, k, v))
+        for _ in range(2)
+    ]
     assert all(map(torch.equal, *runs))
 
 
 def test_opcheck():
     """PyTorch's own check of a custom operator: schema, fake shapes, autograd, under tracing."""
-    q, k, v = (x.detach().requires_grad_() for x in
-               torch.randn(1, 5, 4, 8, device=DEVICE).split([2, 1, 1], 2))
+    q, k, v = (
+        x.detach().requires_grad_()
+        for x in torch.randn(1, 5, 4, 8, device=DEVICE).split([2, 1, 1], 2)
+    )
     o, log = kernels.attention_forward_op(q.detach(), k.detach(), v.detach(), 2)
     x, r = (torch.randn(3, 24, device=DEVICE, requires_grad=True) for _ in range(2))
     w = torch.ones(24, device=DEVICE, requires_grad=True)
     y, total, rstd = kernels.norm_forward_op(x.detach(), r.detach(), w.detach(), 1e-5)
     for op, args in (
-            (kernels.attention_forward_op, (q, k, v, 2)),
-            (kernels.attention_backward_op, (q.detach(), k.detach(), v.detach(), o, log, o, 2)),
-            (kernels.norm_forward_op, (x, r, w, 1e-5)),
-            (kernels.norm_forward_op, (x, None, w, 1e-5)),
-            (kernels.norm_backward_op, (y, total, total, w.detach(), rstd)),
-            (kernels.norm_backward_op, (y, None, total, w.detach(), rstd))):
+        (kernels.attention_forward_op, (q, k, v, 2)),
+        (kernels.attention_backward_op, (q.detach(), k.detach(), v.detach(), o, log, o, 2)),
+        (kernels.norm_forward_op, (x, r, w, 1e-5)),
+        (kernels.norm_forward_op, (x, None, w, 1e-5)),
+        (kernels.norm_backward_op, (y, total, total, w.detach(), rstd)),
+        (kernels.norm_backward_op, (y, None, total, w.detach(), rstd)),
+    ):
         torch.library.opcheck(op, args)
 
 
 def small(attention="triton", norm="triton"):
     torch.manual_seed(0)
-    return BabyLLaVA(GPT(GPTConfig(vocab_size=30, block_size=20, n_layer=2, n_head=4, n_kv_head=2,
-                                   n_embd=32, attention=attention, norm=norm))).to(DEVICE)
+    return BabyLLaVA(
+        GPT(
+            GPTConfig(
+                vocab_size=30,
+                block_size=20,
+                n_layer=2,
+                n_head=4,
+                n_kv_head=2,
+                n_embd=32,
+                attention=attention,
+                norm=norm,
+            )
+        )
+    ).to(DEVICE)
 
 
 def gradients(run, net, tokens):
@@ -236,8 +272,10 @@ def test_a_half_precision_branch_on_an_fp32_stream():
 
 def test_cached_generation_is_the_same_words():
     tokens = torch.randint(30, (2, 6), device=DEVICE)
-    said = [torch.stack([*small(*backends).generate(tokens, max_new_tokens=10)])
-            for backends in (("triton", "triton"), ("reference", "reference"))]
+    said = [
+        torch.stack([*small(*backends).generate(tokens, max_new_tokens=10)])
+        for backends in (("triton", "triton"), ("reference", "reference"))
+    ]
     assert torch.equal(*said)
 
 
@@ -264,22 +302,37 @@ def test_what_cannot_run_is_one_clear_line(monkeypatch):
 
 
 def test_without_triton_the_file_still_imports_and_computes():
-    code = ("import sys; sys.modules['triton'] = None; import torch, kernels;"
-            "q = torch.ones(1, 2, 1, 8); print(kernels.attention(q, q, q).sum().item())")
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, kernels;"
+        "q = torch.ones(1, 2, 1, 8); print(kernels.attention(q, q, q).sum().item())"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "16.0\n", done.stderr
 
 
 def run_benchmark(tmp_path, *flags, **env):
-    done = subprocess.run([sys.executable, "benchmarks/kernels.py", *flags], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, **env})
-    return done.returncode, [[cell.strip() for cell in line.strip("|").split("|")]
-                             for line in done.stdout.splitlines() if line.startswith("|")], done
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kernel_speed.py", *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, **env},
+    )
+    return (
+        done.returncode,
+        [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in done.stdout.splitlines()
+            if line.startswith("|")
+        ],
+        done,
+    )
 
 
 def test_every_entry_of_the_table_compiles_without_a_spill(tmp_path, capsys):
-    code, rows, done = run_benchmark(tmp_path, "--compile", TRITON_INTERPRET="0",
-                                     TRITON_CACHE_DIR=str(tmp_path))
+    code, rows, done = run_benchmark(
+        tmp_path, "--compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)
+    )
     assert code == 0, done.stdout + done.stderr
     with capsys.disabled():
         print(done.stdout if "-s" in sys.argv else "", end="")
@@ -294,14 +347,17 @@ def test_every_entry_of_the_table_compiles_without_a_spill(tmp_path, capsys):
 
 
 def test_the_gate_would_notice():
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks" / "kernels.py")
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks" / "kernel_speed.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     fine = ["sm_90", "attention_forward", "bf16", "", 4, 2, 200, 0, 1000, 8]
     assert bench.faults(fine) == ""
-    for place, value, fault in ((7, 8, "8 bytes spilled"), (8, 232_449, "shared memory"),
-                                (9, 0, "no wgmma")):
-        assert fault in bench.faults([*fine[:place], value, *fine[place + 1:]])
+    for place, value, fault in (
+        (7, 8, "8 bytes spilled"),
+        (8, 232_449, "shared memory"),
+        (9, 0, "no wgmma"),
+    ):
+        assert fault in bench.faults([*fine[:place], value, *fine[place + 1 :]])
     fine[0] = "sm_80"
     assert "shared" in bench.faults([*fine[:8], 101_377, 0])
 
@@ -310,8 +366,16 @@ def test_the_gate_would_notice():
 def test_the_benchmark_runs_and_says_what_it_lacks(tmp_path):
     code, rows, done = run_benchmark(tmp_path, "--quick", "--device=cpu", "--repeats=2")
     assert code == 0, done.stderr
-    for name in ("ours", "sdpa flash", "sdpa cuDNN", "sdpa efficient", "flex, compiled", "eager",
-                 "torch.compile", "Liger"):
+    for name in (
+        "ours",
+        "sdpa flash",
+        "sdpa cuDNN",
+        "sdpa efficient",
+        "flex, compiled",
+        "eager",
+        "torch.compile",
+        "Liger",
+    ):
         assert name in [row[0] for row in rows]
     ours = [row for row in rows if row[0] == "ours"]
     assert len(ours) == 3 and all(float(row[-1]) < 1e-5 for row in ours)

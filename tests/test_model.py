@@ -1,19 +1,22 @@
 """The GPT, its kernels' references and generation, against fp64, Llama and a full forward."""
+
+import numpy as np
 import pytest
 import torch
 
+from images import ImageFormat, to_pixels
 from kernels import attention, rms_norm, visible
-from model import GPT, BabyLLaVA, GPTConfig, Projector
+from model import GPT, BabyLLaVA, GPTConfig, Positions, Projector
+from vision import ViT
 
 
-def tiny(**changes):
+def tiny(how={}, **changes):  # noqa: B006
     torch.manual_seed(0)
-    config = GPTConfig(**{**dict(vocab_size=50, block_size=40, n_layer=2, n_head=4, n_embd=32,
-                                 n_kv_head=2), **changes})
-    gpt = GPT(config)
+    sizes = {"vocab_size": 50, "block_size": 40, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    gpt = GPT(GPTConfig(**sizes | {"n_kv_head": 2} | changes))
     for parameter in gpt.parameters():  # larger than at the start, so that mistakes show
         parameter.data.normal_(0, 0.3)
-    return BabyLLaVA(gpt, Projector("mlp2x_gelu", 12, 32), image_token=49).eval()
+    return BabyLLaVA(gpt, Projector("mlp2x_gelu", 12, 32), None, image_token=49, **how).eval()
 
 
 def with_image(P=5, words=(3, 1, 4, 1, 5)):
@@ -36,7 +39,7 @@ def test_attention_backends_equal_fp64_loops(T, keys, prefix, heads):
                 at = keys - T + i
                 seen = [j for j in range(keys) if j <= at or j < prefix]
                 kv = h * heads[1] // heads[0]
-                s = k[b, seen, kv].double() @ q[b, i, h].double() / 8 ** 0.5
+                s = k[b, seen, kv].double() @ q[b, i, h].double() / 8**0.5
                 expected[b, i, h] = s.softmax(0) @ v[b, seen, kv].double()
     for backend in ("sdpa", "reference", None):
         assert (attention(q, k, v, prefix, backend) - expected).abs().max() < 1e-5
@@ -54,12 +57,12 @@ def test_rms_norm_backends_equal_the_formula():
 
 def test_no_word_sees_a_later_one():
     model, (tokens, features) = tiny(), with_image()
-    before = model(tokens, features=features)[0]
+    before = model(tokens, images=features)[0]
     tokens[:, 8] = 7
-    after = model(tokens, features=features)[0]
+    after = model(tokens, images=features)[0]
     assert torch.equal(before[:, :8], after[:, :8]) and not torch.equal(before[:, 8], after[:, 8])
     features[:, 3] += 1
-    last = model(tokens, features=features)[0]
+    last = model(tokens, images=features)[0]
     assert torch.equal(after[:, :3], last[:, :3]) and not torch.equal(after[:, 3], last[:, 3])
 
 
@@ -67,10 +70,20 @@ def test_the_gpt_is_a_llama():
     """Weights mapped over by name to Hugging Face's independent implementation: same logits."""
     transformers = pytest.importorskip("transformers")
     gpt = tiny().gpt
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=gpt.config.n_hidden, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=10000.0,
-        max_position_embeddings=40, tie_word_embeddings=True)).eval()
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=gpt.config.n_hidden,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            max_position_embeddings=40,
+            tie_word_embeddings=True,
+        )
+    ).eval()
     state = {}
     for name, value in gpt.state_dict().items():
         if "qkv_proj" in name:
@@ -92,7 +105,7 @@ def test_cached_generation_equals_the_full_forward():
     model, (tokens, features) = tiny(), with_image()
     steps = list(model.generate(tokens, features, max_new_tokens=12))
     for token in steps:
-        full = model(tokens, features=features)[0][:, -1]
+        full = model(tokens, images=features)[0][:, -1]
         assert torch.equal(token, full.argmax(-1))
         tokens = torch.cat([tokens, token[:, None]], 1)
     assert len(steps) == 12
@@ -112,8 +125,13 @@ def test_generation_stops_at_eos_and_at_the_context():
 
 def test_sampling_keeps_to_top_k_and_to_its_seed():
     model, (tokens, features) = tiny(), with_image()
-    draw = lambda seed, **how: torch.stack(list(model.generate(
-        tokens, features, 10, generator=torch.Generator().manual_seed(seed), **how)))
+    draw = lambda seed, **how: torch.stack(
+        list(
+            model.generate(
+                tokens, features, 10, generator=torch.Generator().manual_seed(seed), **how
+            )
+        )
+    )
     assert torch.equal(draw(1, temperature=1.0), draw(1, temperature=1.0))
     assert not torch.equal(draw(1, temperature=1.0), draw(2, temperature=1.0))
     assert torch.equal(draw(1, temperature=1.0, top_k=1), draw(5))
@@ -135,7 +153,7 @@ def test_the_loss_is_the_mean_over_asked_targets():
     model, (tokens, features) = tiny(), with_image()
     targets = torch.full_like(tokens, -100)
     targets[0, 5:8] = torch.tensor([2, 9, 11])
-    logits, loss = model(tokens, targets, features)
+    logits, loss = model(tokens, targets, images=features)
     by_hand = -logits.double().log_softmax(-1)[0, [5, 6, 7], [2, 9, 11]].mean()
     assert abs(loss - by_hand) < 1e-5
 
@@ -147,10 +165,16 @@ def test_attention_maps_are_distributions_over_the_past():
     assert (maps[:, ~visible(10, 10, 0, "cpu")] == 0).all()
 
 
-@pytest.mark.parametrize("kind, layers", [("linear", "Linear"), ("mlp1x_gelu", "Linear"),
-                                          ("mlp2x_gelu", "Linear GELU Linear"),
-                                          ("mlp3x_gelu", "Linear GELU Linear GELU Linear"),
-                                          ("identity", "Identity")])
+@pytest.mark.parametrize(
+    "kind, layers",
+    [
+        ("linear", "Linear"),
+        ("mlp1x_gelu", "Linear"),
+        ("mlp2x_gelu", "Linear GELU Linear"),
+        ("mlp3x_gelu", "Linear GELU Linear GELU Linear"),
+        ("identity", "Identity"),
+    ],
+)
 def test_projectors_are_llavas(kind, layers):
     projector = Projector(kind, 32, 32)
     parts = [*projector.children()] or [projector]
@@ -167,10 +191,64 @@ def test_an_unknown_projector_is_refused(kind):
 
 
 def test_bad_head_widths_and_overlong_texts_are_refused():
+    assert "head width" in GPTConfig(50, 40, 2, n_head=4, n_embd=30).fault()
+    assert "no multiple" in GPTConfig(50, 40, 2, n_head=4, n_embd=32, n_kv_head=3).fault()
     with pytest.raises(ValueError, match="head width"):
-        GPTConfig(n_embd=30, n_head=4)
+        GPT(GPTConfig(50, 40, 2, n_head=4, n_embd=30))
     with pytest.raises(ValueError, match="block_size is 40"):
         tiny().gpt(torch.zeros(1, 41, dtype=torch.long))
+
+
+def test_blocks_are_pre_norm_residuals():
+    """Sums taken inside the norms, against x + attention(norm(x)), x + mlp(norm(x)) in fp64."""
+    gpt = tiny().gpt.double()
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    positions = Positions(gpt.cos[:7].double(), gpt.sin[:7].double())
+    stream = x
+    for block in gpt.layers:
+        stream = stream + block.self_attn(block.input_layernorm(stream), positions)
+        stream = stream + block.mlp(block.post_attention_layernorm(stream))
+    assert (gpt(x) - gpt.norm(stream)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_image_tokens_see_one_another_where_that_is_asked_for(attention):
+    model, (tokens, features) = tiny({"image_attention": attention}), with_image()
+    before = model(tokens, images=features)[0]
+    changed = features.clone()
+    changed[:, 4] += 1  # the last image token
+    after = model(tokens, images=changed)[0]
+    first_image_token_sees_it = not torch.equal(before[:, 0], after[:, 0])
+    assert first_image_token_sees_it == (attention == "full")
+    tokens[:, 8] = 7  # words stay causal
+    later = model(tokens, images=changed)[0]
+    assert torch.equal(after[:, :8], later[:, :8])
+    maps = model.look(tokens, features)
+    assert (maps[0, 0, 1:5] > 0).all() == (attention == "full")
+    steps = list(model.generate(tokens, features, max_new_tokens=6))
+    for token in steps:
+        assert torch.equal(token, model(tokens, images=features)[0][:, -1].argmax(-1))
+        tokens = torch.cat([tokens, token[:, None]], 1)
+
+
+def test_features_and_frames_give_the_same_words():
+    torch.manual_seed(0)
+    model = tiny()
+    model.tower = ViT(16, 8, 12, 2, 2).eval()
+    frames = np.random.RandomState(0).randint(0, 256, (2, 16, 16, 3), np.uint8)
+    pixels = to_pixels(frames, ImageFormat(16))
+    tokens = torch.tensor([[49] * 4 + [3, 1]] * 2)
+    draw = lambda images: torch.stack(
+        list(
+            model.generate(
+                tokens, images, 12, temperature=1.0, generator=torch.Generator().manual_seed(5)
+            )
+        )
+    )
+    with torch.no_grad():
+        features = model.see(pixels)
+    assert torch.equal(draw(pixels), draw(features))
+    assert model.image_tokens(16) == features.shape[1] == 4
 
 
 def test_one_batch_is_learnt_by_heart():
@@ -179,7 +257,7 @@ def test_one_batch_is_learnt_by_heart():
     targets[:, :4] = -100
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(400):
-        loss = model(tokens, targets, features)[1]
+        loss = model(tokens, targets, images=features)[1]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

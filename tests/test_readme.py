@@ -1,4 +1,5 @@
 """Every command of the README's quick start, typed as it stands there, on a tiny world."""
+
 import os
 import re
 import shlex
@@ -11,8 +12,13 @@ from conftest import ROOT, SMALL, TINY
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"<!-- (?:run|more) -->\n```sh\n(.*?)```", README, re.S)
-COMMANDS = [command.strip() for block in BLOCKS for line in block.splitlines()
-            for command in line.split("#")[0].split("&&") if command.strip()]
+COMMANDS = [
+    command.strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+    for command in line.split("#")[0].split("&&")
+    if command.strip()
+]
 
 
 @pytest.fixture(scope="module")

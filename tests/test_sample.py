@@ -1,4 +1,5 @@
 """The quick caption, as a user types it, and every way to get it wrong."""
+
 import os
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from data import DataError
 
 def shell(*args, cwd):
     env = {**os.environ, "PYTHONPATH": ""}
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
-                          capture_output=True)
+    return subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, env=env, text=True, capture_output=True
+    )
 
 
 @pytest.fixture
@@ -44,8 +46,20 @@ def test_captions_end_with_eos_not_with_the_limit():
 
 
 def test_prompt_samples_and_several_pictures(recipe, home, picture, capsys):
-    sample.main(["--checkpoint", "out/full/phase2.pt", "--image", picture, f"--image={picture}",
-                 "--prompt", "look", "--num_samples=2", "--temperature=1", "--max_new_tokens=3"])
+    sample.main(
+        [
+            "--checkpoint",
+            "out/full/phase2.pt",
+            "--image",
+            picture,
+            f"--image={picture}",
+            "--prompt",
+            "look",
+            "--num_samples=2",
+            "--temperature=1",
+            "--max_new_tokens=3",
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.startswith("look") for line in lines)
     sample.main(["--checkpoint=out/full/phase0.pt", "--max_new_tokens=3"])  # words alone
@@ -53,8 +67,15 @@ def test_prompt_samples_and_several_pictures(recipe, home, picture, capsys):
 
 
 def test_attention_is_drawn(recipe, home, picture, tmp_path):
-    sample.main(["--checkpoint=out/full/phase2.pt", "--image", picture, "--max_new_tokens=4",
-                 f"--attention={tmp_path}/out.png"])
+    sample.main(
+        [
+            "--checkpoint=out/full/phase2.pt",
+            "--image",
+            picture,
+            "--max_new_tokens=4",
+            f"--attention={tmp_path}/out.png",
+        ]
+    )
     with Image.open(tmp_path / "out.png") as sheet:
         assert sheet.size[1] == 142 and sheet.size[0] > 128
 
@@ -71,11 +92,15 @@ def test_a_picture_means_the_same_in_sampling_as_in_training(recipe, home):
     assert (seen - stored).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda p: None, "no such image"),
-    (lambda p: p.write_text("hello"), "not a picture"),
-    (lambda p: p.write_bytes(b""), "not a picture"),
-    (lambda p: p.mkdir(), "cannot be read")])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: None, "no such image"),
+        (lambda p: p.write_text("hello"), "not a picture"),
+        (lambda p: p.write_bytes(b""), "not a picture"),
+        (lambda p: p.mkdir(), "cannot be read"),
+    ],
+)
 def test_a_bad_picture_is_one_clear_line(recipe, home, tmp_path, make, message):
     path = tmp_path / "bad.jpg"
     make(path)
@@ -87,20 +112,26 @@ def test_a_bad_picture_is_one_clear_line(recipe, home, tmp_path, make, message):
 def test_a_truncated_jpeg_is_one_clear_line(recipe, home, tmp_path):
     Image.effect_noise((200, 200), 90).save(tmp_path / "x.jpg")
     whole = (tmp_path / "x.jpg").read_bytes()
-    (tmp_path / "x.jpg").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "x.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot be read whole"):
         sample.main(["--checkpoint=out/full/phase2.pt", f"--image={tmp_path}/x.jpg"])
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--checkpoint=none.pt"], "no such checkpoint"),
-    (["--checkpoint=data/tiny/meta.json"], "not a checkpoint, or cut short"),
-    (["--checkpoint=out/full/vision.pt"], "an eye alone"),
-    (["--checkpoint=out/full/phase0.pt", "--image=frame.png"], "cannot see"),
-    (["--checkpoint=out/full/phase2.pt", "--image=frame.png", "--prompt=" + "ball " * 99],
-     "this model holds 48"),
-    (["--checkpoint=out/full/phase2.pt", "--device=gpu"], "cpu, cuda or mps"),
-    (["--checkpoint=out/full/phase2.pt", "--attention=x.png"], "needs an --image")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--checkpoint=none.pt"], "no such checkpoint"),
+        (["--checkpoint=data/tiny/meta.json"], "not a checkpoint, or cut short"),
+        (["--checkpoint=out/full/vision.pt"], "an eye alone"),
+        (["--checkpoint=out/full/phase0.pt", "--image=frame.png"], "cannot see"),
+        (
+            ["--checkpoint=out/full/phase2.pt", "--image=frame.png", "--prompt=" + "ball " * 99],
+            "this model holds 48",
+        ),
+        (["--checkpoint=out/full/phase2.pt", "--device=gpu"], "cpu, cuda or mps"),
+        (["--checkpoint=out/full/phase2.pt", "--attention=x.png"], "needs an --image"),
+    ],
+)
 def test_mistakes_are_one_clear_line(recipe, home, args, message):
     Image.new("RGB", (9, 9)).save("frame.png")
     with pytest.raises(DataError, match=message) as error:
@@ -110,16 +141,22 @@ def test_mistakes_are_one_clear_line(recipe, home, args, message):
 
 def test_a_cut_checkpoint_is_one_clear_line(recipe, tmp_path):
     whole = (recipe / "phase2.pt").read_bytes()
-    (tmp_path / "x.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "x.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cut short"):
         sample.read_checkpoint(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("command", [
-    ["sample.py", "--image", "nowhere.jpg"], ["sample.py", "--imge", "x"],
-    ["eval.py", "--checkpoint", "none.pt"], ["train.py", "configs/none.py"],
-    ["data.py", "pairs", "--csv", "none.csv"],
-    ["sample.py", "--device", "mps", "--image", str(ROOT / "assets/scene.png")]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample.py", "--image", "nowhere.jpg"],
+        ["sample.py", "--imge", "x"],
+        ["eval.py", "--checkpoint", "none.pt"],
+        ["train.py", "configs/none.py"],
+        ["data.py", "pairs", "--csv", "none.csv"],
+        ["sample.py", "--device", "mps", "--image", str(ROOT / "assets/scene.png")],
+    ],
+)
 def test_no_mistake_shows_a_traceback(tmp_path, command):
     done = shell(ROOT / command[0], *command[1:], cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: ")

@@ -1,4 +1,5 @@
 """SAYCam's files as they are published: the zip, three forms of JSON, and what goes wrong."""
+
 import io
 import json
 import os
@@ -30,10 +31,12 @@ def fake(tmp_path, monkeypatch):
     return fake_saycam.write(".")
 
 
-def prepare(*args, frames="frames.txt", name="s",
-            annotations=("train.json", "val.json", "test.json")):
-    data.main(["saycam", "--name", name, "--frames", frames, "--annotations", *annotations, *SIZE,
-               *args])
+def prepare(
+    *args, frames="frames.txt", name="s", annotations=("train.json", "val.json", "test.json")
+):
+    data.main(
+        ["saycam", "--name", name, "--frames", frames, "--annotations", *annotations, *SIZE, *args]
+    )
     return data.Data(f"data/{name}")
 
 
@@ -45,16 +48,21 @@ def rows(dataset, split):
     """[(frame, clip, caption)] of a split, read back."""
     captions = dataset.open(split, "captions")
     frames, clips = dataset.open(split, "frames"), dataset.open(split, "clips")
-    return [(frames[f], int(clips[f]), dataset.tokenizer.decode(captions[a:a + n - 1]))
-            for f, a, n in dataset.open(split, "pairs").tolist()]
+    return [
+        (frames[f], int(clips[f]), dataset.tokenizer.decode(captions[a : a + n - 1]))
+        for f, a, n in dataset.open(split, "pairs").tolist()
+    ]
 
 
 def test_each_frame_is_paired_with_what_was_said(fake):
     dataset = prepare()
     for split in ("train", "val", "test"):
         entries = json.load(open(f"{split}.json"))["data"]
-        expected = [(name, i, entry["utterance"]) for i, entry in enumerate(entries)
-                    for name in entry["frame_filenames"]]
+        expected = [
+            (name, i, entry["utterance"])
+            for i, entry in enumerate(entries)
+            for name in entry["frame_filenames"]
+        ]
         found = rows(dataset, split)
         assert len(found) == len(expected)
         for (frame, clip, said), (name, i, utterance) in zip(found, expected):
@@ -78,10 +86,16 @@ def test_a_folder_and_a_packed_zip_give_the_same_bytes(fake, tmp_path):
 
 def test_babyllavas_json_transcripts_and_similarity(fake):
     content = json.load(open("SAYCam_train_data.json"))
-    dataset = prepare("--min_similarity=0.2", annotations=[
-        "SAYCam_train_data.json", "Azure_transcribed_corpus_train.json"])
-    alike = [[0.1 + 0.2 * (f % 2) for f in range(len(item["image"]))]
-             if isinstance(item["image"], list) else [0.3] for item in content]
+    dataset = prepare(
+        "--min_similarity=0.2",
+        annotations=["SAYCam_train_data.json", "Azure_transcribed_corpus_train.json"],
+    )
+    alike = [
+        [0.1 + 0.2 * (f % 2) for f in range(len(item["image"]))]
+        if isinstance(item["image"], list)
+        else [0.3]
+        for item in content
+    ]
     kept = sum(a > 0.2 for item in alike for a in item)
     assert dataset.count("train", "frames") + dataset.count("val", "frames") == kept
     assert "hello baby" in dataset.tokenizer.decode(dataset.open("train", "text"))
@@ -110,14 +124,16 @@ def test_the_papers_vocabulary_keeps_its_ids(fake):
 
 
 def damage(fake, missing, broken):
-    names = json.load(open("train.json"))["data"][3]["frame_filenames"] + \
-        json.load(open("train.json"))["data"][4]["frame_filenames"]
+    names = (
+        json.load(open("train.json"))["data"][3]["frame_filenames"]
+        + json.load(open("train.json"))["data"][4]["frame_filenames"]
+    )
     with zipfile.ZipFile("frames.txt", "w") as archive:
         for name, content in fake.items():
             if name not in names[:missing]:
-                cut = name in names[missing:missing + broken]
+                cut = name in names[missing : missing + broken]
                 archive.writestr(name, content[:300] if cut else content)
-    return names[:missing + broken]
+    return names[: missing + broken]
 
 
 def test_missing_and_damaged_frames_are_listed_never_silent(fake, capsys):
@@ -137,8 +153,18 @@ def test_missing_and_damaged_frames_are_listed_never_silent(fake, capsys):
 def test_killed_and_run_again_it_goes_on_to_the_same_bytes(fake, tmp_path):
     fake = fake_saycam.write(".", (100, 6, 2), size=300)
     damage(fake, 3, 1)
-    command = [sys.executable, str(ROOT / "data.py"), "saycam", "--frames=frames.txt", *SIZE,
-               "--max_skipped=0.2", "--annotations", "train.json", "val.json", "test.json"]
+    command = [
+        sys.executable,
+        str(ROOT / "data.py"),
+        "saycam",
+        "--frames=frames.txt",
+        *SIZE,
+        "--max_skipped=0.2",
+        "--annotations",
+        "train.json",
+        "val.json",
+        "test.json",
+    ]
     partial = data.Path("data/killed/train_frames.partial")
     run = subprocess.Popen([*command, "--name=killed"], stderr=subprocess.DEVNULL)
     while run.poll() is None and not (partial.exists() and partial.stat().st_size > 200 * 3072):
@@ -182,11 +208,17 @@ def test_another_size_starts_anew(fake):
     assert dataset.open("train", "frames").shape[1:] == (16, 16, 3)
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "train.json: "), ("{}", "item 0 is no utterance"), ("[1]", "item 0 is no utterance"),
-    ('[{"image": "a.jpg", "conversations": []}]', "item 0 is no utterance"),
-    ('[{"utterance": "a", "frame_filenames": ["x", "y"], "similarity": [1]}]', "not as many"),
-    ('["hello", "baby"]', "one JSON with 'train' in its name must have frames")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "train.json: "),
+        ("{}", "item 0 is no utterance"),
+        ("[1]", "item 0 is no utterance"),
+        ('[{"image": "a.jpg", "conversations": []}]', "item 0 is no utterance"),
+        ('[{"utterance": "a", "frame_filenames": ["x", "y"], "similarity": [1]}]', "not as many"),
+        ('["hello", "baby"]', "one JSON with 'train' in its name must have frames"),
+    ],
+)
 def test_a_bad_json_is_one_clear_line(fake, content, message):
     open("train.json", "w").write(content)
     with pytest.raises(DataError, match=message) as error:
@@ -213,8 +245,13 @@ def test_from_the_zip_to_words_with_a_published_kind_of_eye(fake):
     state = {f"module.backbone.{key}": value for key, value in eye.state_dict().items()}
     torch.save({"teacher": state}, "eye.pth")
     for phase in (1, 0, 1, 2):
-        command = [str(ROOT / f"configs/phase{phase}.py"), "--data=data/s", "--out=out/s", *SMALL,
-                   "--block_size=64"]
+        command = [
+            str(ROOT / f"configs/phase{phase}.py"),
+            "--data=data/s",
+            "--out=out/s",
+            *SMALL,
+            "--block_size=64",
+        ]
         if phase == 1 and not os.path.exists("out/s/phase0.pt"):
             with pytest.raises(DataError, match="phase0.pt does not exist: finish it first with"):
                 train.main(command)
@@ -224,9 +261,12 @@ def test_from_the_zip_to_words_with_a_published_kind_of_eye(fake):
     assert parts.tower.shape() == eye.shape() and parts.meta["E"] == 2048
     assert parts.meta["data"] == "saycam"
     names = [*fake][:4]
-    open("v.csv", "w").write("image,positive_phrase,negative_phrase\n" + "".join(
-        f"{name},see ball,see cat\n" for name in names))
-    evaluation.main(["--checkpoint=out/s/phase2.pt", "--task=vtwt", "--csv=v.csv",
-                     "--images", "frames.txt"])
+    open("v.csv", "w").write(
+        "image,positive_phrase,negative_phrase\n"
+        + "".join(f"{name},see ball,see cat\n" for name in names)
+    )
+    evaluation.main(
+        ["--checkpoint=out/s/phase2.pt", "--task=vtwt", "--csv=v.csv", "--images", "frames.txt"]
+    )
     result = json.load(open("out/s/results_vtwt.json"))
     assert result["tasks"]["vtwt"]["n"] == 4 and result["trained_on"] == "saycam"

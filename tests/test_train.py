@@ -1,4 +1,5 @@
 """The loop: what learns in each phase, resuming to the bit, ranks, and refusals."""
+
 import json
 import os
 import shutil
@@ -26,8 +27,11 @@ def run(*args, out="out/full"):
 
 def weights(path, prefix=""):
     checkpoint = torch.load(path, weights_only=True)
-    return {k: v for k, v in checkpoint.get("dino", checkpoint.get("model")).items()
-            if k.startswith(prefix)}
+    return {
+        k: v
+        for k, v in checkpoint.get("dino", checkpoint.get("model")).items()
+        if k.startswith(prefix)
+    }
 
 
 def same(a, b):
@@ -36,8 +40,15 @@ def same(a, b):
 
 def test_the_main_job_leaves_all_it_promises(recipe):
     assert {p.name for p in recipe.iterdir()} == {
-        "vision.pt", "phase0.pt", "phase1.pt", "phase2.pt", "log.jsonl", "results.json",
-        "report.html", "captions.png"}
+        "vision.pt",
+        "phase0.pt",
+        "phase1.pt",
+        "phase2.pt",
+        "log.jsonl",
+        "results.json",
+        "report.html",
+        "captions.png",
+    }
     log = [json.loads(line) for line in (recipe / "log.jsonl").read_text().splitlines()]
     for phase in train.PHASES:
         assert [e["step"] for e in log if e["phase"] == phase and "loss" in e] == [0, 1, 2, 3]
@@ -49,13 +60,19 @@ def test_exactly_the_phases_own_parameters_learn(recipe, home, monkeypatch):
     """The optimizer of each phase holds its parameters; the others keep every bit."""
     learnt = {}
     adamw = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **how: learnt.update(
-        {phase: [p for g in groups for p in g["params"]]}) or adamw(groups, **how))
+    monkeypatch.setattr(
+        torch.optim,
+        "AdamW",
+        lambda groups, **how: (
+            learnt.update({phase: [p for g in groups for p in g["params"]]}) or adamw(groups, **how)
+        ),
+    )
     expected = {"phase0": "gpt.", "phase1": "projector.", "phase2": ("gpt.", "projector.")}
     built = {}
     build = train.build_model
-    monkeypatch.setattr(train, "build_model", lambda c, name, *rest: built.setdefault(
-        name, build(c, name, *rest)))
+    monkeypatch.setattr(
+        train, "build_model", lambda c, name, *rest: built.setdefault(name, build(c, name, *rest))
+    )
     for number in "012":
         phase = f"phase{number}"
         if number != "0":
@@ -76,8 +93,10 @@ def test_what_is_frozen_keeps_every_bit(recipe):
     assert same(weights(recipe / "phase0.pt", "gpt."), weights(recipe / "phase1.pt", "gpt."))
     assert not same(weights(recipe / "phase1.pt", "gpt."), weights(recipe / "phase2.pt", "gpt."))
     assert not same(weights(recipe / "phase1.pt", "proj"), weights(recipe / "phase2.pt", "proj"))
-    towers = [torch.load(recipe / f"{p}.pt", weights_only=True)["tower"]
-              for p in ("vision", "phase1", "phase2")]
+    towers = [
+        torch.load(recipe / f"{p}.pt", weights_only=True)["tower"]
+        for p in ("vision", "phase1", "phase2")
+    ]
     assert same(towers[0], towers[1]) and same(towers[0], towers[2])
 
 
@@ -94,8 +113,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(recipe, home, monkeypatch, phase)
     if before:
         for name in (before, "vision"):
             os.link(recipe / f"{name}.pt", out / f"{name}.pt")
-    args = ["--phase", phase[-1] if before else "0", "--dropout=0.2",
-            f"--tower={'vision' if phase == 'vision' else 'language'}"]
+    args = [
+        "--phase",
+        phase[-1] if before else "0",
+        "--dropout=0.2",
+        f"--tower={'vision' if phase == 'vision' else 'language'}",
+    ]
     step, count = torch.optim.AdamW.step, [0]
 
     def dying(self, *rest):
@@ -139,10 +162,23 @@ def test_pieces_of_a_batch_add_up(recipe, home):
 def test_two_processes_train_the_model_of_one(recipe, home):
     """torchrun on gloo, the recipe's four phases: the same weights within float tolerance."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                    "--master_port=29513", str(ROOT / "train.py"), "--data=data/tiny",
-                    "--out=out/two", "--evaluate=False", *SMALL],
-                   check=True, env=env, cwd=home)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=29513",
+            str(ROOT / "train.py"),
+            "--data=data/tiny",
+            "--out=out/two",
+            "--evaluate=False",
+            *SMALL,
+        ],
+        check=True,
+        env=env,
+        cwd=home,
+    )
     for phase in train.PHASES:
         a, b = weights(home / f"out/two/{phase}.pt"), weights(recipe / f"{phase}.pt")
         assert a.keys() == b.keys()
@@ -155,22 +191,43 @@ def test_finished_phases_are_left_alone(recipe, home, capfd):
     assert (recipe / "phase1.pt").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("args, out, message", [
-    (["--phase=1"], "out/none", "does not exist: finish it first with --phase 0"),
-    (["--phase=2", "--phase2_lr=0.5"], "out/full", "was made with phase2_lr=0.002, now it is 0.5"),
-    (["--phase=0", "--dtype=fp16"], "out/none", "float32 or bfloat16"),
-    (["--phase=0", "--vision_heads=3"], "out/none", "neither division"),
-    (["--phase=3"], "out/none", "0, 1, 2 or all"),
-    (["--tower=nose"], "out/none", "vision, language or both"),
-    (["--phase=0", "--tower=language", "--phase0_batch=9", "--grad_accum=2"], "out/none",
-     "does not divide"),
-    (["--phase=0", "--vision_weights=nothing.pt"], "out/none", "no nothing.pt: fetch that"),
-    (["--phase=0", "--vision_weights=data/tiny/meta.json"], "out/none", "meta.json"),
-    (["--phase=0", "--attention=triton", "--tower=language"], "out/none",
-     "backend triton: it needs an NVIDIA GPU"),
-    (["--phase=0", "--norm=flash", "--tower=language"], "out/none", "no backend 'flash': choose"),
-    (["--phase=0", "--tower=language", "--data=data/nowhere"], "out/none", "no data/nowhere/meta"),
-])
+@pytest.mark.parametrize(
+    "args, out, message",
+    [
+        (["--phase=1"], "out/none", "does not exist: finish it first with --phase 0"),
+        (
+            ["--phase=2", "--phase2_lr=0.5"],
+            "out/full",
+            "was made with phase2_lr=0.002, now it is 0.5",
+        ),
+        (["--phase=0", "--dtype=fp16"], "out/none", "float32 or bfloat16"),
+        (["--phase=0", "--vision_heads=3"], "out/none", "neither division"),
+        (["--phase=3"], "out/none", "0, 1, 2 or all"),
+        (["--tower=nose"], "out/none", "vision, language or both"),
+        (
+            ["--phase=0", "--tower=language", "--phase0_batch=9", "--grad_accum=2"],
+            "out/none",
+            "does not divide",
+        ),
+        (["--phase=0", "--vision_weights=nothing.pt"], "out/none", "no nothing.pt: fetch that"),
+        (["--phase=0", "--vision_weights=data/tiny/meta.json"], "out/none", "meta.json"),
+        (
+            ["--phase=0", "--attention=triton", "--tower=language"],
+            "out/none",
+            "backend triton: it needs an NVIDIA GPU",
+        ),
+        (
+            ["--phase=0", "--norm=flash", "--tower=language"],
+            "out/none",
+            "no backend 'flash': choose",
+        ),
+        (
+            ["--phase=0", "--tower=language", "--data=data/nowhere"],
+            "out/none",
+            "no data/nowhere/meta",
+        ),
+    ],
+)
 def test_mistakes_are_one_clear_line(recipe, home, monkeypatch, args, out, message):
     monkeypatch.setattr(kernels, "INTERPRET", False)
     with pytest.raises((DataError, ConfigError, ValueError), match=message) as error:
@@ -217,8 +274,11 @@ def test_the_backends_are_chosen_by_name_and_said_once(home, capfd):
     run(*few, "--attention=reference", "--norm=reference", out="out/reference")
     run(*few, out="out/auto")
     said = capfd.readouterr().out
-    for line in ("attention triton, norm triton", "attention reference, norm reference",
-                 "attention sdpa, norm torch"):
+    for line in (
+        "attention triton, norm triton",
+        "attention reference, norm reference",
+        "attention sdpa, norm torch",
+    ):
         assert said.count(line) == 1
     a, b = weights("out/triton/phase0.pt"), weights("out/reference/phase0.pt")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in b)
@@ -226,19 +286,36 @@ def test_the_backends_are_chosen_by_name_and_said_once(home, capfd):
 
 def test_the_published_sizes_are_what_the_configs_comments_say():
     """Counted on the meta device: the arithmetic in configs/phase0.py, words.py and phase1.py."""
-    for files, vocabulary, expected in ((["phase0.py"], 6000, 7_962_880),
-                                        (["phase0.py", "words.py"], 2353, 7_029_248)):
+    for files, vocabulary, expected in (
+        (["phase0.py"], 6000, 7_962_880),
+        (["phase0.py", "words.py"], 2353, 7_029_248),
+    ):
         config = configs.load(train.Config, [str(ROOT / "configs" / name) for name in files])
         with torch.device("meta"):
-            gpt = train.GPT(train.GPTConfig(vocabulary, config.block_size, config.n_layer,
-                                            config.n_head, config.n_kv_head, config.n_embd))
+            gpt = train.GPT(
+                train.GPTConfig(
+                    vocabulary,
+                    config.block_size,
+                    config.n_layer,
+                    config.n_head,
+                    config.n_kv_head,
+                    config.n_embd,
+                )
+            )
             projector = train.Projector("mlp2x_gelu", 2048, config.n_embd)
         assert sum(p.numel() for p in gpt.parameters()) == expected
         assert sum(p.numel() for p in projector.parameters()) == 590_336
     transformers = pytest.importorskip("transformers")
     for vocabulary, context, expected in ((6000, 2048, 8_378_880), (2350, 1024, 7_182_336)):
         with torch.device("meta"):
-            theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                vocab_size=vocabulary, n_positions=context, n_embd=256, n_layer=8, n_head=32,
-                n_inner=1024))
+            theirs = transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(
+                    vocab_size=vocabulary,
+                    n_positions=context,
+                    n_embd=256,
+                    n_layer=8,
+                    n_head=32,
+                    n_inner=1024,
+                )
+            )
         assert theirs.num_parameters() == expected

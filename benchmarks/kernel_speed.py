@@ -1,9 +1,9 @@
 """
 Measure kernels.py beside what a user would pick instead, on this machine's GPU.
 
-    python benchmarks/kernels.py             # attention, RMSNorm, a training step: markdown tables
-    python benchmarks/kernels.py --tiles 64  # time other tiles than the table's, for D 64
-    python benchmarks/kernels.py --compile   # no GPU: registers, spills, shared memory a kernel
+    python benchmarks/kernel_speed.py             # attention, RMSNorm, a training step: markdown tables
+    python benchmarks/kernel_speed.py --tiles 64  # time other tiles than the table's, for D 64
+    python benchmarks/kernel_speed.py --compile   # no GPU: registers, spills, shared memory a kernel
 
 Every figure is the median of `repeats` runs, apart forward and backward, the L2 cache flushed
 before each; "+-" is half the distance between the quartiles. "error" is the largest difference
@@ -29,17 +29,18 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import configs
+import config
 import kernels
 import model
+from config import UserError, knob
 
 
 @dataclasses.dataclass
-class Config:
+class Config(config.Knobs):
     compile: bool = False  # compile every kernel for sm_80 and sm_90 and show what it takes
-    tiles: int = 0  # time the candidates for kernels.TILES at this head width
+    tiles: int = knob(0, low=0, high=128)  # time the candidates for kernels.TILES at this head width
     quick: bool = False  # tiny shapes: does it run at all?
-    repeats: int = 30  # runs a figure
+    repeats: int = knob(30, low=2, high=10**6)  # runs a figure
     device: str = "cuda"  # cpu runs Triton's interpreter (TRITON_INTERPRET=1): with --quick only
 
 
@@ -155,20 +156,20 @@ def table(title, columns, rows):
         print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
 
 
-def timed(call, config):
+def timed(call, settings):
     """(median, half the distance between the quartiles) of a call, in ms."""
     for _ in range(3):
         call()
-    if config.device == "cpu":
+    if settings.device == "cpu":
         stamps = [time.perf_counter()]
-        for _ in range(config.repeats):
+        for _ in range(settings.repeats):
             call()
             stamps.append(time.perf_counter())
         took = [1000 * (b - a) for a, b in zip(stamps, stamps[1:])]
     else:
-        flush = torch.empty(256 << 20, dtype=torch.int8, device=config.device)
+        flush = torch.empty(256 << 20, dtype=torch.int8, device=settings.device)
         took = []
-        for _ in range(config.repeats):
+        for _ in range(settings.repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             torch.cuda._sleep(5_000_000)  # cycles: all is queued before the GPU's clock starts
@@ -187,7 +188,7 @@ def error(got, true):
     return max(float((a[:len(t)] - t).abs().max() / t.abs().max()) for a, t in zip(got, true))
 
 
-def cells(name, make, inputs, grads, true, work, work_back, unit, floor, config):
+def cells(name, make, inputs, grads, true, work, work_back, unit, floor, settings):
     """A row: the name, then forward and backward of the function that make() gives, in ms and as a
     rate (`work` a call, in `unit`s a second and in percent of `floor`), and its error against the
     `true` outputs and gradients. One cell says why, where another's backend has no answer."""
@@ -197,7 +198,7 @@ def cells(name, make, inputs, grads, true, work, work_back, unit, floor, config)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         back = functools.partial(torch.autograd.grad, outputs, inputs, grads, retain_graph=True)
         wrong = error([*outputs, *back()], true)
-        forward, backward = timed(lambda: function(*inputs), config), timed(back, config)
+        forward, backward = timed(lambda: function(*inputs), settings), timed(back, settings)
     except Exception as reason:
         line = (str(reason).splitlines() or [""])[0].replace("|", "/")
         if name == "ours" or "CUDA error" in line:  # the first must work, after the second nothing
@@ -219,25 +220,25 @@ def truth(function, inputs, grads):
     return [x.detach() for x in (*outputs, *found)]
 
 
-def floors(config):
+def floors(settings):
     """(bytes/s of a copy, bf16 FLOP/s of a square product): what this machine can do at most."""
-    n = 1 << (10 if config.quick else 13)
-    a = torch.randn(n, n, device=config.device, dtype=torch.bfloat16)
-    big = torch.empty(n * n * 8, device=config.device, dtype=torch.bfloat16)
+    n = 1 << (10 if settings.quick else 13)
+    a = torch.randn(n, n, device=settings.device, dtype=torch.bfloat16)
+    big = torch.empty(n * n * 8, device=settings.device, dtype=torch.bfloat16)
     other = torch.empty_like(big)
-    for _ in range(1 if config.quick else 300):  # half a second: the clocks of a cold GPU are low
+    for _ in range(1 if settings.quick else 300):  # half a second: the clocks of a cold GPU are low
         a @ a
-    copy, _ = timed(lambda: other.copy_(big), config)
-    product, _ = timed(lambda: a @ a, config)
+    copy, _ = timed(lambda: other.copy_(big), settings)
+    product, _ = timed(lambda: a @ a, settings)
     return 2 * big.nbytes / copy * 1e3, 2 * n ** 3 / product * 1e3
 
 
-def peers(prefix, T, dtype, config):
+def peers(prefix, T, dtype, settings):
     """{name: attention of (B, T, H, D)} : ours and all that PyTorch offers, each forced apart."""
     mask = None
     if prefix:
-        mask = torch.zeros(T, T, device=config.device, dtype=dtype)
-        mask.masked_fill_(~kernels.visible(T, T, prefix, config.device), float("-inf"))
+        mask = torch.zeros(T, T, device=settings.device, dtype=dtype)
+        mask.masked_fill_(~kernels.visible(T, T, prefix, settings.device), float("-inf"))
 
     def sdpa(backend, q, k, v):
         with sdpa_kernel(backend):
@@ -248,7 +249,7 @@ def peers(prefix, T, dtype, config):
     def flex():
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         blocks = create_block_mask(lambda b, h, i, j: (j <= i) | (j < prefix), None, None, T, T,
-                                   device=config.device)
+                                   device=settings.device)
         fast = torch.compile(flex_attention, dynamic=False)
         return lambda q, k, v: fast(*(x.transpose(1, 2) for x in (q, k, v)),
                                     block_mask=blocks).transpose(1, 2)
@@ -261,30 +262,30 @@ def peers(prefix, T, dtype, config):
     return named | {"flex, compiled": flex}
 
 
-def attention_table(config, floor):
+def attention_table(settings, floor):
     shapes = [(64, 512, 8, 64, 0), (64, 1024, 8, 64, 0), (32, 2048, 8, 64, 0),
               (16, 4096, 8, 64, 0), (64, 1024, 8, 32, 0), (64, 1024, 4, 128, 0),
               (32, 2048, 4, 128, 0), (64, 1024, 8, 64, 256), (32, 2048, 8, 64, 576)]
-    if config.quick:
+    if settings.quick:
         shapes = [(1, 20, 2, 16, 0), (1, 20, 2, 16, 5)]
-    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+    dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
     for B, T, H, D, prefix in shapes:
         torch.compiler.reset()  # each shape compiled for itself
-        q, k, v = torch.randn(B, T, 3 * H, D, device=config.device, dtype=dtype).split(H, 2)
+        q, k, v = torch.randn(B, T, 3 * H, D, device=settings.device, dtype=dtype).split(H, 2)
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        grads = [torch.randn(B, T, H, D, device=config.device, dtype=dtype)]
+        grads = [torch.randn(B, T, H, D, device=settings.device, dtype=dtype)]
         pairs = int(kernels.visible(T, T, prefix, "cpu").sum())
         work = 4 * B * H * D * pairs  # two products, a multiplication and an addition each
         true = truth(functools.partial(kernels.attention_reference, prefix=prefix),
                      [x[:1] for x in inputs], [grads[0][:1]])
-        rows = [cells(name, make, inputs, grads, true, work, 2.5 * work, 1e12, floor, config)
-                for name, make in peers(prefix, T, dtype, config).items()]
+        rows = [cells(name, make, inputs, grads, true, work, 2.5 * work, 1e12, floor, settings)
+                for name, make in peers(prefix, T, dtype, settings).items()]
         table(f"attention, {str(dtype)[6:]}, B {B}, T {T}, H {H}, D {D}, prefix {prefix}; FLOP = 4 "
               "B H D x visible pairs, backward 2.5 times that; % of a large matrix product",
               ["", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error"], rows)
 
 
-def norm_table(config, floor):
+def norm_table(settings, floor):
     def eager(x, r, w):
         total = x + r
         return F.rms_norm(total, w.shape, w, 1e-5), total
@@ -297,63 +298,65 @@ def norm_table(config, floor):
              "eager": lambda: eager, "torch.compile": lambda: torch.compile(eager, dynamic=False),
              "Liger": liger}
     shapes = [(262144, 256), (65536, 512), (65536, 768), (16384, 4096)]
-    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
-    for many, width in [(40, 24)] if config.quick else shapes:
+    dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
+    for many, width in [(40, 24)] if settings.quick else shapes:
         torch.compiler.reset()
-        inputs = [torch.randn(many, width, device=config.device, dtype=dtype, requires_grad=True)
+        inputs = [torch.randn(many, width, device=settings.device, dtype=dtype, requires_grad=True)
                   for _ in range(2)]
-        inputs.append(torch.ones(width, device=config.device, dtype=dtype, requires_grad=True))
+        inputs.append(torch.ones(width, device=settings.device, dtype=dtype, requires_grad=True))
         grads = [torch.randn_like(inputs[0]) for _ in range(2)]
         work = 4 * inputs[0].nbytes  # two tensors in, two out; backward: three in, one out
         true = truth(eager, inputs, grads)
-        rows = [cells(name, make, inputs, grads, true, work, work, 1e9, floor, config)
+        rows = [cells(name, make, inputs, grads, true, work, work, 1e9, floor, settings)
                 for name, make in named.items()]
         table(f"RMSNorm with residual, {str(dtype)[6:]}, {many} x {width}; bytes = 4 tensors of "
               "that shape each way; % of a copy's bandwidth",
               ["", "forward ms", "GB/s", "backward ms", "GB/s", "error"], rows)
 
 
-def step_table(config):
+def step_table(settings):
     """Training steps of the default model on 64k tokens: forward, loss, backward, AdamW."""
-    B, T = (2, 16) if config.quick else (64, 1024)
-    small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 50} if config.quick else {}
+    B, T = (2, 16) if settings.quick else (64, 1024)
+    sizes = {"n_layer": 8, "n_head": 8, "n_embd": 256, "vocab_size": 6000}
+    if settings.quick:
+        sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 50}
     rows = []
     for compiled in (False, True):
         for attention, norm in (("triton", "triton"), ("sdpa", "torch"),
                                 ("reference", "reference")):
             torch.manual_seed(0)
             torch.compiler.reset()
-            gpt = model.GPTConfig(**small, block_size=T, attention=attention, norm=norm)
-            net = model.BabyLLaVA(model.GPT(gpt)).to(config.device)
-            adam = torch.optim.AdamW(net.parameters(), 1e-3, fused=config.device == "cuda")
-            tokens = torch.randint(gpt.vocab_size, (B, T), device=config.device)
+            gpt = model.GPTConfig(**sizes, block_size=T, attention=attention, norm=norm)
+            net = model.BabyLLaVA(model.GPT(gpt)).to(settings.device)
+            adam = torch.optim.AdamW(net.parameters(), 1e-3, fused=settings.device == "cuda")
+            tokens = torch.randint(gpt.vocab_size, (B, T), device=settings.device)
             run = torch.compile(net) if compiled else net
 
             def step(run=run, adam=adam, tokens=tokens):
-                with torch.autocast("cuda", torch.bfloat16, enabled=config.device == "cuda"):
+                with torch.autocast("cuda", torch.bfloat16, enabled=settings.device == "cuda"):
                     _, loss = run(tokens, tokens)
                 loss.backward()
                 adam.step()
                 adam.zero_grad(set_to_none=True)
 
             try:
-                ms, spread = timed(step, config)
+                ms, spread = timed(step, settings)
                 figures = [f"{ms:.2f} +- {spread:.2f}", f"{B * T / ms * 1e3:,.0f}"]
             except torch.OutOfMemoryError:
                 figures = ["out of memory", ""]
             rows.append([attention, norm, "compiled" if compiled else "eager", *figures])
             size = sum(p.numel() for p in net.parameters())
             del net, adam, run, step
-            if config.device == "cuda":
+            if settings.device == "cuda":
                 torch.cuda.empty_cache()
     table(f"a training step, {B} x {T} tokens, {size:,} parameters",
           ["attention", "norm", "", "ms", "tokens/s"], rows)
 
 
-def tiles_table(config):
+def tiles_table(settings):
     """Time the attention kernels with other tiles; the table's own are marked."""
-    D, key = config.tiles, 64 if config.tiles <= 64 else 128
-    q, k, v = torch.randn(32, 1024, 3 * 512 // D, D, device=config.device,
+    D, key = settings.tiles, 64 if settings.tiles <= 64 else 128
+    q, k, v = torch.randn(32, 1024, 3 * 512 // D, D, device=settings.device,
                           dtype=torch.bfloat16).split(512 // D, 2)
     o, log = kernels.attention_forward_op(q, k, v, 0)
     delta, grads = torch.empty_like(log), [torch.empty_like(o) for _ in range(3)]
@@ -369,7 +372,7 @@ def tiles_table(config):
                                     for stages in (2, 3) if 2048 <= M * N <= 8192 * warps // 4)}:
             kernels.TILES[name][key] = (tile,) * 3
             try:
-                ms, _ = timed(lambda: kernels.launch(kernel, which, q, k, v, 0, *others), config)
+                ms, _ = timed(lambda: kernels.launch(kernel, which, q, k, v, 0, *others), settings)
                 found.append((ms, tile, "the table's" if tile == mine[which] else ""))
             except Exception as reason:
                 if "out of resource" not in str(reason):  # more shared memory than there is
@@ -380,35 +383,35 @@ def tiles_table(config):
 
 
 def main(argv):
-    config = configs.load(Config, argv, __doc__)
-    if config.compile:
+    settings = config.load(Config, argv, __doc__)
+    if settings.compile:
         rows = compile_all()
         table("Compiled without a GPU", ["for", "kernel", "dtype", "tile", "warps", "stages",
                                          "registers", "spilled", "shared", "wgmma", ""],
               [[*row, faults(row)] for row in rows])
         if any(faults(row) for row in rows):
-            raise ValueError("a kernel spills, or asks for more shared memory than there is")
+            raise UserError("a kernel spills, or asks for more shared memory than there is")
         return
     torch._functorch.config.donated_buffer = False  # backward is run again on the same graph
-    if why := kernels.lacking(config.device):
-        raise ValueError(f"nothing measured: {why}. --compile needs no GPU")
-    if config.device == "cuda":
+    if why := kernels.lacking(settings.device):
+        raise UserError(f"nothing measured: {why}. --compile needs no GPU")
+    if settings.device == "cuda":
         import triton
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0]
         print(f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch "
               f"{torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}")
-    if config.tiles:
-        return tiles_table(config)
-    copy, product = floors(config)
+    if settings.tiles:
+        return tiles_table(settings)
+    copy, product = floors(settings)
     print(f"a copy: {copy / 1e9:,.0f} GB/s; a bf16 matrix product: {product / 1e12:,.1f} TFLOP/s")
-    attention_table(config, product)
-    norm_table(config, copy)
-    step_table(config)
-    copy, product = floors(config)
+    attention_table(settings, product)
+    norm_table(settings, copy)
+    step_table(settings)
+    copy, product = floors(settings)
     print(f"\nat the end, a copy: {copy / 1e9:,.0f} GB/s; a bf16 matrix product: "
           f"{product / 1e12:,.1f} TFLOP/s")
 
 
 if __name__ == "__main__":
-    configs.run(main, ValueError)
+    config.run(main)

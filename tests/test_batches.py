@@ -1,0 +1,304 @@
+"""Batches: a pure function of (seed, step), each sample once a pass, targets where they belong."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_corpus
+
+import batches
+import checkpoint
+import features
+from batches import ClipBatches, Order, SampleBatches, TextBatches, round_up
+from config import UserError
+from data import Data
+from model import GPT, BabyLLaVA, GPTConfig, Projector
+from vision import ViT
+
+
+def make_model(dataset, block_size=64, **how):
+    torch.manual_seed(0)
+    sizes = GPTConfig(dataset.tokenizer.vocab_size, block_size, 2, 2, 16)
+    tower = ViT(16, 8, 16, 2, 2)
+    image = dataset.tokenizer.image
+    return BabyLLaVA(GPT(sizes), Projector("mlp2x_gelu", 16, 16), tower, image, **how)
+
+
+SAMPLES = [("a ball", 1), ("look , a red ball !", 1), ("a", 0), ("a ball . a bear .", 2)] * 30
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A corpus of captions, texts without a picture, and samples of two pictures."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rng = np.random.RandomState(0)
+    words = ["a", "red", "ball", ".", "bear", "look"]
+    samples = [(" ".join(rng.choice(words, rng.randint(1, 14))), images) for _, images in SAMPLES]
+    make_corpus(folder, {"train": samples, "val": samples[:7]})
+    return Data(folder)
+
+
+def test_lengths_are_few_and_little_is_padding():
+    assert all(n <= round_up(n) <= max(n + 7, n * 1.25) for n in range(1, 5000))
+    assert len({round_up(n) for n in range(64, 1025)}) <= 4 * 8 + 1
+    assert len({round_up(n, parts=4) for n in range(256, 1025)}) <= 2 * 4 + 1
+    assert [round_up(n) for n in (1, 8, 9, 64, 65, 76, 228)] == [8, 8, 16, 64, 72, 80, 240]
+
+
+def test_every_row_once_a_pass_and_any_start_the_same():
+    whole = Order(10, seed=3)(0, 45)
+    assert all(sorted(whole[i : i + 10]) == list(range(10)) for i in (0, 10, 20, 30))
+    assert not np.array_equal(whole[:10], whole[10:20])
+    for start in (0, 7, 33, 12):
+        assert np.array_equal(Order(10, seed=3)(start, 9), whole[start : start + 9])
+
+
+@pytest.mark.parametrize("batch", [4, 8, 32])
+def test_every_sample_once_a_pass(mixed, batch):
+    """In any number of whole windows each sample occurs as often as the others, give or take one;
+    a pass that fills whole windows has each exactly once."""
+    found = SampleBatches(mixed, "train", batch, 1, make_model(mixed))
+    steps = 3 * SampleBatches.WINDOW
+    counts = np.bincount(np.concatenate([found.plan(step)[0] for step in range(steps)]))
+    assert len(counts) == 120 and counts.max() - counts.min() <= 1
+    assert counts.sum() == steps * batch
+
+
+def test_a_step_is_a_pure_function_of_seed_and_step(mixed):
+    model = make_model(mixed)
+    whole = [SampleBatches(mixed, "train", 8, 5, model).plan(step) for step in range(70)]
+    for step in (69, 0, 33, 31, 32):
+        rows, length = SampleBatches(mixed, "train", 8, 5, model).plan(step)
+        assert np.array_equal(rows, whole[step][0]) and length == whole[step][1]
+    other = SampleBatches(mixed, "train", 8, 6, model)
+    assert any(not np.array_equal(other.plan(s)[0], whole[s][0]) for s in range(5))
+
+
+def test_batches_group_alike_lengths_and_keep_texts_apart(mixed):
+    found = SampleBatches(mixed, "train", 8, 1, make_model(mixed))
+    mixtures, waste, by_chance = 0, [], []
+    for step in range(SampleBatches.WINDOW):
+        rows, length = found.plan(step)
+        with_images = found.samples[rows][:, 3] > 0
+        mixtures += with_images.any() and not with_images.all()
+        waste.append(length - found.lengths(rows).mean())
+        assert (found.lengths(rows) <= length).all()
+        others = found.lengths(found.order(step * 8, 8))
+        by_chance.append(round_up(int(others.max())) - others.mean())
+    assert mixtures <= 1  # only where the one kind ends and the other begins
+    assert np.mean(waste) < 0.6 * np.mean(by_chance)
+
+
+def test_a_batch_is_what_the_bins_say(mixed):
+    """Against one sample at a time, expanded by hand."""
+    model = make_model(mixed)
+    found = SampleBatches(mixed, "train", 8, 1, model)
+    P, frames = 4, mixed.open("train", "frames")
+    for step in range(12):
+        rows, length = found.plan(step)
+        batch = found.read(rows, length)
+        stream, wanted, images = [], [], []
+        for row in rows:
+            first, count, shown, number = found.samples[row].tolist()
+            ids = mixed.open("train", "tokens")[first : first + count].tolist()
+            expanded = sum(([i] * (P if i == mixed.tokenizer.image else 1) for i in ids), [])
+            stream.append((expanded + [mixed.tokenizer.pad] * length)[: length + 1])
+            start = number * P
+            wanted += [
+                (len(stream) - 1) * length + position - 1
+                for position in range(start, len(expanded))
+                if position > 0 and (number or position > 0)
+            ]
+            images += [frames[shown + i] for i in range(number)]
+        assert np.array_equal(batch.tokens, np.array(stream)[:, :-1])
+        assert batch.positions[: batch.count].tolist() == wanted
+        flat = np.array(stream)[:, 1:].reshape(-1)
+        assert np.array_equal(batch.targets[: batch.count], flat[wanted])
+        assert (batch.targets[batch.count :] == -100).all()
+        assert len(batch.targets) == len(batch.positions) == round_up(batch.count, 4)
+        if images:
+            assert np.array_equal(batch.images, np.stack(images))
+        else:
+            assert batch.images is None
+
+
+def test_any_cut_of_a_batch_gives_the_same_rows(mixed):
+    found = SampleBatches(mixed, "train", 8, 1, make_model(mixed))
+    rows, length = found.plan(3)
+    whole = found.read(rows, length)
+    parts = [found.read(rows[i : i + 2], length, i) for i in range(0, 8, 2)]
+    assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
+    assert sum(part.count for part in parts) == whole.count
+
+
+def test_logits_at_positions_are_the_head_on_all_of_them(mixed):
+    """The loss over the handed positions is that of the plain way, all positions and -100s."""
+    model = make_model(mixed)
+    found = SampleBatches(mixed, "train", 8, 1, model)
+    for step in range(4):
+        batch = found.read(*found.plan(step))
+        tokens, targets, positions, images = batch.to("cpu", mixed.image_format)
+        logits, loss = model(tokens, targets, positions, images)
+        everywhere = torch.full((tokens.numel(),), -100)
+        everywhere[positions[: batch.count]] = targets[: batch.count]
+        all_logits, slow = model(tokens, everywhere, None, images)
+        assert abs(loss - slow) < 1e-5 and logits.shape[0] == len(positions)
+        assert torch.allclose(logits, all_logits.flatten(0, 1)[positions], atol=1e-5)
+
+
+def test_the_validation_is_fixed_whole_and_spread(mixed):
+    model = make_model(mixed)
+    found = SampleBatches(mixed, "val", 4, 1, model)
+    rows = np.concatenate([rows for rows, _ in found.fixed_plan()])
+    assert sorted(rows) == list(range(7))  # the last batch has three rows, and is not dropped
+    some = SampleBatches(mixed, "train", 4, 1, model)
+    chosen = [rows for rows, _ in some.fixed_plan(limit=24)]
+    assert sum(map(len, chosen)) == 24 and max(np.concatenate(chosen)) > 60  # not the first 24
+    again = [rows for rows, _ in SampleBatches(mixed, "train", 4, 9, model).fixed_plan(limit=24)]
+    assert all(np.array_equal(a, b) for a, b in zip(chosen, again))
+
+
+def test_an_overlong_sample_is_one_clear_line(mixed):
+    with pytest.raises(UserError, match="over block_size 9: raise block_size in phase 0"):
+        SampleBatches(mixed, "train", 8, 1, make_model(mixed, block_size=9))
+
+
+def test_full_image_attention_wants_leading_images_alike(mixed, tmp_path):
+    with pytest.raises(UserError, match="the same number of images; use causal"):
+        SampleBatches(mixed, "train", 8, 1, make_model(mixed, image_attention="full"))
+    make_corpus(tmp_path, {"train": [("a ball", 1)] * 20})
+    dataset = Data(tmp_path)
+    model = make_model(dataset, image_attention="full")
+    found = SampleBatches(dataset, "train", 4, 1, model)
+    tokens, _, _, images = found.read(*found.plan(0)).to("cpu", dataset.image_format)
+    assert model.prefix(tokens, images) == 4
+
+
+def test_text_rows_predict_the_next_token(world):
+    dataset = Data(world / "data/tiny")
+    model = make_model(dataset, block_size=16)
+    found, stream = TextBatches(dataset, "train", 5, 0, model), dataset.open("train", "text")
+    rows, length = found.plan(0)
+    batch = found.read(rows, length)
+    assert length == 16 and batch.count == 80 and batch.positions is None
+    for i, row in enumerate(rows):
+        assert np.array_equal(batch.tokens[i], stream[row * 16 : row * 16 + 16])
+        targets = batch.targets.reshape(5, 16)[i]
+        assert np.array_equal(targets, stream[row * 16 + 1 : row * 16 + 17])
+
+
+def test_the_other_frame_is_of_the_same_clip(world):
+    dataset = Data(world / "data/tiny")
+    found, stored = ClipBatches(dataset, "train", 24, 0), dataset.open("train", "frames")
+    rows, start = found.plan(0)
+    pairs = found.read(rows, start)
+    for card, a, b in zip(rows, pairs.frames, pairs.others):
+        assert np.array_equal(a, stored[card]) and np.array_equal(b, stored[card ^ 1])  # two a clip
+    half = found.read(rows[12:], start, first=12)
+    assert np.array_equal(half.others, pairs.others[12:])
+
+
+# ---- features
+
+
+def test_features_are_the_towers_own_and_read_in_their_place(recipe, home):
+    dataset = Data("data/tiny")
+    model = checkpoint.load("out/full/phase2.pt").model
+    stored = features.open_stored(dataset, "train", model)
+    assert stored.shape == (24, 4, 16) and stored.dtype == np.float16
+    found = SampleBatches(dataset, "train", 8, 1, model, stored)
+    live = SampleBatches(dataset, "train", 8, 1, model)
+    rows, length = found.plan(0)
+    a, b = (x.read(rows, length).to("cpu", dataset.image_format) for x in (found, live))
+    with torch.no_grad():
+        assert (a[3].float() - model.see(b[3])).abs().max() < 1e-2
+        assert a[3].ndim == 3 and b[3].ndim == 4
+
+
+@pytest.fixture
+def own_copy(recipe, home, tmp_path):
+    import shutil
+
+    shutil.copytree("data/tiny", tmp_path / "d")
+    shutil.rmtree(tmp_path / "d/features", ignore_errors=True)
+    return Data(tmp_path / "d"), checkpoint.load("out/full/phase2.pt").model
+
+
+def test_towers_that_differ_in_anything_have_files_of_their_own(own_copy):
+    """Weights, heads, the way of interpolating, layer, CLS: each was once mistaken for another."""
+    dataset, _ = own_copy
+    paths = set()
+    for arguments, how in (
+        (dict(heads=1), {}),
+        (dict(heads=2), {}),
+        (dict(heads=2, offset=0.0), {}),
+        (dict(heads=2, antialias=True), {}),
+        (dict(heads=2), dict(select_layer=-2)),
+        (dict(heads=2), dict(keep_cls=True)),
+    ):
+        torch.manual_seed(0)  # the same weights in all
+        tower = ViT(16, 8, 16, 2, **arguments)
+        paths.add(features.find(dataset, "train", BabyLLaVA(None, None, tower, **how)))
+    with torch.no_grad():
+        tower.norm.bias[0] += 1e-6
+    paths.add(features.find(dataset, "train", BabyLLaVA(None, None, tower)))
+    assert len(paths) == 7
+
+
+def test_features_go_on_where_they_stopped(own_copy, monkeypatch):
+    dataset, model = own_copy
+    features.store(dataset, "train", model, "cpu")
+    path = features.find(dataset, "train", model)
+    whole = path.read_bytes()
+    path.unlink()
+    extract, asked = features.extract, []
+
+    def broken(model, frames, *rest):
+        asked.append(len(frames))
+        yield next(extract(model, frames[:10], *rest))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "extract", broken)
+        features.store(dataset, "train", model, "cpu")
+    with open(path.with_suffix(".partial"), "ab") as file:
+        file.write(b"\x01\x02\x03")  # a row cut short by the power failing
+    monkeypatch.setattr(
+        features, "extract", lambda m, f, *rest: asked.append(len(f)) or extract(m, f, *rest)
+    )
+    features.store(dataset, "train", model, "cpu")
+    assert asked == [24, 14]
+    a, b = (np.frombuffer(content, np.float16) for content in (whole, path.read_bytes()))
+    assert np.abs(a - b).max() < 1e-2  # other batches round otherwise
+    features.store(dataset, "train", model, "cpu")
+    assert asked == [24, 14]  # once is enough
+
+
+def test_partial_features_of_another_world_are_not_gone_on_with(own_copy, monkeypatch, tmp_path):
+    """Killed halfway; the frames are drawn anew; the features are those of the new frames."""
+    dataset, model = own_copy
+    partial = features.find(dataset, "train", model).with_suffix(".partial")
+    partial.parent.mkdir(exist_ok=True)
+    partial.write_bytes(b"\x00" * (10 * 4 * 16 * 2))
+    make_corpus(dataset.directory, {"train": [("a ball", 1)] * 24, "val": [("a", 1)] * 2})
+    again = Data(dataset.directory)
+    assert not partial.exists()  # preparing removes what belongs to no frame
+    features.store(again, "train", model, "cpu")
+    stored = features.open_stored(again, "train", model)
+    frames = again.open("train", "frames")
+    live = next(features.extract(model, frames, again.image_format, "cpu"))
+    assert np.abs(stored - live).max() < 1e-2 and np.abs(stored[:10]).min() < np.inf
+    assert np.abs(stored[:10]).sum() > 0
+
+
+def test_two_processes_at_once_make_one_file(own_copy):
+    from concurrent.futures import ThreadPoolExecutor
+
+    dataset, model = own_copy
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: features.store(dataset, "train", model, "cpu"), range(4)))
+    stored = features.open_stored(dataset, "train", model)
+    live = next(
+        features.extract(model, dataset.open("train", "frames"), dataset.image_format, "cpu")
+    )
+    assert np.abs(stored - live).max() < 1e-2
+    assert batches.some_rows(10, 0).tolist() == list(range(10))

@@ -1,0 +1,95 @@
+"""What a run saves and loads."""
+
+import pytest
+import torch
+from conftest import one_line, same, weights
+
+import checkpoint
+import vision
+from config import UserError
+from data import Data
+
+
+def test_a_checkpoint_is_what_its_docstring_says(recipe, home):
+    meta = Data("data/tiny").meta
+    described = set()
+    for line in checkpoint.__doc__.splitlines():
+        if line.startswith("    ") and line[4] != " ":
+            described |= {word.strip(",") for word in line.strip().split("  ")[0].split()}
+    for phase in ("vision", "phase0", "phase1", "phase2"):
+        found = torch.load(recipe / f"{phase}.pt", weights_only=True)
+        assert set(found) <= described, set(found) - described
+        assert found["format"] == 2 and found["phase"] == phase and found["done"]
+        assert found["corpus"] == meta["corpus"] and found["source"] == "toy"
+        assert found["images"]["size"] == 16
+        assert found["digest"] == vision.weights_digest(found["weights"])
+    assert found["decided"]["patch"] == 8 and found["decided"]["projector"] == "mlp2x_gelu"
+
+
+def test_children_remember_what_they_started_from(recipe):
+    read = {
+        phase: checkpoint.read(recipe / f"{phase}.pt")
+        for phase in ("vision", "phase0", "phase1", "phase2")
+    }
+    assert read["vision"]["parents"] == read["phase0"]["parents"] == {}
+    assert read["phase1"]["parents"] == {p: read[p]["digest"] for p in ("vision", "phase0")}
+    assert read["phase2"]["parents"] == {"phase1": read["phase1"]["digest"]}
+
+
+def test_what_is_saved_is_what_is_built(recipe):
+    loaded = checkpoint.load(recipe / "phase2.pt")
+    assert same(loaded.model.state_dict(), weights(recipe / "phase2.pt"))
+    assert not any(module.training for module in loaded.model.modules())
+    tower = checkpoint.load(recipe / "vision.pt")
+    assert tower.model.gpt is None and tower.tokenizer is None
+    assert checkpoint.load(recipe / "phase0.pt").model.projector is None
+
+
+def test_a_cut_checkpoint_is_one_clear_line(recipe, tmp_path):
+    whole = (recipe / "phase2.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut short") as error:
+        checkpoint.read(tmp_path / "x.pt")
+    assert one_line(error)
+
+
+def test_formats_of_others_and_of_the_past_are_refused(tmp_path):
+    for content, message in (
+        ({"format": 1}, "train it again"),
+        ({"a": 1}, "not a nanoBabyLLaVA"),
+        ([1], "not a nanoBabyLLaVA"),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=message):
+            checkpoint.read(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("gpu", "cpu, cuda, cuda:1 ... or mps"),
+        ("meta", "this machine has none"),
+        ("cuda:99", "this machine has none|there are"),
+        ("mps", "this machine has none"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_clear_line(name, message):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.choose_device(name)
+    assert one_line(error)
+
+
+def test_a_numbered_gpu_is_that_gpu(monkeypatch):
+    """cuda:1 once became cuda:0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert checkpoint.choose_device("cuda:1") == torch.device("cuda", 1)
+    import train
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert train.find_processes(train.Config(device="cuda:1")).device == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="there are 2 GPUs"):
+        checkpoint.choose_device("cuda:2")

@@ -1,0 +1,125 @@
+"""Knobs: where they come from, what they refuse, and what a user sees of it."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from conftest import ROOT, one_line
+
+import config
+import eval as evaluation
+import sample
+import train
+from config import UserError
+from sources import pairs, saycam, toy
+
+SCRIPTS = (train, evaluation, sample, toy, pairs, saycam)
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads(path):
+    config.load(train.Config, [str(path)])
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_help_shows_every_knob_with_its_comment_and_its_range(module, capsys):
+    with pytest.raises(SystemExit):
+        config.load(module.Config, ["--help"], module.__doc__)
+    shown = capsys.readouterr().out
+    knobs = re.findall(r"^  --(\w+)=.* \(.+\) \S.*$", shown, re.M)
+    fields = dataclasses.fields(module.Config)
+    assert knobs == [field.name for field in fields]
+    for field in fields:
+        line = next(line for line in shown.splitlines() if line.startswith(f"  --{field.name}="))
+        assert config.describe(field.metadata) in line
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_every_default_is_allowed_and_every_number_has_a_range(module):
+    for field in dataclasses.fields(module.Config):
+        config.check(field, field.default, "default")
+        if field.type in (int, float) and field.name != "min_similarity":
+            assert config.describe(field.metadata), field.name
+
+
+def test_files_then_flags_override_defaults(tmp_path):
+    first, second = tmp_path / "a.py", tmp_path / "b.py"
+    first.write_text('"""x"""\nphase2_lr = 1e-3 * 2  # twice\nseed = 7\nout = "o"\n')
+    second.write_text('seed = -(2 - 12) // 2\nphase2_learn = ("gpt", "tower=1e-4")\n')
+    flags = ["--n_layer", "6", "--keep_cls", "--phase1_lr=3", "--select-layer=-2"]
+    loaded = config.load(train.Config, [str(first), str(second), *flags])
+    assert (loaded.phase2_lr, loaded.seed, loaded.out) == (2e-3, 5, "o")
+    assert (loaded.n_layer, loaded.keep_cls, loaded.phase1_lr) == (6, True, 3.0)
+    assert loaded.phase2_learn == ("gpt", "tower=1e-4") and loaded.select_layer == -2
+    assert loaded.given["seed"] == f"{second}:1" and loaded.given["n_layer"] == "--n_layer"
+    assert "n_head" not in loaded.given
+    assert config.load(train.Config, ["--keep_cls=false"]).keep_cls is False
+
+
+def test_a_knob_of_several_values_takes_them_one_after_the_other():
+    loaded = config.load(saycam.Config, ["--annotations", "a.json", "b.json", "--frames", "f"])
+    assert loaded.annotations == ("a.json", "b.json") and loaded.frames == "f"
+
+
+@pytest.mark.parametrize(
+    "text, flags, message",
+    [
+        ("n_layers = 4", [], r"a.py:1: no knob 'n_layers'; did you mean 'n_layer'\?"),
+        ("\nseed = 'x'", [], r"a.py:2: seed takes int, not 'x'"),
+        ("seed = 1.5", [], "takes int, not 1.5"),
+        ("seed = True", [], "takes int, not True"),
+        ("seed = (1, 2)", [], "takes int, not"),
+        ("import os", [], "a.py:1: want `name = literal`"),
+        ("seed = open('x')", [], "a.py:1: want `name = literal`"),
+        ("seed = 1 / 0", [], "a.py:1: want"),
+        ("seed = = 1", [], "a.py:1: not Python"),
+        ("seed = 1\n  seed = 2", [], "a.py:2: not Python"),
+        ('phase = "1"', ["--phase=2"], "--phase: phase '2' contradicts phase '1' of .*a.py:1"),
+        ("", ["--sede=1"], "--sede: no knob 'sede'; did you mean 'seed'"),
+        ("", ["--seed"], "--seed: no value"),
+        ("", ["--seed=many"], "--seed: seed takes int, not 'many'"),
+        ("", ["seed=1"], "config files come first"),
+        ("", ["--clip=-1"], "--clip: clip -1.0 is not allowed: 1e-06 or more"),
+        ("", ["--n_head=0"], "n_head 0 is not allowed: 1 to 4096"),
+        ("", ["--n_layer=999999999999"], "n_layer 999999999999 is not allowed: 1 to 1000"),
+        ("", ["--compile=nonsense"], "'nonsense' is not allowed: one of"),
+        ("", ["--phase=4"], "one of 0, 1, 2, 3, all"),
+        ("", ["--phase1_lr=1e999"], "phase1_lr inf is not a finite number"),
+        ("", ["--tower=nose"], "one of both, vision, language"),
+    ],
+)
+def test_a_mistaken_knob_is_one_line_with_its_place(tmp_path, text, flags, message):
+    (tmp_path / "a.py").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        config.load(train.Config, [str(tmp_path / "a.py"), *flags])
+    assert one_line(error)
+
+
+def test_users_mistakes_are_one_line_and_ours_keep_their_traceback(capsys):
+    def users(argv):
+        raise UserError("no such thing: make it")
+
+    def files(argv):
+        open("/nowhere/at/all")
+
+    def ours(argv):
+        a, b = torch.zeros(3).shape
+
+    for main in (users, files):
+        with pytest.raises(SystemExit) as stop:
+            config.run(main)
+        assert str(stop.value.code).startswith("error: ")
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        config.run(ours)
+
+
+def test_defaults_live_once():
+    """What model.py gives a default to and train.py too is the same in both."""
+    from model import GPTConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(train.Config)}
+    for field in dataclasses.fields(GPTConfig):
+        if field.name in defaults and field.default is not dataclasses.MISSING:
+            assert field.default == defaults[field.name], field.name

@@ -1,0 +1,71 @@
+"""Files that are whole or not there, CSVs, logs, locks."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, one_line
+
+from config import UserError
+from files import only_one, read_csv, read_log, trim_log, write_csv, writing
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "x") as file:
+        file.write(b"half")
+        1 / 0  # noqa: B018
+    assert (tmp_path / "x").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_comes_back_with_its_line_numbers(tmp_path):
+    write_csv(tmp_path / "t.csv", ("a", "b"), [("1", "x, y"), ("2", "two\nlines"), ("3", '"')])
+    rows = read_csv(tmp_path / "t.csv", ("a", "b"))
+    assert [row["b"] for row in rows] == ["x, y", "two\nlines", '"']
+    assert [row["line"] for row in rows] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no column a, b; the header is .empty"),
+        ("a,b\n", "no rows below the header"),
+        ("a,c\n1,2\n", ":1: no column b"),
+        ("a,b\n1,2\n3,\n", ":3: empty b"),
+        ("a,b\n1\n", ":2: empty b"),
+    ],
+)
+def test_a_bad_table_is_one_clear_line(tmp_path, content, message):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_csv(tmp_path / "t.csv", ("a", "b"))
+    assert one_line(error)
+
+
+def test_half_a_line_of_a_log_is_passed_over_and_trimmed(tmp_path):
+    log = tmp_path / "log.jsonl"
+    lines = ['{"phase": "a", "step": 0}', '{"phase": "a", "step": 1}', '{"phase": "b", "step": 0}']
+    log.write_text("\n".join(lines) + '\n{"phase": "b", "st')
+    assert [entry["step"] for entry in read_log(log)] == [0, 1, 0]
+    trim_log(log, "a", 1)
+    assert log.read_text().splitlines() == [lines[0], lines[2]]
+    trim_log(tmp_path / "none.jsonl", "a", 0)
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+def test_a_lock_refuses_a_second_run_and_ends_with_its_process(tmp_path):
+    code = (
+        "import sys, time; from files import only_one\n"
+        "with only_one(sys.argv[1], 'x'): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another run is training here") as error:
+        with only_one(tmp_path, "training"):
+            pass
+    assert one_line(error)
+    run.kill()
+    run.wait()
+    with only_one(tmp_path, "training"):
+        pass

@@ -1,0 +1,185 @@
+"""Finding pictures, reading every kind of them, making them square."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line
+from PIL import Image
+
+import images
+from config import UserError
+from images import ImageFormat, Places, read_image
+
+SMALL = ImageFormat(8)
+
+
+def picture(path, mode="RGB", size=(20, 10)):
+    image = Image.new("RGB", size, (200, 30, 30))
+    if mode == "I;16":
+        image = Image.fromarray(np.full(size[::-1], 200 * 256, np.uint16))
+    elif mode == "exif":
+        image.paste((30, 30, 200), (0, 0, size[0] // 2, size[1]))  # left half blue
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be shown turned a quarter to the right: blue goes up
+        image.save(path, exif=exif, quality=95)
+        return str(path)
+    else:
+        image = image.convert(mode)
+    image.save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [
+        ("RGB", "png"),
+        ("L", "png"),
+        ("P", "png"),
+        ("1", "png"),
+        ("CMYK", "jpg"),
+        ("RGBA", "png"),
+        ("I;16", "png"),
+    ],
+)
+def test_every_kind_of_picture_is_read(tmp_path, mode, suffix):
+    frame = read_image(picture(tmp_path / f"x.{suffix}", mode), SMALL)
+    assert frame.shape == (8, 8, 3) and frame.dtype == np.uint8
+    if mode in ("RGB", "RGBA", "P", "CMYK"):
+        assert abs(frame.astype(int) - (200, 30, 30)).max() < 32
+    if mode == "I;16":
+        assert (frame == 200).all()
+
+
+def test_a_turned_picture_is_turned_upright(tmp_path):
+    frame = read_image(picture(tmp_path / "x.jpg", "exif"), SMALL).astype(int)
+    assert (frame[0, :, 2] > 150).all() and (frame[-1, :, 0] > 150).all()
+
+
+def test_a_picture_becomes_a_square_as_its_format_says():
+    wide = Image.new("RGB", (40, 20), "red")
+    wide.paste("blue", (0, 0, 10, 20))
+    squashed, padded, cropped = (
+        images.to_frame(wide, ImageFormat(8, fit, "bilinear")) for fit in images.FITS
+    )
+    assert (squashed[:, 0] == (0, 0, 255)).all() and (squashed[:, -1] == (255, 0, 0)).all()
+    grey = [int(255 * mean) for mean in images.IMAGENET_MEAN]
+    assert (padded[0] == grey).all() and (padded[-1] == grey).all()
+    assert (padded[4, -1] == (255, 0, 0)).all() and padded[4, 0, 2] > 150
+    assert (cropped[:, 4:] == (255, 0, 0)).all()  # the blue quarter is mostly cut off
+
+
+def test_a_format_survives_json():
+    import json
+    from dataclasses import asdict
+
+    image_format = ImageFormat(32, "pad", "bicubic", mean=(0.1, 0.2, 0.3))
+    assert ImageFormat.parse(json.loads(json.dumps(asdict(image_format)))) == image_format
+
+
+def test_pixels_are_normalised_and_nothing_else():
+    frames = np.random.RandomState(0).randint(0, 256, (2, 8, 8, 3), np.uint8)
+    pixels = images.to_pixels(frames, SMALL)
+    back = pixels * torch.tensor(SMALL.std)[:, None, None] + torch.tensor(SMALL.mean)[:, None, None]
+    assert torch.allclose(back * 255, torch.tensor(frames).permute(0, 3, 1, 2).float(), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: None, "no such image"),
+        (lambda p: p.write_text("hello"), "not a picture"),
+        (lambda p: p.write_bytes(b""), "not a picture"),
+        (lambda p: p.mkdir(), "cannot be read"),
+    ],
+)
+def test_a_bad_picture_is_one_clear_line(tmp_path, make, message):
+    path = tmp_path / "bad.jpg"
+    make(path)
+    with pytest.raises(UserError, match=message) as error:
+        read_image(path, SMALL)
+    assert one_line(error)
+
+
+def test_a_truncated_jpeg_is_one_clear_line(tmp_path):
+    Image.effect_noise((200, 200), 90).save(tmp_path / "x.jpg")
+    whole = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "x.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read whole"):
+        read_image(tmp_path / "x.jpg", SMALL)
+
+
+# ---- finding
+
+
+def shade(location):
+    return int(read_image(location, SMALL)[0, 0, 0])
+
+
+@pytest.fixture
+def twins(tmp_path):
+    """Pictures of equal names and different shades in two folders, and in a zip of these."""
+    for i, folder in enumerate("ab"):
+        (tmp_path / "d" / folder).mkdir(parents=True)
+        for k in range(3):
+            shade_of_this = (20 * i + 50 * k,) * 3
+            Image.new("RGB", (9, 9), shade_of_this).save(tmp_path / "d" / folder / f"{k}.png")
+    with zipfile.ZipFile(tmp_path / "d.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((tmp_path / "d").rglob("*.png")):
+            archive.write(path, path.relative_to(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("place", ["d", "d.zip"])
+def test_equal_names_in_two_folders_are_told_apart(twins, place):
+    places = Places([twins / place])
+    for i, folder in enumerate("ab"):
+        for k in range(3):
+            assert shade(places.find(f"{folder}/{k}.png")) == 20 * i + 50 * k
+    with pytest.raises(
+        UserError, match=r"1.png: 2 pictures could be meant, .*a.1.png and"
+    ) as error:
+        places.find("1.png")
+    assert one_line(error)
+    assert places.find("c/1.png") is None and places.find("7.png") is None
+    assert places.find("/1.png") is None  # no part of a name: whole names of folders count
+
+
+def test_a_whole_path_goes_before_one_that_ends_so(twins):
+    Image.new("RGB", (9, 9), (250,) * 3).save(twins / "d" / "1.png")
+    assert shade(Places([twins / "d"]).find("1.png")) == 250
+    assert shade(Places([twins / "d"]).find("./1.png")) == 250
+
+
+def test_the_same_path_in_two_places_is_refused(twins):
+    with pytest.raises(UserError, match="2 pictures could be meant"):
+        Places([twins / "d" / "a", twins / "d" / "b"]).find("1.png")
+
+
+def test_what_is_neither_folder_nor_zip_is_one_clear_line(tmp_path):
+    (tmp_path / "x.zip").write_text("no zip")
+    for path in ("x.zip", "none"):
+        with pytest.raises(UserError, match="neither a folder nor a whole zip"):
+            Places([tmp_path / path])
+
+
+def test_a_flipped_bit_inside_a_zip_is_noticed(tmp_path):
+    picture(tmp_path / "x.jpg", size=(64, 64))
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.write(tmp_path / "x.jpg", "x.jpg")
+    content = bytearray((tmp_path / "z.zip").read_bytes())
+    content[400] ^= 1
+    (tmp_path / "z.zip").write_bytes(content)
+    with pytest.raises(UserError, match="damaged in"):
+        read_image(Places([tmp_path / "z.zip"]).find("x.jpg"), SMALL)
+
+
+def test_all_are_read_in_order_and_failures_are_lines(tmp_path):
+    locations = [picture(tmp_path / f"{i}.png", size=(10 + i, 10)) for i in range(20)]
+    locations[7] = str(tmp_path / "none.png")
+    answers = list(images.read_all(locations, SMALL, window=8))
+    assert "no such image" in answers[7]
+    assert [a[1] for i, a in enumerate(answers) if i != 7] == [
+        (10 + i, 10) for i in range(20) if i != 7
+    ]
