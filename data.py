@@ -22,6 +22,7 @@ import importlib
 import json
 import os
 import shutil
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -130,13 +131,16 @@ class SplitWriter:
         location was named. Raises UserError above a share of `max_skipped` unreadable ones."""
         log_path = self.path("reading.log")
         done, skipped = self.resume(log_path, locations, labels)
-        with open(log_path, "a", encoding="utf-8", buffering=1) as log:
+        with ExitStack() as stack:
+            log = stack.enter_context(open(log_path, "a", encoding="utf-8", buffering=1))
             number = 0
             for row in range(done):
                 self.bin("clips").put([] if row in skipped else clips[row])
                 yield None if row in skipped else number
                 number += row not in skipped
-            answers = read_all(locations[done:], self.writer.image_format)
+            answers = stack.enter_context(
+                closing(read_all(locations[done:], self.writer.image_format))
+            )
             bar = tqdm(answers, f"{self.name} images", len(locations), initial=done, unit="image")
             for row, answer in enumerate(bar, done):
                 if not isinstance(answer, str):

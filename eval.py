@@ -356,8 +356,8 @@ def probe(tower, dataset):
         return {}
     rows, outputs = read_csv(path, ("image", "kind", "colour")), []
     device = next(tower.parameters()).device
-    for start in range(0, len(rows), 256):
-        names = [row["image"] for row in rows[start : start + 256]]
+    for start in range(0, len(rows), 64):
+        names = [row["image"] for row in rows[start : start + 64]]
         frames = [read_image(path.parent / "images" / n, dataset.image_format) for n in names]
         x = tower(to_pixels(np.stack(frames), dataset.image_format, device)).float().cpu()
         outputs.append(torch.cat([x[:, 0], x[:, 1:].mean(1)], 1))

@@ -38,7 +38,7 @@ def open_stored(dataset, split, model):
     return open_bin(path, "float16", shape(dataset, split, model))
 
 
-def extract(model, frames, image_format, device, batch=256):
+def extract(model, frames, image_format, device, batch=64):
     """Yield the features of frames (F, S, S, 3) uint8, in order, as float16 arrays (n, P, E)."""
     for start in range(0, len(frames), batch):
         pixels = to_pixels(frames[start : start + batch], image_format, device)

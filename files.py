@@ -72,13 +72,13 @@ def read_csv(path, columns):
 @contextmanager
 def locked(path, wait=True):
     """Hold the lock of a file, which ends with the process however it ends. Without `wait`,
-    raises BlockingIOError where another process holds it. (Where the system has no flock,
-    Windows, there is no lock.)"""
+    raises OSError where another process holds it. A lock of lockf is not inherited by the workers
+    that this process starts. (Where the system has none, Windows, there is no lock.)"""
     if fcntl is None:
         yield
         return
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
@@ -90,7 +90,7 @@ def only_one(folder, doing):
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / ".lock", wait=False))
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             message = f"{folder}: another run is {doing} here; wait for it, or choose another"
             raise UserError(message + " folder") from None
         yield

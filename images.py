@@ -9,8 +9,10 @@ Letters: N images, S image side in pixels.
 
 import concurrent.futures
 import io
+import multiprocessing
 import os
 import signal
+import threading
 import zipfile
 import zlib
 from collections import defaultdict
@@ -210,8 +212,16 @@ def read_job(job):
     return to_frame(image, image_format), image.size
 
 
-def ignore_interrupts():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def begin_worker():
+    """Leave Ctrl-C to the parent, and end with it, however it ends: a worker that outlived it
+    would keep its locks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def read_all(locations, image_format, window=512):
@@ -220,7 +230,7 @@ def read_all(locations, image_format, window=512):
     At most `window` frames are in memory at a time."""
     workers = concurrent.futures.ProcessPoolExecutor(
         os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
-        initializer=ignore_interrupts,
+        initializer=begin_worker,
     )
     with workers:
         for start in range(0, len(locations), window):

@@ -1,15 +1,16 @@
 """
 Measure kernels.py beside what a user would pick instead, on this machine's GPU.
 
-    python benchmarks/kernel_speed.py             # attention, RMSNorm, a training step: markdown tables
+    python benchmarks/kernel_speed.py             # attention, RMSNorm, a training step: tables
     python benchmarks/kernel_speed.py --tiles 64  # time other tiles than the table's, for D 64
-    python benchmarks/kernel_speed.py --compile   # no GPU: registers, spills, shared memory a kernel
+    python benchmarks/kernel_speed.py --compile   # no GPU: registers, spills, shared memory
 
 Every figure is the median of `repeats` runs, apart forward and backward, the L2 cache flushed
 before each; "+-" is half the distance between the quartiles. "error" is the largest difference
 from fp64, output and all gradients, over the largest true value. FlexAttention has its own choice
 of tiles, SDPA gets a prefix as an additive mask. Rows that lose are printed too.
 """
+
 import dataclasses
 import functools
 import multiprocessing
@@ -38,7 +39,9 @@ from config import UserError, knob
 @dataclasses.dataclass
 class Config(config.Knobs):
     compile: bool = False  # compile every kernel for sm_80 and sm_90 and show what it takes
-    tiles: int = knob(0, low=0, high=128)  # time the candidates for kernels.TILES at this head width
+    tiles: int = knob(
+        0, low=0, high=128
+    )  # time the candidates for kernels.TILES at this head width
     quick: bool = False  # tiny shapes: does it run at all?
     repeats: int = knob(30, low=2, high=10**6)  # runs a figure
     device: str = "cuda"  # cpu runs Triton's interpreter (TRITON_INTERPRET=1): with --quick only
@@ -47,8 +50,13 @@ class Config(config.Knobs):
 # ---------------------------------------------------------------------------------------------
 # Compiling without a GPU
 
-KERNELS = ("attention_forward", "attention_backward_q", "attention_backward_kv",
-           "norm_forward", "norm_backward")
+KERNELS = (
+    "attention_forward",
+    "attention_backward_q",
+    "attention_backward_kv",
+    "norm_forward",
+    "norm_backward",
+)
 SHARED = {80: 101_376, 90: 232_448}  # bytes a program may have; 80: what sm_86 and sm_89 have too
 
 
@@ -105,26 +113,40 @@ def compile_one(launch, capability):
             signature[parameter.name] = names[value.dtype] if tensor else "i32"
             if tensor or value % 16 == 0:
                 facts[(i,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(ASTSource(kernel, signature, constants, facts),
-                              target=GPUTarget("cuda", capability, 32), options=build)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, facts),
+        target=GPUTarget("cuda", capability, 32),
+        options=build,
+    )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], text=True, check=True,
-                               capture_output=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], text=True, check=True, capture_output=True
+        ).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     tile = [passed.get(key) for key in ("BLOCK_D", "BLOCK_M", "BLOCK_N", "BLOCK_C", "ROWS")]
-    return [kernel.__name__, signature[kernel.params[0].name][1:],
-            " x ".join(str(n) for n in tile if n), build["num_warps"], build.get("num_stages", ""),
-            registers, stack, compiled.metadata.shared,
-            len(re.findall(r"wgmma\.mma_async", compiled.asm["ptx"]))]
+    return [
+        kernel.__name__,
+        signature[kernel.params[0].name][1:],
+        " x ".join(str(n) for n in tile if n),
+        build["num_warps"],
+        build.get("num_stages", ""),
+        registers,
+        stack,
+        compiled.metadata.shared,
+        len(re.findall(r"wgmma\.mma_async", compiled.asm["ptx"])),
+    ]
 
 
 def compile_all():
     """One row a kernel and entry of TILES. Returns them; main prints them and judges."""
-    jobs = [(launch, capability) for capability, families in (
-        (80, ("ampere", "fp32")), (90, ("hopper", "fp32"))) for launch in record(families)]
+    jobs = [
+        (launch, capability)
+        for capability, families in ((80, ("ampere", "fp32")), (90, ("hopper", "fp32")))
+        for launch in record(families)
+    ]
     global compile_job  # a forked process finds the jobs where they are: kernels do not pickle
 
     def compile_job(number):
@@ -185,7 +207,7 @@ def timed(call, settings):
 
 def error(got, true):
     """The largest of |got - true| / max |true| over pairs of tensors; got may have more rows."""
-    return max(float((a[:len(t)] - t).abs().max() / t.abs().max()) for a, t in zip(got, true))
+    return max(float((a[: len(t)] - t).abs().max() / t.abs().max()) for a, t in zip(got, true))
 
 
 def cells(name, make, inputs, grads, true, work, work_back, unit, floor, settings):
@@ -230,7 +252,7 @@ def floors(settings):
         a @ a
     copy, _ = timed(lambda: other.copy_(big), settings)
     product, _ = timed(lambda: a @ a, settings)
-    return 2 * big.nbytes / copy * 1e3, 2 * n ** 3 / product * 1e3
+    return 2 * big.nbytes / copy * 1e3, 2 * n**3 / product * 1e3
 
 
 def peers(prefix, T, dtype, settings):
@@ -243,29 +265,42 @@ def peers(prefix, T, dtype, settings):
     def sdpa(backend, q, k, v):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask,
-                is_causal=not prefix).transpose(1, 2)
+                *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, is_causal=not prefix
+            ).transpose(1, 2)
 
     def flex():
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        blocks = create_block_mask(lambda b, h, i, j: (j <= i) | (j < prefix), None, None, T, T,
-                                   device=settings.device)
+
+        blocks = create_block_mask(
+            lambda b, h, i, j: (j <= i) | (j < prefix), None, None, T, T, device=settings.device
+        )
         fast = torch.compile(flex_attention, dynamic=False)
-        return lambda q, k, v: fast(*(x.transpose(1, 2) for x in (q, k, v)),
-                                    block_mask=blocks).transpose(1, 2)
+        return lambda q, k, v: fast(
+            *(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks
+        ).transpose(1, 2)
 
     named = {"ours": lambda: lambda q, k, v: kernels.attention(q, k, v, prefix, "triton")}
-    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION),
-                          ("cuDNN", SDPBackend.CUDNN_ATTENTION),
-                          ("efficient", SDPBackend.EFFICIENT_ATTENTION)):
+    for name, backend in (
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+    ):
         named[f"sdpa {name}"] = functools.partial(lambda b: functools.partial(sdpa, b), backend)
     return named | {"flex, compiled": flex}
 
 
 def attention_table(settings, floor):
-    shapes = [(64, 512, 8, 64, 0), (64, 1024, 8, 64, 0), (32, 2048, 8, 64, 0),
-              (16, 4096, 8, 64, 0), (64, 1024, 8, 32, 0), (64, 1024, 4, 128, 0),
-              (32, 2048, 4, 128, 0), (64, 1024, 8, 64, 256), (32, 2048, 8, 64, 576)]
+    shapes = [
+        (64, 512, 8, 64, 0),
+        (64, 1024, 8, 64, 0),
+        (32, 2048, 8, 64, 0),
+        (16, 4096, 8, 64, 0),
+        (64, 1024, 8, 32, 0),
+        (64, 1024, 4, 128, 0),
+        (32, 2048, 4, 128, 0),
+        (64, 1024, 8, 64, 256),
+        (32, 2048, 8, 64, 576),
+    ]
     if settings.quick:
         shapes = [(1, 20, 2, 16, 0), (1, 20, 2, 16, 5)]
     dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
@@ -276,13 +311,21 @@ def attention_table(settings, floor):
         grads = [torch.randn(B, T, H, D, device=settings.device, dtype=dtype)]
         pairs = int(kernels.visible(T, T, prefix, "cpu").sum())
         work = 4 * B * H * D * pairs  # two products, a multiplication and an addition each
-        true = truth(functools.partial(kernels.attention_reference, prefix=prefix),
-                     [x[:1] for x in inputs], [grads[0][:1]])
-        rows = [cells(name, make, inputs, grads, true, work, 2.5 * work, 1e12, floor, settings)
-                for name, make in peers(prefix, T, dtype, settings).items()]
-        table(f"attention, {str(dtype)[6:]}, B {B}, T {T}, H {H}, D {D}, prefix {prefix}; FLOP = 4 "
-              "B H D x visible pairs, backward 2.5 times that; % of a large matrix product",
-              ["", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error"], rows)
+        true = truth(
+            functools.partial(kernels.attention_reference, prefix=prefix),
+            [x[:1] for x in inputs],
+            [grads[0][:1]],
+        )
+        rows = [
+            cells(name, make, inputs, grads, true, work, 2.5 * work, 1e12, floor, settings)
+            for name, make in peers(prefix, T, dtype, settings).items()
+        ]
+        table(
+            f"attention, {str(dtype)[6:]}, B {B}, T {T}, H {H}, D {D}, prefix {prefix}; FLOP = 4 "
+            "B H D x visible pairs, backward 2.5 times that; % of a large matrix product",
+            ["", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error"],
+            rows,
+        )
 
 
 def norm_table(settings, floor):
@@ -292,26 +335,37 @@ def norm_table(settings, floor):
 
     def liger():
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Fused
+
         return lambda x, r, w: Fused.apply(x, r, w, 1e-5, 0.0, "llama", False)
 
-    named = {"ours": lambda: lambda x, r, w: kernels.rms_norm(x, w, 1e-5, r, "triton"),
-             "eager": lambda: eager, "torch.compile": lambda: torch.compile(eager, dynamic=False),
-             "Liger": liger}
+    named = {
+        "ours": lambda: lambda x, r, w: kernels.rms_norm(x, w, 1e-5, r, "triton"),
+        "eager": lambda: eager,
+        "torch.compile": lambda: torch.compile(eager, dynamic=False),
+        "Liger": liger,
+    }
     shapes = [(262144, 256), (65536, 512), (65536, 768), (16384, 4096)]
     dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
     for many, width in [(40, 24)] if settings.quick else shapes:
         torch.compiler.reset()
-        inputs = [torch.randn(many, width, device=settings.device, dtype=dtype, requires_grad=True)
-                  for _ in range(2)]
+        inputs = [
+            torch.randn(many, width, device=settings.device, dtype=dtype, requires_grad=True)
+            for _ in range(2)
+        ]
         inputs.append(torch.ones(width, device=settings.device, dtype=dtype, requires_grad=True))
         grads = [torch.randn_like(inputs[0]) for _ in range(2)]
         work = 4 * inputs[0].nbytes  # two tensors in, two out; backward: three in, one out
         true = truth(eager, inputs, grads)
-        rows = [cells(name, make, inputs, grads, true, work, work, 1e9, floor, settings)
-                for name, make in named.items()]
-        table(f"RMSNorm with residual, {str(dtype)[6:]}, {many} x {width}; bytes = 4 tensors of "
-              "that shape each way; % of a copy's bandwidth",
-              ["", "forward ms", "GB/s", "backward ms", "GB/s", "error"], rows)
+        rows = [
+            cells(name, make, inputs, grads, true, work, work, 1e9, floor, settings)
+            for name, make in named.items()
+        ]
+        table(
+            f"RMSNorm with residual, {str(dtype)[6:]}, {many} x {width}; bytes = 4 tensors of "
+            "that shape each way; % of a copy's bandwidth",
+            ["", "forward ms", "GB/s", "backward ms", "GB/s", "error"],
+            rows,
+        )
 
 
 def step_table(settings):
@@ -322,8 +376,11 @@ def step_table(settings):
         sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 50}
     rows = []
     for compiled in (False, True):
-        for attention, norm in (("triton", "triton"), ("sdpa", "torch"),
-                                ("reference", "reference")):
+        for attention, norm in (
+            ("triton", "triton"),
+            ("sdpa", "torch"),
+            ("reference", "reference"),
+        ):
             torch.manual_seed(0)
             torch.compiler.reset()
             gpt = model.GPTConfig(**sizes, block_size=T, attention=attention, norm=norm)
@@ -349,27 +406,41 @@ def step_table(settings):
             del net, adam, run, step
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
-    table(f"a training step, {B} x {T} tokens, {size:,} parameters",
-          ["attention", "norm", "", "ms", "tokens/s"], rows)
+    table(
+        f"a training step, {B} x {T} tokens, {size:,} parameters",
+        ["attention", "norm", "", "ms", "tokens/s"],
+        rows,
+    )
 
 
 def tiles_table(settings):
     """Time the attention kernels with other tiles; the table's own are marked."""
     D, key = settings.tiles, 64 if settings.tiles <= 64 else 128
-    q, k, v = torch.randn(32, 1024, 3 * 512 // D, D, device=settings.device,
-                          dtype=torch.bfloat16).split(512 // D, 2)
+    q, k, v = torch.randn(
+        32, 1024, 3 * 512 // D, D, device=settings.device, dtype=torch.bfloat16
+    ).split(512 // D, 2)
     o, log = kernels.attention_forward_op(q, k, v, 0)
     delta, grads = torch.empty_like(log), [torch.empty_like(o) for _ in range(3)]
     name = kernels.family(q)
     mine = kernels.TILES[name][key]
-    launches = [(kernels.attention_forward, (o, log)),
-                (kernels.attention_backward_q, (o, o, log, delta, grads[0])),
-                (kernels.attention_backward_kv, (o, log, delta, *grads[1:]))]
+    launches = [
+        (kernels.attention_forward, (o, log)),
+        (kernels.attention_backward_q, (o, o, log, delta, grads[0])),
+        (kernels.attention_backward_kv, (o, log, delta, *grads[1:])),
+    ]
     for which, (kernel, others) in enumerate(launches):
         found = []
-        for tile in {mine[which], *((M, N, warps, stages) for M in (32, 64, 128)
-                                    for N in (32, 64, 128) for warps in (4, 8)
-                                    for stages in (2, 3) if 2048 <= M * N <= 8192 * warps // 4)}:
+        for tile in {
+            mine[which],
+            *(
+                (M, N, warps, stages)
+                for M in (32, 64, 128)
+                for N in (32, 64, 128)
+                for warps in (4, 8)
+                for stages in (2, 3)
+                if 2048 <= M * N <= 8192 * warps // 4
+            ),
+        }:
             kernels.TILES[name][key] = (tile,) * 3
             try:
                 ms, _ = timed(lambda: kernels.launch(kernel, which, q, k, v, 0, *others), settings)
@@ -378,17 +449,34 @@ def tiles_table(settings):
                 if "out of resource" not in str(reason):  # more shared memory than there is
                     raise
         kernels.TILES[name][key] = mine
-        table(f"{KERNELS[which]}, {name}, D {D}", ["ms", "M, N, warps, stages", ""],
-              [[f"{ms:.3f}", *rest] for ms, *rest in sorted(found)])
+        table(
+            f"{KERNELS[which]}, {name}, D {D}",
+            ["ms", "M, N, warps, stages", ""],
+            [[f"{ms:.3f}", *rest] for ms, *rest in sorted(found)],
+        )
 
 
 def main(argv):
     settings = config.load(Config, argv, __doc__)
     if settings.compile:
         rows = compile_all()
-        table("Compiled without a GPU", ["for", "kernel", "dtype", "tile", "warps", "stages",
-                                         "registers", "spilled", "shared", "wgmma", ""],
-              [[*row, faults(row)] for row in rows])
+        table(
+            "Compiled without a GPU",
+            [
+                "for",
+                "kernel",
+                "dtype",
+                "tile",
+                "warps",
+                "stages",
+                "registers",
+                "spilled",
+                "shared",
+                "wgmma",
+                "",
+            ],
+            [[*row, faults(row)] for row in rows],
+        )
         if any(faults(row) for row in rows):
             raise UserError("a kernel spills, or asks for more shared memory than there is")
         return
@@ -397,10 +485,13 @@ def main(argv):
         raise UserError(f"nothing measured: {why}. --compile needs no GPU")
     if settings.device == "cuda":
         import triton
+
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0]
-        print(f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch "
-              f"{torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}")
+        print(
+            f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, torch "
+            f"{torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}"
+        )
     if settings.tiles:
         return tiles_table(settings)
     copy, product = floors(settings)
@@ -409,8 +500,10 @@ def main(argv):
     norm_table(settings, copy)
     step_table(settings)
     copy, product = floors(settings)
-    print(f"\nat the end, a copy: {copy / 1e9:,.0f} GB/s; a bf16 matrix product: "
-          f"{product / 1e12:,.1f} TFLOP/s")
+    print(
+        f"\nat the end, a copy: {copy / 1e9:,.0f} GB/s; a bf16 matrix product: "
+        f"{product / 1e12:,.1f} TFLOP/s"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ same depth and width, with train.py's optimizer. All take turns, step by step, s
 else the machine does slows all alike; each one's learning rate falls to 0 as its own share of the
 time runs out. All are scored by eval.py.
 """
+
 import dataclasses
 import math
 import sys
@@ -24,23 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-import configs
-import data
+import checkpoint
+import config
 import eval as evaluation
-import sample
+from batches import TextBatches
+from config import knob
+from data import Data
 from model import GPT, BabyLLaVA, GPTConfig
 
 
 @dataclasses.dataclass
-class Config:
+class Config(config.Knobs):
     data: str = "data/childes"  # a folder that `data.py pairs --text FILE` wrote
-    minutes: float = 8.0  # of training, each
+    minutes: float = knob(8.0, low=0.01, high=10000.0)  # of training, each
     zorro: str = ""  # a folder of Zorro's .txt files; empty: bits per character alone
-    rows: int = 8  # ours: rows a step ...
-    length: int = 256  # ... of this many tokens
-    lr: float = 2e-3  # ours, at its highest
-    dropout: float = 0.1  # ours
-    seed: int = 1  # of weights and order
+    rows: int = knob(8, low=1, high=4096)  # ours: rows a step ...
+    length: int = knob(256, low=2, high=1 << 20)  # ... of this many tokens
+    lr: float = knob(2e-3, low=0.0)  # ours, at its highest
+    dropout: float = knob(0.1, low=0.0, high=0.9)  # ours
+    seed: int = knob(1, low=0, high=2**32 - 1)  # of weights and order
     device: str = ""  # cpu or cuda; empty: cuda where there is one
 
 
@@ -50,17 +53,31 @@ class Peer(torch.nn.Module):
     def __init__(self, vocab_size, length, dropout):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
-        config = GPT2Config(vocab_size=vocab_size, n_positions=length, n_embd=256, n_layer=8,
-                            n_head=32, n_inner=1024, resid_pdrop=dropout, embd_pdrop=dropout,
-                            attn_pdrop=dropout, bos_token_id=None, eos_token_id=None)
+
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=length,
+            n_embd=256,
+            n_layer=8,
+            n_head=32,
+            n_inner=1024,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         self.net = GPT2LMHeadModel(config)
-        self.gpt = SimpleNamespace(cos=next(self.net.parameters()),  # tells eval.py the device
-                                   config=SimpleNamespace(block_size=length))
+        self.gpt = SimpleNamespace(
+            cos=next(self.net.parameters()),  # tells eval.py the device
+            config=SimpleNamespace(block_size=length),
+        )
 
     def forward(self, tokens, targets=None, features=None):
         logits = self.net(tokens).logits
         return logits, None if targets is None else F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100
+        )
 
 
 def training(net, batches, rows, lr, piece, seconds, device):
@@ -68,18 +85,26 @@ def training(net, batches, rows, lr, piece, seconds, device):
     seconds spent and tokens seen so far."""
     learning = list(net.parameters())
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in learning if p.ndim >= 2], "weight_decay": 0.1},
-         {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
+        [
+            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
     spent, step = 0.0, 0
     while spent < seconds:
         clock = time.perf_counter()
         done = spent / seconds
-        rate = min((step + 1) / 10, done / 0.03) if done < 0.03 else \
-            0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
+        rate = (
+            min((step + 1) / 10, done / 0.03)
+            if done < 0.03
+            else 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * max(rate, 1e-3)
-        tokens, targets = (torch.as_tensor(part, device=device)
-                           for part in batches(step * rows, rows))
+        tokens, targets = (
+            torch.as_tensor(part, device=device) for part in batches(step * rows, rows)
+        )
         for x, y in zip(tokens.split(piece), targets.split(piece)):
             (net(x, y)[1] * piece / rows).backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -93,20 +118,28 @@ def training(net, batches, rows, lr, piece, seconds, device):
 
 
 def main(argv):
-    config = configs.load(Config, argv, __doc__)
-    dataset, device = data.Data(config.data), sample.choose_device(config.device)
-    vocabulary, seconds = dataset.meta["vocab_size"], 60 * config.minutes
-    torch.manual_seed(config.seed)
-    ours = BabyLLaVA(GPT(GPTConfig(vocabulary, config.length, 8, 8, n_embd=256,
-                                   dropout=config.dropout)))
-    nets = {"ours": (ours, config.length, config.rows, config.lr, config.rows),
-            "GPT-2, BabyLLaVA's settings": (Peer(vocabulary, 2048, 0.15), 2048, 8, 5e-4, 1),
-            "GPT-2, our rows and rate": (Peer(vocabulary, config.length, config.dropout),
-                                         config.length, config.rows, config.lr, config.rows)}
+    settings = config.load(Config, argv, __doc__)
+    dataset, device = Data(settings.data), checkpoint.choose_device(settings.device)
+    vocabulary, seconds = dataset.meta["vocab_size"], 60 * settings.minutes
+    torch.manual_seed(settings.seed)
+    ours = BabyLLaVA(
+        GPT(GPTConfig(vocabulary, settings.length, 8, 8, n_embd=256, dropout=settings.dropout))
+    )
+    nets = {
+        "ours": (ours, settings.length, settings.rows, settings.lr, settings.rows),
+        "GPT-2, BabyLLaVA's settings": (Peer(vocabulary, 2048, 0.15), 2048, 8, 5e-4, 1),
+        "GPT-2, our rows and rate": (
+            Peer(vocabulary, settings.length, settings.dropout),
+            settings.length,
+            settings.rows,
+            settings.lr,
+            settings.rows,
+        ),
+    }
     runs, spent = {}, {}
-    for name, (net, length, rows, lr, piece) in nets.items():
+    for name, (net, _, rows, lr, piece) in nets.items():
         net.to(device).train()
-        batches = data.TextBatches(dataset, "train", length, config.seed)
+        batches = TextBatches(dataset, "train", rows, settings.seed, net)
         runs[name] = training(net, batches, rows, lr, piece, seconds, device)
         spent[name] = (0.0, 0)
     told = 0.0
@@ -115,22 +148,30 @@ def main(argv):
         spent[name] = next(runs[name])
         if min(spent.values())[0] - told > 60:
             told = min(spent.values())[0]
-            print(f"{told / 60:.1f} of {config.minutes:g} minutes each", file=sys.stderr)
+            print(f"{told / 60:.1f} of {settings.minutes:g} minutes each", file=sys.stderr)
     counts = dataset.meta["splits"]["val"]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n\n| model | "
-          "parameters | tokens seen | minutes | bits per character | Zorro |\n" + "|---" * 6 + "|")
-    for name, (net, length, *_) in nets.items():
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n\n| model | "
+        "parameters | tokens seen | minutes | bits per character | Zorro |\n" + "|---" * 6 + "|"
+    )
+    for name, (net, *_) in nets.items():
         net.eval()
         with torch.no_grad():
-            loss = evaluation.val_loss(net, data.TextBatches(dataset, "val", length), 1)
+            batches = TextBatches(dataset, "val", 1, 0, net)
+            loss = evaluation.val_loss(net, batches, dataset.image_format)
         bits = loss / math.log(2) * counts["text"] / counts["characters"]
         grammar = "-"
-        if config.zorro:
-            parts = SimpleNamespace(model=net, tokenizer=dataset.tokenizer)
-            grammar = f"{evaluation.zorro(config.zorro, parts, 256)['accuracy']:.3f}"
-        print(f"| {name} | {sum(p.numel() for p in net.parameters()):,} | {spent[name][1]:,} | "
-              f"{spent[name][0] / 60:.1f} | {bits:.3f} | {grammar} |", flush=True)
+        if settings.zorro:
+            loaded = SimpleNamespace(model=net, tokenizer=dataset.tokenizer, device=device)
+            grammar = (
+                f"{evaluation.zorro(settings.zorro, loaded, 256)['all']['accuracy']['score']:.3f}"
+            )
+        print(
+            f"| {name} | {sum(p.numel() for p in net.parameters()):,} | {spent[name][1]:,} | "
+            f"{spent[name][0] / 60:.1f} | {bits:.3f} | {grammar} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    configs.run(main, data.DataError)
+    config.run(main)

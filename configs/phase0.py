@@ -6,6 +6,7 @@ The repository's language model: 6,000 BPE tokens, context 2,048, 8 layers of 25
 positions, 6000 * 256 + 8 * (4 * 256 * 256 + 3 * 256 * 704 + 2 * 256) + 256 = 7,962,880.
 The paper's, words instead of BPE: add configs/words.py after this file.
 """
+
 phase = "0"
 data = "data/saycam"
 out = "out/saycam"

@@ -1,4 +1,5 @@
 """Phase 1 at BabyLLaVA's rates: the projector alone, on pairs. Starts from phase 0."""
+
 phase = "1"
 data = "data/saycam"
 out = "out/saycam"

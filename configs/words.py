@@ -7,6 +7,7 @@ The paper's language model, to be given after a phase's file, on data prepared w
 2,350 words, context 1,024. GPT-2: 2350 * 256 + 1024 * 256 + 8 * 789760 + 512 = 7,182,336
 parameters; ours, with three specials beside the words: 2353 * 256 + 6426880 = 7,029,248.
 """
+
 data = "data/saycam_words"
 out = "out/saycam_words"
 block_size = 1024

@@ -1,11 +1,14 @@
 """Batches: a pure function of (seed, step), each sample once a pass, targets where they belong."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_corpus
+from conftest import ROOT, make_corpus
 
-import batches
 import checkpoint
 import features
 from batches import ClipBatches, Order, SampleBatches, TextBatches, round_up
@@ -291,14 +294,15 @@ def test_partial_features_of_another_world_are_not_gone_on_with(own_copy, monkey
 
 
 def test_two_processes_at_once_make_one_file(own_copy):
-    from concurrent.futures import ThreadPoolExecutor
-
     dataset, model = own_copy
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: features.store(dataset, "train", model, "cpu"), range(4)))
-    stored = features.open_stored(dataset, "train", model)
-    live = next(
-        features.extract(model, dataset.open("train", "frames"), dataset.image_format, "cpu")
+    code = (
+        "import sys, checkpoint, data, features\n"
+        "model = checkpoint.load(sys.argv[1]).model\n"
+        "features.store(data.Data(sys.argv[2]), 'train', model, 'cpu')"
     )
+    where = [str(Path("out/full/phase2.pt").resolve()), str(dataset.directory)]
+    runs = [subprocess.Popen([sys.executable, "-c", code, *where], cwd=ROOT) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    stored, frames = features.open_stored(dataset, "train", model), dataset.open("train", "frames")
+    live = next(features.extract(model, frames, dataset.image_format, "cpu"))
     assert np.abs(stored - live).max() < 1e-2
-    assert batches.some_rows(10, 0).tolist() == list(range(10))

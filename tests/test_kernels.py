@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
-
 from conftest import DEVICE, ROOT
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import kernels
 from kernels import attention, attention_reference, rms_norm, rms_norm_reference

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT, SMALL, TINY
 
 README = (ROOT / "README.md").read_text()
@@ -25,7 +24,13 @@ COMMANDS = [
 def clone(tmp_path_factory):
     """A folder that looks like the repository, where data/ and out/ can be written."""
     folder = tmp_path_factory.mktemp("clone")
-    for path in [*ROOT.glob("*.py"), ROOT / "configs", ROOT / "assets", ROOT / "requirements.txt"]:
+    for path in [
+        *ROOT.glob("*.py"),
+        ROOT / "configs",
+        ROOT / "sources",
+        ROOT / "assets",
+        ROOT / "requirements.txt",
+    ]:
         os.symlink(path, folder / path.name)
     subprocess.run([sys.executable, "data.py", "toy", *TINY], cwd=folder, check=True)
     return folder

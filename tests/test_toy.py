@@ -1,0 +1,118 @@
+"""The drawn world: the same bytes everywhere, nothing held out is shown or said, fair trials."""
+
+import csv
+import hashlib
+
+import numpy as np
+from conftest import ROOT
+from PIL import Image
+
+import data
+from files import read_csv
+from sources import toy
+
+
+def test_the_toy_world_is_the_same_bytes_everywhere():
+    digest = hashlib.sha256()
+    rng = np.random.RandomState(7)
+    for _ in range(40):
+        scene = toy.random_scene(rng, toy.THINGS)
+        digest.update(toy.utterance(scene, rng).encode())
+        digest.update(toy.film(scene, rng, 32, toy.THINGS).tobytes())
+    assert digest.hexdigest()[:16] == "37a5dc627a572b17"
+
+
+def held_out_pairs():
+    pairs = [(colour, kind) for kind in toy.THINGS for colour in toy.COLOURS]
+    return [(c, k) for c, k in pairs if toy.held_out(toy.Thing(k, c))]
+
+
+def test_held_out_pairs_are_never_filmed_or_spoken_of():
+    rng = np.random.RandomState(0)
+    held = held_out_pairs()
+    assert len(held) == 16 and len({k for _, k in held}) == 16
+    said = ""
+    for _ in range(4000):
+        scene = toy.random_scene(rng, toy.THINGS)
+        assert not any(map(toy.held_out, scene.things))
+        said += toy.utterance(scene, rng) + "\n"
+    for colour, kind in held:
+        assert f"{colour} {kind}" not in said and f"the {kind} is {colour}" not in said
+    assert all(kind in said for kind in toy.THINGS)
+
+
+def trials(kinds=toy.THINGS):
+    return toy.make_trials(np.random.RandomState(0), 16, kinds, 0.1)
+
+
+def test_trials_have_one_answer_and_their_pictures():
+    found = trials()
+    labeled = found.rows["labeled_s"]
+    for i in range(0, len(labeled), 4):
+        kinds = [row[2] for row in labeled[i : i + 4]]
+        assert len(set(kinds)) == 4 and kinds.count(labeled[i][1]) == 1
+    assert all(row[1] != row[2] for row in found.rows["vtwt"])
+    for name, rows in found.rows.items():
+        column = toy.COLUMNS[name].index("image")
+        assert rows and all(row[column] in found.images for row in rows)
+        assert all(len(row) == len(toy.COLUMNS[name]) for row in rows)
+
+
+def test_a_foil_differs_in_one_thing_and_is_not_held_out():
+    for positive, negative in (row[1:3] for row in trials().rows["vtwt"]):
+        a, b = positive.split(), negative.split()
+        assert sum(x != y for x, y in zip(a, b)) == 1
+        assert not toy.held_out(toy.Thing(b[1], b[0]))
+
+
+def test_seen_and_held_out_are_reported_apart():
+    for image, text, thing, colour, subset in trials().rows["caption"]:
+        assert toy.held_out(toy.Thing(thing, colour)) == (subset == "held_out")
+        assert f"{colour} {thing}" in text and image
+
+
+def test_binding_exchanges_colours_and_place_exchanges_things():
+    rows = trials().rows["baby_winoground"]
+    binding, place = ([r for r in rows if r[5] == subset] for subset in ("binding", "place"))
+    assert binding and place and len(binding) % 2 == len(place) % 2 == 0
+    for row in binding:
+        assert sorted(row[1].split()) == sorted(row[2].split()) != row[1].split()
+    for row in place:
+        first, second = (row[i].removesuffix(" .").split(" is on the ") for i in (1, 2))
+        assert first[0] == f"the {second[1]}" and second[0] == f"the {first[1]}"
+
+
+def test_sprites_furnish_the_nursery(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(9):
+        image = Image.new("RGBA", (30, 30), (0, 0, 0, 0))
+        image.paste((20 * i, 100, 50, 255), (5, 5, 25, 25))
+        image.save(f"thing_{'abcdefghi'[i]}.png")
+    (tmp_path / "thing_a.txt").write_text("A green apple.\nMore.")
+    Image.new("RGB", (30, 30)).save("background.png")  # no transparency: no thing
+    sprites = toy.load_sprites(tmp_path)
+    assert len(sprites) == 9 and "green apple" in sprites and "thing b" in sprites
+    data.main(
+        [
+            "toy",
+            "--name=s",
+            "--sprites=.",
+            "--size=16",
+            "--scenes=10",
+            "--lines=60",
+            "--trials=0.03",
+        ]
+    )
+    rows = read_csv("data/s/eval/vtwt.csv", ("positive_phrase", "negative_phrase"))
+    assert {row["positive_phrase"] for row in rows} <= set(sprites)
+    assert not (tmp_path / "data/s/eval/probe.csv").exists()
+
+
+def test_the_tables_columns_are_babyvlms():
+    """Each table can be read by eval.py's own entry for that test."""
+    import eval as evaluation
+
+    for name, columns in toy.COLUMNS.items():
+        if name != "probe":
+            assert set(evaluation.TASKS[name].columns) <= set(columns)
+    assert csv and ROOT
