@@ -86,8 +86,8 @@ def describe_parts(model, projector_kind):
     if model.projector is not None:
         parts["projector"] = {
             "kind": projector_kind,
-            "features": model.tower.width,
-            "width": model.gpt.config.n_embd,
+            "width_in": model.tower.width,
+            "width_out": model.gpt.config.n_embd,
         }
         parts["seeing"] = {
             "select_layer": model.select_layer,

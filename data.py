@@ -145,7 +145,10 @@ class SplitWriter:
             for row, answer in enumerate(bar, done):
                 if not isinstance(answer, str):
                     frame, original = answer
-                    yield self.image(frame, clips[row], original)
+                    number = self.image(frame, clips[row], original)
+                    for kind in ("images", "frames"):  # what a kill must not take
+                        self.bins[kind].file.flush()
+                    yield number
                     continue
                 skipped[row] = labels[row] + answer
                 log.write(f"{row}\t{skipped[row]}\n")

@@ -240,30 +240,31 @@ class GPT(nn.Module):
 # The projector and the whole
 
 
-def is_projector(kind, features, width):
-    """Whether Projector() knows this kind between these widths."""
-    if kind == "identity":
-        return features == width
-    return kind == "linear" or bool(re.fullmatch(r"mlp[1-9]x_gelu", kind))
+def projector_fault(kind, width_in, width_out):
+    """Why there is no Projector of this kind between these widths, or ""."""
+    known = kind in ("linear", "identity") or re.fullmatch(r"mlp[1-9]x_gelu", kind)
+    if known and (kind != "identity" or width_in == width_out):
+        return ""
+    return (
+        f"no projector {kind!r} from width {width_in} to {width_out}: linear, mlp2x_gelu, "
+        "mlp3x_gelu ..., or identity between equal widths"
+    )
 
 
-def Projector(kind, features, width):
-    """LLaVA's projectors: "linear", "mlpNx_gelu" or "identity", from E = features to C = width.
+def Projector(kind, width_in, width_out):
+    """LLaVA's projectors: "linear", "mlpNx_gelu" or "identity", from width_in = E to width_out = C.
 
     mlpNx_gelu is Linear(E, C), then N - 1 times [GELU, Linear(C, C)]: mlp2x_gelu is LLaVA-1.5's.
     Raises ValueError for another kind, or an identity between different widths."""
-    if not is_projector(kind, features, width):
-        raise ValueError(
-            f"no projector {kind!r} from width {features} to {width}: linear, "
-            "mlp2x_gelu, mlp3x_gelu ..., or identity between equal widths"
-        )
+    if projector_fault(kind, width_in, width_out):
+        raise ValueError(projector_fault(kind, width_in, width_out))
     if kind == "identity":
         return nn.Identity()
     if kind == "linear":
-        return nn.Linear(features, width)
-    layers = [nn.Linear(features, width)]
+        return nn.Linear(width_in, width_out)
+    layers = [nn.Linear(width_in, width_out)]
     for _ in range(int(kind[3]) - 1):
-        layers += [nn.GELU(), nn.Linear(width, width)]
+        layers += [nn.GELU(), nn.Linear(width_out, width_out)]
     return nn.Sequential(*layers)
 
 

@@ -19,7 +19,7 @@ import vision
 from batches import SampleBatches
 from config import UserError
 from dino import DINO
-from model import GPT, BabyLLaVA, GPTConfig, Projector, is_projector
+from model import GPT, BabyLLaVA, GPTConfig, Projector, projector_fault
 
 EVERY_PHASE = ("warmup", "weight_decay", "beta2", "clip", "seed", "dtype")  # concern all of them
 
@@ -115,11 +115,9 @@ def introduce(config, dataset, parents):
     tower = checkpoint.build(parents["vision"]).model.tower
     if tower.fault(dataset.image_format.size, config.select_layer):
         raise UserError(tower.fault(dataset.image_format.size, config.select_layer))
-    if not is_projector(config.projector, tower.width, gpt.config.n_embd):
-        raise UserError(
-            f"--projector {config.projector} from width {tower.width} to {gpt.config.n_embd}: "
-            "linear, mlp2x_gelu, mlp3x_gelu ..., or identity between equal widths"
-        )
+    fault = projector_fault(config.projector, tower.width, gpt.config.n_embd)
+    if fault:
+        raise UserError(f"--projector: {fault}")
     return BabyLLaVA(
         gpt,
         Projector(config.projector, tower.width, gpt.config.n_embd),
@@ -238,7 +236,8 @@ def set_learning(model, learns, lr):
         ]
         modules = dict(model.named_modules())
         if part not in modules and not named:
-            raise UserError(f"learn {entry!r}: no such part; one of {', '.join(modules)[1:400]}")
+            parts = ", ".join(name for name in modules if name and name.count(".") < 2)
+            raise UserError(f"learn {entry!r}: no such part; one of {parts}")
         try:
             groups.append(([p for _, p in named], float(rate) if rate else lr))
         except ValueError:

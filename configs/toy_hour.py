@@ -6,8 +6,9 @@ The toy world again, with an hour instead of minutes: twice the scenes, a longer
 
 data = "data/toy_hour"
 out = "out/toy_hour"
-vision_steps = 4000
-phase0_steps = 600
+vision_steps = 3000
+phase0_steps = 400
 phase1_steps = 200
 phase2_steps = 6000
 eval_every = 500
+save_every = 500  # an interruption costs a minute

@@ -11,6 +11,7 @@ All randomness is numpy's RandomState, whose stream is frozen for ever (NEP 19),
 flat integer polygons, so that a seed gives the same bytes on every machine.
 """
 
+import multiprocessing
 import re
 from dataclasses import dataclass
 from math import ceil, cos, pi, sin
@@ -336,21 +337,19 @@ class Trials:
                 shown.append(random_thing(self.rng, self.kinds, but=kinds_so_far))
             for thing in shown:
                 image = self.film(thing.kind, thing)
-                row = (f"{subset}_{trial}", target.kind, thing.kind, image, subset)
-                self.rows["labeled_s"].append(row)
+                name = f"{subset}_{trial}"
+                self.rows["labeled_s"].append((name, target.kind, thing.kind, image, subset))
 
     def vtwt(self, subset, held, trials):
         for trial in range(trials):
             thing = random_thing(self.rng, self.kinds, held)
             other = self.foil(thing, trial)
-            row = (self.film("vtwt", thing), thing.name, other.name, subset)
-            self.rows["vtwt"].append(row)
+            self.rows["vtwt"].append((self.film("vtwt", thing), thing.name, other.name, subset))
 
     def winoground(self, subset, positive, negative, image, foil_image):
         instance = len(self.rows["baby_winoground"]) // 2
         for name, tag in ((image, "positive"), (foil_image, "negative")):
-            row = (instance, positive, negative, name, tag, subset)
-            self.rows["baby_winoground"].append(row)
+            self.rows["baby_winoground"].append((instance, positive, negative, name, tag, subset))
 
     def one_thing_winoground(self, subset, held, trials):
         for trial in range(trials):
@@ -383,8 +382,8 @@ class Trials:
         for _ in range(trials):
             thing = random_thing(self.rng, self.kinds, held)
             text = speak("look , {a} !", Scene(0, (thing,)))
-            row = (self.film("caption", thing), text, thing.kind, thing.colour, subset)
-            self.rows["caption"].append(row)
+            image = self.film("caption", thing)
+            self.rows["caption"].append((image, text, thing.kind, thing.colour, subset))
 
     def probe(self, frames):
         for _ in range(frames):
@@ -395,9 +394,7 @@ class Trials:
 def make_trials(rng, size, kinds, times=1.0):
     """All trials, `times` the usual number. Held-out pairs get a third as many as seen ones."""
     trials = Trials(rng, size, kinds)
-    subsets = [("seen", False, 3)]
-    if kinds is THINGS:
-        subsets.append(("held_out", True, 1))
+    subsets = [("seen", False, 3), ("held_out", True, 1)][: 2 if kinds is THINGS else 1]
     for subset, held, share in subsets:
         trials.labeled_s(subset, held, ceil(80 * share * times))
         trials.vtwt(subset, held, ceil(140 * share * times))
@@ -443,6 +440,8 @@ def prepare(config, writer):
     kinds = load_sprites(config.sprites) if config.sprites else THINGS
     tokenizer = Tokenizer.train(speech(config, "train", kinds), config.vocab_size)
     writer.start(tokenizer, ImageFormat(config.size))
+    trials = multiprocessing.Process(target=draw_trials, args=(config, kinds, writer.directory))
+    trials.start()  # beside the frames: they share no random numbers
     for split, (_, share) in SPLITS.items():
         part = writer.split(split)
         part.text(speech(config, split, kinds))
@@ -452,16 +451,22 @@ def prepare(config, writer):
             image = part.image(frame, clip)
             for caption in captions:
                 part.sample(*caption_sample(tokenizer, caption), [image])
+    trials.join()
+    if trials.exitcode:
+        raise OSError(f"{writer.directory}/eval: the trials could not be drawn")
+
+
+def draw_trials(config, kinds, directory):
+    """Write the trials of make_trials into eval/: pictures, and a CSV for each task."""
     rng = np.random.RandomState([config.seed, 2])
     trials = make_trials(rng, config.size, kinds, config.trials)
-    folder = writer.directory / "eval"
-    for name, frame in tqdm(trials.images.items(), "trials", unit="image"):
-        path = folder / "images" / name
+    for name, frame in trials.images.items():
+        path = directory / "eval" / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(frame).save(path)
     for name, rows in trials.rows.items():
         if rows:
-            write_csv(folder / f"{name}.csv", COLUMNS[name], rows)
+            write_csv(directory / "eval" / f"{name}.csv", COLUMNS[name], rows)
 
 
 def load_sprites(directory):

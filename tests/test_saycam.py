@@ -278,7 +278,7 @@ def test_from_the_zip_to_words_with_a_published_kind_of_eye(fake):
         ["--checkpoint=out/s/phase2.pt", "--task=vtwt", "--csv=v.csv", "--images", "frames.txt"]
     )
     result = json.load(open("out/s/results_vtwt.json"))
-    assert result["tasks"]["vtwt"]["n"] == 4 and result["trained_on"] == "saycam"
+    assert result["tasks"]["vtwt"]["all"]["accuracy"]["n"] == 4 and result["trained_on"] == "saycam"
 
 
 # ---- which file is for what
