@@ -1,9 +1,16 @@
 """
 Batches with a position: what step number `step` reads is a pure function of (seed, step).
 
-So a resumed run sees what it would have seen, and validation cannot disturb training. plan(step)
-gives the rows of a whole batch and the length they are padded to; read(rows, length) reads any
-part of them, so that processes and micro-batches share a batch as they like.
+So a resumed run sees what it would have seen, and validation cannot disturb training. What every
+kind of batches promises:
+
+    Batches(dataset, split, batch, seed, model, features)   `batch` rows a step
+    .rows                         how many there are in a pass
+    .plan(step)                   (which rows make up this step's batch, what read() must know of
+                                  the whole batch: the length that its rows are padded to)
+    .read(rows, length, first)    any part of them, `first` being the place of the first one in
+                                  the batch, so that processes and micro-batches cut it as they like
+    .fixed_plan(limit)            the plans of a validation, where there is one
 Letters: B batch, T sequence length, N images, P image tokens an image, E vision width, S side,
 K targets.
 """
@@ -31,18 +38,20 @@ class Batch:
 
     def to(self, device, image_format):
         """(tokens, targets, positions, images) as tensors; frames become a tower's input."""
-        tensors = [
-            None if part is None else torch.as_tensor(part, device=device)
-            for part in (self.tokens, self.targets, self.positions, self.images)
-        ]
-        if tensors[3] is not None and tensors[3].dtype == torch.uint8:
-            tensors[3] = to_pixels(self.images, image_format, device)
-        return tensors
+        tokens, targets = (torch.as_tensor(x, device=device) for x in (self.tokens, self.targets))
+        positions, images = self.positions, self.images
+        if positions is not None:
+            positions = torch.as_tensor(positions, device=device)
+        if images is not None and images.dtype == np.uint8:
+            images = to_pixels(images, image_format, device)
+        elif images is not None:
+            images = torch.as_tensor(images, device=device)
+        return tokens, targets, positions, images
 
 
 def round_up(n, parts=8):
-    """n, or a little more: 2^k / parts, rounded to a power of two, is the grain between 2^k and
-    2^(k + 1). With 8 parts at most an eighth is padding, and there are 8 lengths a doubling."""
+    """n, or a little more: between 2^k and 2^(k + 1) a multiple of 2^k / parts, but of 8 at least.
+    With 8 parts there are 8 lengths a doubling, and from 64 on at most an eighth is padding."""
     grain = max(8, (1 << max(n - 1, 1).bit_length() - 1) // parts)
     return -(-n // grain) * grain
 
@@ -106,7 +115,7 @@ class SampleBatches:
     """Samples of alike length, with and without pictures apart.
 
     Of each 32 batches' worth of shuffled samples those of like length are put together, and the
-    batches shuffled again. Every row has the same length, one of few (round_up)."""
+    batches shuffled again. All rows of a batch are padded to one of few lengths (round_up)."""
 
     WINDOW = 32
 
@@ -154,12 +163,17 @@ class SampleBatches:
                 )
 
     def group(self, rows):
-        """Plans for rows: those with images and those without, each by padded length."""
-        lengths = np.array([min(round_up(int(n)), self.block_size) for n in self.lengths(rows)])
+        """Plans for rows: those with images and those without, each with its like in length.
+
+        Like means within the same half of a doubling. Finer groups would pad less and learn less:
+        length goes with content, and a batch of all the two-word captions is a biased sample."""
+        lengths = self.lengths(rows)
+        alike = np.array([round_up(int(n), parts=2) for n in lengths])
         with_images = self.samples[rows][:, 3] > 0
-        order = np.lexsort((lengths, with_images))
+        order = np.lexsort((alike, with_images))
         groups = [order[i : i + self.batch] for i in range(0, len(rows), self.batch)]
-        return [(rows[group], int(lengths[group].max())) for group in groups]
+        longest = [min(round_up(int(lengths[group].max())), self.block_size) for group in groups]
+        return [(rows[group], length) for group, length in zip(groups, longest)]
 
     def plan(self, step):
         window = step // self.WINDOW
@@ -178,14 +192,16 @@ class SampleBatches:
         stream = np.full((len(rows), length + 1), self.tokenizer.pad, np.int64)
         learn = np.zeros((len(rows), length + 1), bool)
         shown = []
-        for i, (token, tokens, image, images) in enumerate(self.samples[rows].tolist()):
-            ids = self.tokens[token : token + tokens]
+        for i, sample in enumerate(self.samples[rows].tolist()):
+            first_token, n_tokens, first_shown, n_images = sample
+            tokens = slice(first_token, first_token + n_tokens)
+            ids = self.tokens[tokens]
             repeats = np.where(ids == self.tokenizer.image, max(self.P, 1), 1)
             end = int(repeats.sum())
             stream[i, :end] = np.repeat(ids, repeats)  # each <image> becomes P placeholders
-            learn[i, :end] = np.repeat(self.learn[token : token + tokens], repeats)
-            if images:
-                shown.append(self.shown[image : image + images])
+            learn[i, :end] = np.repeat(self.learn[tokens], repeats)
+            if n_images:
+                shown.append(self.shown[first_shown : first_shown + n_images])
         positions = np.flatnonzero(learn[:, 1:])
         targets = stream[:, 1:].reshape(-1)[positions]
         padding = round_up(max(len(positions), 1), parts=4) - len(positions)
@@ -211,6 +227,7 @@ class ClipBatches:
         self.order = Order(self.rows, seed)
 
     def plan(self, step):
+        """The rows, and the position in the endless deck at which the batch begins."""
         return self.order(step * self.batch, self.batch), step * self.batch
 
     def read(self, rows, start, first=0):

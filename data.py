@@ -40,7 +40,7 @@ FORMAT = 2  # of data/<name>; readers refuse another
 BINS = {
     "text": ("token", ()),  # utterances, each closed by <eos>, end to end: phase 0
     "frames": ("uint8", ("S", "S", 3)),  # pictures, or tiles of pictures
-    "clips": ("uint32", ()),  # of each frame: frames of one clip share a number, side by side
+    "clips": ("uint32", ()),  # of each frame: frames of one clip share a number; numbers rise
     "images": ("uint32", (5,)),  # first frame, tile rows, columns (0: none), original width, height
     "tokens": ("token", ()),  # every sample's tokens, one <image> where an image stands
     "learn": ("uint8", ()),  # of each token: 1 where it is a target
@@ -56,9 +56,9 @@ BINS = {
 class Bin:
     """A bin while it is written, under the name of .partial: how many rows, and their digest."""
 
-    def __init__(self, path, dtype, row_shape, keep_rows=0):
-        self.path, self.dtype = path, np.dtype(dtype)
-        self.row_bytes = self.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
+    def __init__(self, path, kind, meta, keep_rows=0):
+        self.path, self.dtype = path, np.dtype(bin_shape(kind, meta)[0])
+        self.row_bytes = row_bytes(kind, meta)
         self.rows, self.sha256 = keep_rows, hashlib.sha256()
         self.file = open(path, "r+b" if keep_rows else "w+b")  # noqa: SIM115
         self.file.truncate(keep_rows * self.row_bytes)
@@ -83,14 +83,15 @@ class SplitWriter:
 
     def __init__(self, writer, name):
         self.writer, self.name, self.bins, self.characters = writer, name, {}, 0
+        self.last_clip = 0
 
     def path(self, suffix):
         return self.writer.directory / f"{self.name}_{suffix}"
 
     def bin(self, kind, keep_rows=0):
         if kind not in self.bins:
-            dtype, shape = bin_shape(kind, self.writer.meta)
-            self.bins[kind] = Bin(self.path(f"{kind}.partial"), dtype, shape, keep_rows)
+            path = self.path(f"{kind}.partial")
+            self.bins[kind] = Bin(path, kind, self.writer.meta, keep_rows)
         return self.bins[kind]
 
     def text(self, utterances):
@@ -102,7 +103,11 @@ class SplitWriter:
 
     def image(self, frame, clip, original=None):
         """Add a picture that is one frame (S, S, 3) of clip number `clip`, and return its number.
-        original: its (width, height) before it became a frame."""
+        Clip numbers may not fall: their frames stand side by side. original: the picture's
+        (width, height) before it became a frame."""
+        if clip < self.last_clip:
+            raise ValueError(f"clip {clip} after clip {self.last_clip}: their numbers must rise")
+        self.last_clip = clip
         self.bin("images").put([self.bin("frames").rows, 0, 0, *(original or frame.shape[1::-1])])
         self.bin("frames").put(frame)
         self.bin("clips").put(clip)
@@ -168,6 +173,8 @@ class SplitWriter:
             key.update(f"{location!r} {label}\n".encode())
         lines = log_path.read_text(encoding="utf-8").splitlines() if log_path.exists() else []
         if lines[:1] != [key.hexdigest()]:
+            for kind in ("frames", "images"):  # of other pictures, or made in another way
+                self.path(f"{kind}.partial").unlink(missing_ok=True)
             with writing(log_path) as file:
                 file.write(f"{key.hexdigest()}\n".encode())
             return 0, {}
@@ -185,9 +192,7 @@ class SplitWriter:
     def rows_on_disk(self, kind):
         """Whole rows of what a killed run left of a bin."""
         path = self.path(f"{kind}.partial")
-        dtype, shape = bin_shape(kind, self.writer.meta)
-        row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
-        return path.stat().st_size // row_bytes if path.exists() else 0
+        return path.stat().st_size // row_bytes(kind, self.writer.meta) if path.exists() else 0
 
 
 class Writer:
@@ -258,6 +263,12 @@ class Writer:
             path.unlink()
 
 
+def row_bytes(kind, meta):
+    """Bytes of a row of a bin."""
+    dtype, shape = bin_shape(kind, meta)
+    return np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+
+
 def bin_shape(kind, meta):
     """(dtype, shape of a row) of a bin in the corpus that meta describes."""
     dtype, shape = BINS[kind]
@@ -266,14 +277,18 @@ def bin_shape(kind, meta):
     return dtype, tuple(meta["images"]["size"] if n == "S" else n for n in shape)
 
 
+def known_sources():
+    return sorted(path.stem for path in (Path(__file__).parent / "sources").glob("[!_]*.py"))
+
+
 def prepare(source, argv):
     """Run sources/<source>.py on its flags. Returns (folder, its meta). Raises UserError."""
-    known = sorted(path.stem for path in (Path(__file__).parent / "sources").glob("[!_]*.py"))
+    known = known_sources()
     if source not in known:
         raise UserError(f"{source or '(none)'}: no such source; python data.py {' | '.join(known)}")
     module = importlib.import_module(f"sources.{source}")
     settings = config.load(module.Config, argv, module.__doc__)
-    if settings.name and Path(settings.name).name != settings.name:
+    if settings.name and (Path(settings.name).name != settings.name or settings.name == ".."):
         raise UserError(f"--name {settings.name}: want a plain name, to be a folder in data/")
     directory = Path("data") / (settings.name or source)
     with only_one(directory, "preparing data"):
@@ -298,7 +313,8 @@ class Captioned:
 
 
 def hold_out(items, key=None):
-    """{"train", "val"} of items in order: of each hundred stretches every tenth is for validation.
+    """{"train", "val"} of items in order: of each hundred stretches every tenth is for validation;
+    of fewer than ten items, none.
 
     Neighbours in a video stay together, and all ages of a child are in both parts. Items with
     the same key(item), where one is given, are in the same part."""
@@ -355,7 +371,7 @@ class Data:
     def __init__(self, directory):
         self.directory = Path(directory)
         name = self.directory.name
-        source = name if name in ("toy", "pairs", "saycam") else f"SOURCE --name {name}"
+        source = name if name in known_sources() else f"SOURCE --name {name}"
         path = self.directory / "meta.json"
         if not path.exists():
             half = any(self.directory.glob("*.partial")) or any(self.directory.glob("*.bin"))

@@ -51,15 +51,15 @@ def read_csv(path, columns):
     Raises UserError for a missing file or column, an empty cell in `columns`, or no rows."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        header = reader.fieldnames or []
-        lacking = [column for column in columns if column not in header]
-        if lacking:
-            found = ",".join(header) or "(empty)"
-            raise UserError(f"{path}:1: no column {', '.join(lacking)}; the header is {found}")
         try:
+            header = reader.fieldnames or []
             rows = [row | {"line": reader.line_num} for row in reader]
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}:{reader.line_num}: not a CSV in UTF-8 ({error})") from None
+    lacking = [column for column in columns if column not in header]
+    if lacking:
+        found = ",".join(header) or "(empty)"
+        raise UserError(f"{path}:1: no column {', '.join(lacking)}; the header is {found}")
     for row in rows:
         empty = [column for column in columns if not row[column]]
         if empty:

@@ -213,8 +213,7 @@ def read_job(job):
 
 
 def begin_worker():
-    """Leave Ctrl-C to the parent, and end with it, however it ends: a worker that outlived it
-    would keep its locks."""
+    """Leave Ctrl-C to the parent, and end with it, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

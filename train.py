@@ -93,7 +93,7 @@ class Config(config.Knobs):
     phase1_lr: float = knob(3e-3, low=0.0)  # at its highest
     phase1_batch: int = knob(32, low=1, high=1 << 20)  # samples
     phase2_steps: int = knob(1200, low=1)  # projector and GPT
-    phase2_lr: float = knob(2e-3, low=0.0)  # at its highest
+    phase2_lr: float = knob(3e-3, low=0.0)  # at its highest
     phase2_batch: int = knob(32, low=1, high=1 << 20)  # samples
     phase2_learn: tuple[str, ...] = ()  # parts, as projector gpt tower=2e-4; empty: see PHASES
     phase3_steps: int = knob(600, low=1)  # the same, on conversations

@@ -10,5 +10,6 @@ vision_steps = 3000
 phase0_steps = 400
 phase1_steps = 200
 phase2_steps = 6000
+phase2_lr = 2e-3
 eval_every = 500
 save_every = 500  # an interruption costs a minute

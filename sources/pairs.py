@@ -55,23 +55,25 @@ def read_pictures(path, places):
     return list(pictures.values())
 
 
-def prepare(config, writer):
-    if not (config.csv or config.text):
+def prepare(settings, writer):
+    if not (settings.csv or settings.text):
         raise UserError("pairs: give --csv FILE --images DIR, or --text FILE, or both")
     pictures = {"train": [], "val": []}
-    if config.csv:
-        pictures = hold_out(read_pictures(config.csv, Places([config.images])))
+    if settings.csv:
+        pictures = hold_out(read_pictures(settings.csv, Places([settings.images])))
+        if not pictures["val"]:
+            raise UserError(f"{settings.csv}: {len(pictures['train'])} pictures; need at least 10")
     text = {
         split: [caption for picture in pictures[split] for caption in picture.captions]
         for split in pictures
     }
-    if config.text:
+    if settings.text:
         captions = text["val"]
-        text = hold_out(read_lines(config.text))
+        text = hold_out(read_lines(settings.text))
         text["train"] = keep_out(captions, text["train"])
-    if len(text["train"]) + len(text["val"]) < 10:
-        raise UserError(f"{config.text or config.csv}: fewer than 10 utterances to learn from")
-    tokenizer = make_tokenizer(config, text["train"])
-    writer.start(tokenizer, ImageFormat(config.size, config.fit, config.resample))
+    if not text["val"]:
+        raise UserError(f"{settings.text}: {len(text['train'])} utterances; need at least 10")
+    tokenizer = make_tokenizer(settings, text["train"])
+    writer.start(tokenizer, ImageFormat(settings.size, settings.fit, settings.resample))
     for split in ("train", "val"):
-        write_captioned(writer, split, text[split], pictures[split], config.max_skipped)
+        write_captioned(writer, split, text[split], pictures[split], settings.max_skipped)

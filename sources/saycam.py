@@ -105,25 +105,25 @@ def split_of(path):
     return found[0] if found else "train"
 
 
-def choose(utterance, config, path):
+def choose(utterance, settings, path):
     """The utterance's frames that are wanted: similar enough, and so many, evenly spread."""
     names = utterance.frames
-    if config.min_similarity and names:
+    if settings.min_similarity and names:
         if utterance.similarities is None:
             raise UserError(f"{path}: --min_similarity, but {names[0]} has no similarity")
         pairs = zip(names, utterance.similarities)
-        names = [name for name, similarity in pairs if similarity > config.min_similarity]
-    if config.frames_per_utterance and names:
-        spread = np.linspace(0, len(names) - 1, config.frames_per_utterance)
+        names = [name for name, similarity in pairs if similarity > settings.min_similarity]
+    if settings.frames_per_utterance and names:
+        spread = np.linspace(0, len(names) - 1, settings.frames_per_utterance)
         names = [names[i] for i in sorted({round(i) for i in spread})]
     return names
 
 
-def read_all_annotations(config):
+def read_all_annotations(settings):
     """({split: Utterances with frames}, {split: Utterances without})."""
-    files = [(split_of(path), path) for path in config.annotations]
+    files = [(split_of(path), path) for path in settings.annotations]
     for split in SPLIT_WORDS:
-        files += [(split, path) for path in getattr(config, split)]
+        files += [(split, path) for path in getattr(settings, split)]
     shown, speech = ({split: [] for split in SPLIT_WORDS} for _ in range(2))
     for split, path in files:
         print(f"{split:5} {path}")
@@ -131,29 +131,33 @@ def read_all_annotations(config):
             if not utterance.frames:
                 speech[split].append(utterance)
                 continue
-            utterance.frames = choose(utterance, config, path)
+            utterance.frames = choose(utterance, settings, path)
             shown[split].append(utterance)
-    for utterances in (shown, speech):
-        if utterances["train"] and not utterances["val"]:
-            # by first frame: utterances over the same picture are not torn apart
-            utterances |= hold_out(
-                utterances["train"], key=lambda u: tuple(u.frames[:1]) or u.words
-            )
+    # by first frame: utterances over the same picture are not torn apart
+    shown = with_validation(shown, key=lambda utterance: tuple(utterance.frames[:1]))
+    speech = with_validation(speech)
     return shown, speech
 
 
-def prepare(config, writer):
-    if not config.frames or not (config.annotations or config.train):
+def with_validation(utterances, key=None):
+    """{split: Utterances}, with some of the training ones held out where none are for validation."""
+    if utterances["train"] and not utterances["val"]:
+        return utterances | hold_out(utterances["train"], key)
+    return utterances
+
+
+def prepare(settings, writer):
+    if not settings.frames or not (settings.annotations or settings.train):
         raise UserError("saycam: give --frames ZIP_OR_FOLDER and --annotations FILE.json ...")
-    shown, speech = read_all_annotations(config)
+    shown, speech = read_all_annotations(settings)
     if not shown["train"] or not shown["val"]:
         raise UserError("saycam: no pairs to train on: one JSON for training must have frames")
-    places = Places([config.frames])
+    places = Places([settings.frames])
     pictures = {split: [] for split in shown if shown[split]}
     for split in pictures:
         for clip, utterance in enumerate(shown[split]):
             for name in utterance.frames:
-                location = places.find(name) or os.path.join(config.frames, name)
+                location = places.find(name) or os.path.join(settings.frames, name)
                 pictures[split].append(Captioned(location, clip, [utterance.words], ""))
     validation = [utterance.words for utterance in shown["val"]]
     text = {}
@@ -161,7 +165,7 @@ def prepare(config, writer):
         text[split] = [utterance.words for utterance in speech[split] or shown[split]]
     if speech["train"]:
         text["train"] = keep_out(validation, text["train"])
-    tokenizer = make_tokenizer(config, text["train"])
-    writer.start(tokenizer, ImageFormat(config.size, config.fit, config.resample))
+    tokenizer = make_tokenizer(settings, text["train"])
+    writer.start(tokenizer, ImageFormat(settings.size, settings.fit, settings.resample))
     for split in pictures:
-        write_captioned(writer, split, text[split], pictures[split], config.max_skipped)
+        write_captioned(writer, split, text[split], pictures[split], settings.max_skipped)

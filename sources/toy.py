@@ -413,40 +413,40 @@ def make_trials(rng, size, kinds, times=1.0):
 # Preparing
 
 
-def speech(config, split, kinds):
+SPLITS = {"train": (0, 1), "val": (1, 10)}  # number in the seed; one scene, line in how many
+
+
+def speech(settings, split, kinds):
     """Yield the utterances of language alone of a split; validation has a tenth as many."""
-    number, share = SPLITS[split]
-    rng = np.random.RandomState([config.seed, number, 0])
-    for _ in range(max(1, config.lines // share)):
+    number, one_in = SPLITS[split]
+    rng = np.random.RandomState([settings.seed, number, 0])
+    for _ in range(max(1, settings.lines // one_in)):
         yield utterance(random_scene(rng, kinds), rng, routine=30)
 
 
-def clips(config, split, kinds):
+def clips(settings, split, kinds):
     """Yield (frame, clip number, two captions) of a split's scenes, each filmed several times."""
-    number, share = SPLITS[split]
-    rng = np.random.RandomState([config.seed, number, 1])
-    for clip in range(max(1, config.scenes // share)):
+    number, one_in = SPLITS[split]
+    rng = np.random.RandomState([settings.seed, number, 1])
+    for clip in range(max(1, settings.scenes // one_in)):
         scene = random_scene(rng, kinds)
-        for _ in range(config.clip_frames):
-            frame = film(scene, rng, config.size, kinds)
+        for _ in range(settings.clip_frames):
+            frame = film(scene, rng, settings.size, kinds)
             yield frame, clip, [utterance(scene, rng) for _ in range(2)]
 
 
-SPLITS = {"train": (0, 1), "val": (1, 10)}  # number in the seed, and the share of all there is
-
-
-def prepare(config, writer):
+def prepare(settings, writer):
     """Film the toy world, write down what is said, and draw the trials."""
-    kinds = load_sprites(config.sprites) if config.sprites else THINGS
-    tokenizer = Tokenizer.train(speech(config, "train", kinds), config.vocab_size)
-    writer.start(tokenizer, ImageFormat(config.size))
-    trials = multiprocessing.Process(target=draw_trials, args=(config, kinds, writer.directory))
+    kinds = load_sprites(settings.sprites) if settings.sprites else THINGS
+    tokenizer = Tokenizer.train(speech(settings, "train", kinds), settings.vocab_size)
+    writer.start(tokenizer, ImageFormat(settings.size))
+    trials = multiprocessing.Process(target=draw_trials, args=(settings, kinds, writer.directory))
     trials.start()  # beside the frames: they share no random numbers
-    for split, (_, share) in SPLITS.items():
+    for split, (_, one_in) in SPLITS.items():
         part = writer.split(split)
-        part.text(speech(config, split, kinds))
-        total = max(1, config.scenes // share) * config.clip_frames
-        filmed = clips(config, split, kinds)
+        part.text(speech(settings, split, kinds))
+        total = max(1, settings.scenes // one_in) * settings.clip_frames
+        filmed = clips(settings, split, kinds)
         for frame, clip, captions in tqdm(filmed, f"{split} frames", total, unit="frame"):
             image = part.image(frame, clip)
             for caption in captions:
@@ -456,10 +456,10 @@ def prepare(config, writer):
         raise OSError(f"{writer.directory}/eval: the trials could not be drawn")
 
 
-def draw_trials(config, kinds, directory):
+def draw_trials(settings, kinds, directory):
     """Write the trials of make_trials into eval/: pictures, and a CSV for each task."""
-    rng = np.random.RandomState([config.seed, 2])
-    trials = make_trials(rng, config.size, kinds, config.trials)
+    rng = np.random.RandomState([settings.seed, 2])
+    trials = make_trials(rng, settings.size, kinds, settings.trials)
     for name, frame in trials.images.items():
         path = directory / "eval" / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,8 +100,8 @@ def make_corpus(folder, splits, size=16):
     for split, samples in splits.items():
         part = writer.split(split)
         part.text(["look , a red ball !"] * 30)
-        for words, images in samples:
+        for clip, (words, images) in enumerate(samples):
             noise = [rng.randint(0, 256, (size, size, 3), np.uint8) for _ in range(images)]
-            numbers = [part.image(frame, i) for i, frame in enumerate(noise)]
+            numbers = [part.image(frame, clip) for frame in noise]
             part.sample(*caption_sample(tokenizer, words, images), numbers)
     writer.finish()

@@ -120,7 +120,7 @@ def test_a_picture_is_made_square_as_asked():
         ("image,caption\n", "no rows below the header"),
         ("image,text\na.png,hi\n", ":1: no column caption"),
         ("image,caption\na.png,\n", ":2: empty"),
-        ("image,caption\na.png,hi\n", "fewer than 10 utterances"),
+        ("image,caption\na.png,hi\n", "1 pictures; need at least 10"),
     ],
 )
 def test_a_bad_csv_is_one_clear_line(content, message):
