@@ -5,6 +5,7 @@ So a resumed run sees what it would have seen, and validation cannot disturb tra
 kind of batches promises:
 
     Batches(dataset, split, batch, seed, model, features)   `batch` rows a step
+    .BIN                          without which there is nothing to read
     .rows                         how many there are in a pass
     .plan(step)                   (which rows make up this step's batch, what read() must know of
                                   the whole batch: the length that its rows are padded to)
@@ -89,6 +90,8 @@ def some_rows(n, limit):
 class TextBatches:
     """Rows of T tokens from one long stream of utterances; every position has a target."""
 
+    BIN = "text"
+
     def __init__(self, dataset, split, batch, seed, model=None, features=None):
         self.text = dataset.open(split, "text")
         self.T = min(model.gpt.config.block_size, len(self.text) - 2)
@@ -117,7 +120,7 @@ class SampleBatches:
     Of each 32 batches' worth of shuffled samples those of like length are put together, and the
     batches shuffled again. All rows of a batch are padded to one of few lengths (round_up)."""
 
-    WINDOW = 32
+    BIN, WINDOW = "samples", 32
 
     def __init__(self, dataset, split, batch, seed, model, features=None):
         self.samples, self.tokens = dataset.open(split, "samples"), dataset.open(split, "tokens")
@@ -220,6 +223,8 @@ class SampleBatches:
 
 class ClipBatches:
     """Pairs of frames for DINO: two of one clip, or the same frame twice where it has only one."""
+
+    BIN = "frames"
 
     def __init__(self, dataset, split, batch, seed, model=None, features=None):
         self.frames, self.clips = dataset.open(split, "frames"), dataset.open(split, "clips")

@@ -97,7 +97,7 @@ def describe_parts(model, projector_kind):
     return parts
 
 
-def describe(config, name, dataset, model, step, done):
+def describe(settings, name, dataset, model, step, done, parents, decided):
     """The dict of a checkpoint, beside what is needed to go on."""
     tokenizer = {"kind": dataset.tokenizer.kind, "ranks": dataset.tokenizer.dump()}
     return {
@@ -105,16 +105,28 @@ def describe(config, name, dataset, model, step, done):
         "phase": name,
         "step": step,
         "done": done,
-        "settings": asdict(config),
-        "parents": {},
+        "settings": asdict(settings),
+        "decided": decided,
+        "parents": parents,
         "digest": vision.weights_digest(model.state_dict()) if done else None,
         "source": dataset.meta["source"],
         "corpus": dataset.meta["corpus"],
         "images": asdict(dataset.image_format),
         "tokenizer": tokenizer if model.gpt is not None else None,
-        "parts": describe_parts(model, config.projector),
+        "parts": describe_parts(model, settings.projector),
         "weights": model.state_dict(),
     }
+
+
+def speaks_otherwise(checkpoint, dataset):
+    """Whether prepared data has another vocabulary than a checkpoint."""
+    mine = checkpoint["tokenizer"]
+    return bool(mine) and mine["ranks"] != dataset.tokenizer.dump()
+
+
+def sees_otherwise(checkpoint, dataset):
+    """Whether pictures became frames in another way in prepared data than for a checkpoint."""
+    return ImageFormat.parse(checkpoint["images"]) != dataset.image_format
 
 
 def save(path, checkpoint):

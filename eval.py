@@ -6,12 +6,12 @@ What has it learnt? The four BabyVLM tests, grammar pairs, validation loss, and 
     python eval.py --shuffle                                   # pictures dealt to wrong captions
     python eval.py --task vtwt --csv vtwt.csv --images frames.zip   # BabyVLM's published files
 
-Every score is a mean negative log-likelihood (NLL) per token of a phrase that follows the picture,
-in fp32, lower is better; a tie counts as its fair share. Each accuracy comes with n, chance and a
-95 % Wilson interval, and apart for each `subset` that the CSV names. Writes results.json,
-report.html and captions.png beside the checkpoint.
+A phrase's score is its mean negative log-likelihood (NLL) per token after the picture, in fp32,
+lower is better; a tie counts as its fair share. (Zorro sums; captions are spoken.) Each accuracy
+comes with n, chance and a 95 % Wilson interval, and apart for each `subset` that the CSV names.
+Writes results.json, report.html and captions.png beside the checkpoint.
 
-A new test is an entry in TASKS: its columns, which of them name pictures, and its rule.
+A new test is an entry in TASKS: its columns, which of them name pictures, its rule.
 """
 
 import json
@@ -92,7 +92,7 @@ def phrase_nll(loaded, images, rows, phrases, batch=256):
         losses = F.cross_entropy(
             logits.float(), torch.tensor(targets, device=device), reduction="none"
         )
-        sums = np.bincount(owners, losses.double().cpu().numpy())
+        sums = np.bincount(owners, losses.cpu().double().numpy())
         scores[start : start + batch] = sums / [len(phrase) for phrase in words]
     if not np.isfinite(scores).all():
         raise UserError("the model's scores are not finite numbers: its weights are broken")
@@ -102,8 +102,8 @@ def phrase_nll(loaded, images, rows, phrases, batch=256):
 class Subject:
     """A model that is asked about the pictures of a test, by their names."""
 
-    def __init__(self, loaded, names, locations, settings):
-        self.loaded, self.settings = loaded, settings
+    def __init__(self, loaded, rows, names, locations, settings):
+        self.loaded, self.rows, self.settings = loaded, rows, settings  # rows: all of the CSV
         self.place = {name: i for i, name in enumerate(names)}
         if settings.shuffle:
             self.place = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
@@ -111,6 +111,7 @@ class Subject:
         for start in tqdm(range(0, len(names), 64), "pictures", unit_scale=64, unit="image"):
             seen.append(sample.see(loaded, self.read(locations[start : start + 64])).cpu())
         self.features = torch.cat(seen)  # each picture's once
+        self.scores, self.answers = {}, {}  # what was asked before: a subset asks again
 
     def read(self, locations):
         return np.stack([read_image(place, self.loaded.image_format) for place in locations])
@@ -121,12 +122,21 @@ class Subject:
 
     def nll(self, images, phrases):
         """phrase_nll of each phrase after each picture."""
-        rows = [self.place[name] for name in images]
-        return phrase_nll(self.loaded, self.features, rows, phrases, self.settings.batch)
+        asked = list(zip(images, phrases))
+        new = [pair for pair in dict.fromkeys(asked) if pair not in self.scores]
+        if new:
+            rows = [self.place[name] for name, _ in new]
+            texts = [phrase for _, phrase in new]
+            scores = phrase_nll(self.loaded, self.features, rows, texts, self.settings.batch)
+            self.scores |= dict(zip(new, scores))
+        return np.array([self.scores[pair] for pair in asked])
 
     def say(self, images):
         """What the model says of each picture, greedily, 25 tokens at most."""
-        return sample.caption(self.loaded, self.frames(images), 25)
+        new = [name for name in dict.fromkeys(images) if name not in self.answers]
+        if new:
+            self.answers |= dict(zip(new, sample.caption(self.loaded, self.frames(new), 25)))
+        return [self.answers[name] for name in images]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,7 +236,9 @@ def captions(rows, subject, ties):
     scores = [meteor(row["text"].split(), said.split()) for row, said in zip(rows, answers)]
     score = round(float(np.mean(scores)), 4)
     results = {name: {"score": score, "n": len(rows), "chance": None, "ci95": None}}
-    things, colours = ({row[column] for row in rows if row.get(column)} for column in NAMED)
+    things, colours = (
+        {row[column] for row in subject.rows if row.get(column)} for column in ("thing", "colour")
+    )
     if things:
         hits = [names_in(said, things) == {row["thing"]} for row, said in zip(rows, answers)]
         results["names_thing"] = accuracy(hits, None)
@@ -238,9 +250,6 @@ def captions(rows, subject, ties):
     return results
 
 
-NAMED = ("thing", "colour")  # columns of a caption's CSV that say what its picture shows
-
-
 @dataclass(frozen=True)
 class Task:
     """A test: the columns its CSV must have, which of them name pictures, its rule, and whether
@@ -250,6 +259,7 @@ class Task:
     pictures: tuple
     rule: object
     published: bool = False
+    speaks: bool = False  # its answers go onto a contact sheet, beside the column `text`
 
 
 TASKS = {
@@ -263,7 +273,7 @@ TASKS = {
         baby_winoground,
         True,
     ),
-    "caption": Task(("image", "text"), ("image",), captions, True),
+    "caption": Task(("image", "text"), ("image",), captions, published=True, speaks=True),
     "two_by_one": Task(("image", "foil_image", "phrase"), ("image", "foil_image"), two_by_one),
     "two_by_two": Task(
         ("image", "foil_image", "phrase", "foil_phrase"), ("image", "foil_image"), two_by_two
@@ -284,7 +294,7 @@ def run_task(task, path, images, loaded, settings):
             f"{' and '.join(places.paths)}: no {missing}, which {task} asks for; --images takes "
             "several folders or zips"
         )
-    subject = Subject(loaded, names, locations, settings)
+    subject = Subject(loaded, rows, names, locations, settings)
     results = {"all": test.rule(rows, subject, settings.ties)}
     subsets = sorted({row["subset"] for row in rows if row.get("subset")})
     if len(subsets) > 1:
@@ -292,7 +302,7 @@ def run_task(task, path, images, loaded, settings):
             chosen = [row for row in rows if row["subset"] == subset]
             results[subset] = test.rule(chosen, subject, settings.ties)
     entries = []
-    if test.rule is captions:
+    if test.speaks:
         chosen = rows[:: max(1, len(rows) // 36)]
         names = [row["image"] for row in chosen]
         texts = [row["text"] for row in chosen]
@@ -333,11 +343,12 @@ def val_loss(model, batches, image_format, limit=0, rank=0, world=1):
     processes takes its share of the batches."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    total = torch.zeros(2, device=model.gpt.device, dtype=torch.float64)  # sum of NLL, targets
+    wide = torch.float32 if model.gpt.device.type == "mps" else torch.float64  # mps has no float64
+    total = torch.zeros(2, device=model.gpt.device, dtype=wide)  # sum of NLL, targets
     for i, (rows, length) in enumerate(batches.fixed_plan(limit)):
         if i % world == rank:
             batch = batches.read(rows, length)
-            loss = model(*model.inputs(batch, image_format, 0, 0))[1].double()
+            loss = model(*model.inputs(batch, image_format, 0, 0))[1].to(wide)
             total += torch.stack([loss * batch.count, torch.full_like(loss, batch.count)])
     if world > 1:
         dist.all_reduce(total)
@@ -375,15 +386,16 @@ def probe(tower, dataset):
 def losses(loaded, dataset):
     """{"val_loss"} and, of a GPT alone, {"bits_per_character"}, of a prepared folder; {} and a
     line where its vocabulary or its pictures are not the checkpoint's."""
-    model = loaded.model
-    same_words = dataset.tokenizer.digest() == loaded.tokenizer.digest()
-    if not same_words or (model.projector and dataset.image_format != loaded.image_format):
+    model, saved = loaded.model, loaded.checkpoint
+    blind = model.projector is None
+    other_pictures = not blind and checkpoint.sees_otherwise(saved, dataset)
+    if checkpoint.speaks_otherwise(saved, dataset) or other_pictures:
         print(
             f"no validation loss: {dataset.directory} has another vocabulary or other pictures "
             "than the data this checkpoint was trained on"
         )
         return {}
-    if model.projector is None:
+    if blind:
         batches = TextBatches(dataset, "val", 16, 0, model)
         loss = val_loss(model, batches, dataset.image_format)
         counts = dataset.meta["splits"]["val"]
@@ -407,6 +419,7 @@ def evaluate(loaded, settings):
     folder = Path(settings.data or saved["settings"]["data"])
     results = {
         "checkpoint": str(settings.checkpoint),
+        "digest": saved["digest"],
         "phase": saved["phase"],
         "trained_on": saved["source"],
         "corpus": saved["corpus"],
@@ -432,15 +445,16 @@ def evaluate(loaded, settings):
 
 
 def write(results, entries, out, task):
-    """results.json, report.html and captions.png in the folder `out`; returns their names."""
-    suffix = f"_{task}" if task else ""
+    """results.json, report.html and captions.png in the folder `out`, under names that say so if
+    one task was run alone or pictures were shuffled; returns their names."""
+    suffix = (f"_{task}" if task else "") + ("_shuffled" if results["shuffled"] else "")
     sheet = report.contact_sheet(entries) if entries else None
     names = [f"results{suffix}.json", f"report{suffix}.html"]
     write_json(out / names[0], results)
     with writing(out / names[1]) as file:
         file.write(report.page(results, sheet, read_log(out / "log.jsonl")).encode("utf-8"))
     if sheet:
-        names.append("captions.png")
+        names.append(f"captions{'_shuffled' if results['shuffled'] else ''}.png")
         with writing(out / names[2]) as file:
             sheet.save(file, "PNG")
     return names
@@ -460,7 +474,8 @@ def main(argv):
         tasks = {}  # with what this checkpoint scored on other files of theirs
         for path in sorted(out.glob("results_*.json")):
             other = json.loads(path.read_text(encoding="utf-8"))
-            if other.get("checkpoint") == results["checkpoint"] and other.get("source") != "toy":
+            alike = all(other.get(key) == results[key] for key in ("digest", "shuffled", "ties"))
+            if alike and other["source"] != "toy":
                 tasks |= other["tasks"]
         name = f"this one, trained on {loaded.checkpoint['settings']['data']}"
         print(*report.beside_the_paper(tasks, name), sep="\n")

@@ -46,24 +46,29 @@ def extract(model, frames, image_format, device, batch=64):
 
 
 def store(dataset, split, model, device):
-    """Compute a split's features where they are not there yet, going on where a killed run
-    stopped. If another process is computing the same ones, wait and use its."""
-    path = find(dataset, split, model)
+    """The features (F, P, E) float16 of a split, computed where they are not there yet, going on
+    where a killed run stopped. If another process is computing the same ones, wait for it."""
+    path, whole = find(dataset, split, model), shape(dataset, split, model)
     frames = dataset.open(split, "frames")
-    row_bytes = 2 * int(np.prod(shape(dataset, split, model)[1:]))
+    row_bytes = 2 * whole[1] * whole[2]
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
     with locked(path.with_suffix(".lock")):
-        if path.exists():
-            return
-        done = partial.stat().st_size // row_bytes if partial.exists() else 0
-        with open(partial, "r+b" if done else "wb") as file:
-            file.truncate(done * row_bytes)  # a row that was cut short is computed again
-            file.seek(0, os.SEEK_END)
-            with tqdm(total=len(frames), initial=done, desc=f"{split} features") as bar:
-                for block in extract(model, frames[done:], dataset.image_format, device):
-                    file.write(block.tobytes())
-                    bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        if not path.exists():
+            compute(model, frames, dataset.image_format, device, path, row_bytes)
+    return open_bin(path, "float16", whole)
+
+
+def compute(model, frames, image_format, device, path, row_bytes):
+    """Write the features of frames to a file, after those that are in its .partial."""
+    partial = path.with_suffix(".partial")
+    done = partial.stat().st_size // row_bytes if partial.exists() else 0
+    with open(partial, "r+b" if done else "wb") as file:
+        file.truncate(done * row_bytes)  # a row that was cut short is computed again
+        file.seek(0, os.SEEK_END)
+        with tqdm(total=len(frames), initial=done, desc="features", unit="frame") as bar:
+            for block in extract(model, frames[done:], image_format, device):
+                file.write(block.tobytes())
+                bar.update(len(block))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

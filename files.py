@@ -109,6 +109,11 @@ def read_log(path):
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
+def append_log(path, entry):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def trim_log(path, name, start):
     """Drop the entries of steps that were lost, or are trained again, and are about to be logged
     again; and lines that were cut short."""

@@ -48,7 +48,6 @@ tiles that are visible whole ("#"), where no mask is computed, and masked ones (
 formulae in fp32; or None, the automatic choice: triton on a GPU that has it, else PyTorch's.
 Letters: B batch, T sequence length, H heads, D head width, C model width.
 """
-
 from __future__ import annotations  # where there is no Triton, `tl` below is never looked up
 
 import math
@@ -128,15 +127,12 @@ def rms_norm(x, weight, eps, residual=None, backend=None):
     transformer block needs both, and a fused kernel reads and writes them once.
     Raises ValueError when the shapes do not fit or the backend cannot run."""
     if weight.shape != x.shape[-1:] or residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"rms_norm of x {(*x.shape,)}: weight {(*weight.shape,)} must be as its "
-            "last axis, and the residual as all of it"
-        )
+        raise ValueError(f"rms_norm of x {(*x.shape,)}: weight {(*weight.shape,)} must be as its "
+                         "last axis, and the residual as all of it")
     if (backend := choose(backend, "torch", x)) == "triton":
         if residual is not None:  # one dtype for all: the wider
-            x, residual = (
-                t.to(torch.promote_types(x.dtype, residual.dtype)) for t in (x, residual)
-            )
+            x, residual = (t.to(torch.promote_types(x.dtype, residual.dtype))
+                           for t in (x, residual))
         y, total, _ = norm_forward_op(x, residual, weight, eps)
         return y if residual is None else (y, total)
     total = x if residual is None else x + residual
@@ -148,20 +144,8 @@ def rms_norm(x, weight, eps, residual=None, backend=None):
 
 
 @jit
-def norm_forward(
-    X,
-    R,
-    W,
-    Y,
-    S,
-    RSTD,
-    rows,
-    width,
-    eps,
-    RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def norm_forward(X, R, W, Y, S, RSTD, rows, width, eps, RESIDUAL: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (col < width)[None, :]
     at = row[:, None].to(tl.int64) * width + col[None, :]  # 64 bits: big tensors pass 2^31
@@ -178,20 +162,8 @@ def norm_forward(
 
 
 @jit
-def norm_backward(
-    DY,
-    DS,
-    X,
-    W,
-    RSTD,
-    DX,
-    DW,
-    rows,
-    width,
-    RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def norm_backward(DY, DS, X, W, RSTD, DX, DW, rows, width, RESIDUAL: tl.constexpr,
+                  ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     col = tl.arange(0, BLOCK_C)
     w = tl.load(W + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -215,45 +187,25 @@ def norm_tile(width):
     """About 4,096 numbers at a time, 32 a thread (a warp is 32 threads): enough loads under way to
     keep memory busy, while dy, h, dx and dw in fp32 still fit a thread's 255 registers."""
     BLOCK_C = triton.next_power_of_2(width)
-    return {
-        "ROWS": max(1, 4096 // BLOCK_C),
-        "BLOCK_C": BLOCK_C,
-        "num_warps": min(16, max(4, BLOCK_C // 512)),
-    }
+    return {"ROWS": max(1, 4096 // BLOCK_C), "BLOCK_C": BLOCK_C,
+            "num_warps": min(16, max(4, BLOCK_C // 512))}
 
 
 @torch.library.custom_op("nanobabyllava::norm_forward", mutates_args=())
-def norm_forward_op(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def norm_forward_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
+                    eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, total, rstd = norm_forward_shapes(x, residual, weight, eps)
     tile, rows, width = norm_tile(x.shape[-1]), rstd.numel(), x.shape[-1]
-    run(
-        norm_forward,
-        (triton.cdiv(rows, tile["ROWS"]),),
-        x,
-        x.contiguous(),
-        x if residual is None else residual.contiguous(),
-        weight.contiguous(),
-        y,
-        total,
-        rstd,
-        rows,
-        width,
-        eps,
-        RESIDUAL=residual is not None,
-        **tile,
-    )
+    run(norm_forward, (triton.cdiv(rows, tile["ROWS"]),), x, x.contiguous(),
+        x if residual is None else residual.contiguous(), weight.contiguous(), y, total, rstd,
+        rows, width, eps, RESIDUAL=residual is not None, **tile)
     return y, total, rstd
 
 
 @norm_forward_op.register_fake  # what comes out, without running: torch.compile plans with it
 def norm_forward_shapes(x, residual, weight, eps):
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(0 if residual is None else x.shape),
-        x.new_empty(x.shape[:-1], dtype=torch.float32),
-    )
+    return (x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape),
+            x.new_empty(x.shape[:-1], dtype=torch.float32))
 
 
 # Rows of dweight's partial sums: 4 programs for each of an H100's 132 multiprocessors. Fixed, so
@@ -262,32 +214,14 @@ PARTS = 528
 
 
 @torch.library.custom_op("nanobabyllava::norm_backward", mutates_args=())
-def norm_backward_op(
-    dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_backward_op(dy: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor,
+                     weight: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tile, rows, width = norm_tile(x.shape[-1]), rstd.numel(), x.shape[-1]
     parts = min(PARTS, triton.cdiv(rows, tile["ROWS"]))
     dx, dw = x.new_empty(x.shape), rstd.new_empty(parts, width)
-    run(
-        norm_backward,
-        (parts,),
-        x,
-        dy.contiguous(),  # gradients may be expanded, with stride 0
-        dy if dtotal is None else dtotal.contiguous(),
-        x.contiguous(),
-        weight.contiguous(),
-        rstd,
-        dx,
-        dw,
-        rows,
-        width,
-        RESIDUAL=dtotal is not None,
-        **tile,
-    )
+    run(norm_backward, (parts,), x, dy.contiguous(),  # gradients may be expanded, with stride 0
+        dy if dtotal is None else dtotal.contiguous(), x.contiguous(), weight.contiguous(), rstd,
+        dx, dw, rows, width, RESIDUAL=dtotal is not None, **tile)
     return dx, dw.sum(0).to(weight.dtype)
 
 
@@ -345,18 +279,11 @@ def attention(q, k, v, prefix=0, backend=None):
     Raises ValueError when the shapes do not fit or the backend cannot run."""
     B, T, H, D = q.shape
     T_keys, H_kv = k.shape[1:3]
-    if (
-        k.shape != v.shape
-        or k.shape != (B, T_keys, H_kv, D)
-        or T_keys < T
-        or H % H_kv
-        or not q.dtype == k.dtype == v.dtype
-    ):
-        raise ValueError(
-            f"attention of q {(*q.shape,)}, k {(*k.shape,)}, v {(*v.shape,)}: want "
-            "(B, T, H, D) of one dtype, at most as many queries as keys, H a "
-            "multiple of H_kv"
-        )
+    if (k.shape != v.shape or k.shape != (B, T_keys, H_kv, D) or T_keys < T or H % H_kv
+            or not q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"attention of q {(*q.shape,)}, k {(*k.shape,)}, v {(*v.shape,)}: want "
+                         "(B, T, H, D) of one dtype, at most as many queries as keys, H a "
+                         "multiple of H_kv")
     backend = choose(backend, "sdpa", q)
     if backend == "triton":
         if torch.is_autocast_enabled(q.device.type):  # PyTorch casts for its own operators only
@@ -367,13 +294,8 @@ def attention(q, k, v, prefix=0, backend=None):
     causal = T == T_keys and prefix <= 1  # SDPA's own flag, which needs no mask in memory
     mask = None if causal or T == 1 else visible(T, T_keys, prefix, q.device)
     y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal and T > 1,
-        enable_gqa=H != H_kv,
-    )
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+        is_causal=causal and T > 1, enable_gqa=H != H_kv)
     return y.transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
 
 
@@ -387,40 +309,15 @@ def stretches(i, keys, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(whole, last): of queries i to i + BLOCK_M - 1, all see the keys before `whole`, rounded down
     to a multiple of BLOCK_N, and none sees `last` or later. At i = 64, tiles of 64 x 32 and
     prefix 70: (64, 128)."""
-    return (
-        tl.maximum(i + 1, prefix) // BLOCK_N * BLOCK_N,
-        tl.minimum(tl.maximum(i + BLOCK_M, prefix), keys),
-    )
+    return (tl.maximum(i + 1, prefix) // BLOCK_N * BLOCK_N,
+            tl.minimum(tl.maximum(i + BLOCK_M, prefix), keys))
 
 
 @jit
-def attention_forward(
-    Q,
-    K,
-    V,
-    O,
-    L,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    queries,
-    keys,
-    prefix,
-    scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def attention_forward(Q, K, V, O, L, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, queries, keys,
+                      prefix, scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                      BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      PRECISION: tl.constexpr):
     # q_b, q_t, q_h ...: strides, how many numbers lie between one image, token, head and the next.
     # Programs start in order of their number: the last tile of queries, which walks longest, first.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -458,36 +355,10 @@ def attention_forward(
 
 
 @jit
-def attention_backward_q(
-    Q,
-    K,
-    V,
-    O,
-    DO,
-    L,
-    DELTA,
-    DQ,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    queries,
-    keys,
-    prefix,
-    scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def attention_backward_q(Q, K, V, O, DO, L, DELTA, DQ, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t,
+                         v_h, queries, keys, prefix, scale, H: tl.constexpr, GROUP: tl.constexpr,
+                         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                         BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)[None, :]
@@ -525,36 +396,10 @@ def attention_backward_q(
 
 
 @jit
-def attention_backward_kv(
-    Q,
-    K,
-    V,
-    DO,
-    L,
-    DELTA,
-    DK,
-    DV,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    queries,
-    keys,
-    prefix,
-    scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def attention_backward_kv(Q, K, V, DO, L, DELTA, DK, DV, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t,
+                          v_h, queries, keys, prefix, scale, H: tl.constexpr, GROUP: tl.constexpr,
+                          D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                          BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     first = tl.program_id(0) * BLOCK_N
     g, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # g: head of k and v
     m, j = tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
@@ -608,16 +453,11 @@ def attention_backward_kv(
 # keeps below the 99 KB of consumer GPUs. "fp32" makes a product of three in tf32 (tf32x3), which
 # takes registers: it is for checking, not for speed.
 TILES = {
-    "hopper": {
-        64: ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
-        128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 64, 8, 2)),
-    },
-    "ampere": {
-        64: ((128, 64, 8, 2), (128, 32, 8, 3), (32, 64, 8, 2)),
-        128: ((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
-    },
-    "fp32": {64: ((32, 16, 8, 1),) * 3, 128: ((16, 16, 8, 1),) * 3},
-}
+    "hopper": {64: ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+               128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 64, 8, 2))},
+    "ampere": {64: ((128, 64, 8, 2), (128, 32, 8, 3), (32, 64, 8, 2)),
+               128: ((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
+    "fp32": {64: ((32, 16, 8, 1),) * 3, 128: ((16, 16, 8, 1),) * 3}}
 
 
 def family(x):
@@ -636,37 +476,16 @@ def launch(kernel, which, q, k, v, prefix, *others):
     if D % 16 and which < 2:  # rows that start anywhere take more registers to address
         M = max(16, M // 2)
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    run(
-        kernel,
-        (triton.cdiv(T_keys, N), H_kv, B) if which == 2 else (triton.cdiv(T, M), H, B),
-        q,
-        q,
-        k,
-        v,
-        *others,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        T,
-        T_keys,
-        min(prefix, T_keys),
-        D**-0.5 / math.log(2),
-        H=H,
-        GROUP=H // H_kv,
-        D=D,
-        BLOCK_D=BLOCK_D,
-        BLOCK_M=M,
-        BLOCK_N=N,
-        PRECISION="tf32x3" if exact else "tf32",
-        num_warps=warps,
-        num_stages=stages,
-    )
+    run(kernel, (triton.cdiv(T_keys, N), H_kv, B) if which == 2 else (triton.cdiv(T, M), H, B), q,
+        q, k, v, *others, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, T_keys,
+        min(prefix, T_keys), D ** -0.5 / math.log(2), H=H, GROUP=H // H_kv, D=D, BLOCK_D=BLOCK_D,
+        BLOCK_M=M, BLOCK_N=N, PRECISION="tf32x3" if exact else "tf32", num_warps=warps,
+        num_stages=stages)
 
 
 @torch.library.custom_op("nanobabyllava::attention_forward", mutates_args=())
-def attention_forward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: int
+                         ) -> tuple[torch.Tensor, torch.Tensor]:
     o, log = attention_forward_shapes(q, k, v, prefix)
     launch(attention_forward, 0, q, k, v, prefix, o, log)
     return o, log
@@ -679,15 +498,9 @@ def attention_forward_shapes(q, k, v, prefix):
 
 
 @torch.library.custom_op("nanobabyllava::attention_backward", mutates_args=())
-def attention_backward_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    log: torch.Tensor,
-    do: torch.Tensor,
-    prefix: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+                          log: torch.Tensor, do: torch.Tensor, prefix: int
+                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = attention_backward_shapes(q, k, v, o, log, do, prefix)
     do, delta = do.contiguous(), torch.empty_like(log)
     launch(attention_backward_q, 1, q, k, v, prefix, o, do, log, delta, dq)
@@ -708,5 +521,4 @@ def attention_save(ctx, inputs, output):
 
 attention_forward_op.register_autograd(
     lambda ctx, do, _: (*attention_backward_op(*ctx.saved_tensors, do, ctx.prefix), None),
-    setup_context=attention_save,
-)
+    setup_context=attention_save)

@@ -1,10 +1,13 @@
 """
 How a phase is made ready: its model, what it starts from, what of it learns.
 
-Which phases there are is a table in train.py; this file knows none of them by name but for the
-parts that models are made of.
+Which phases there are is a table in train.py; this file knows by name only the two that every model
+with eyes and words is put together from.
 """
 
+import hashlib
+import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,9 +19,11 @@ from tqdm import tqdm
 import checkpoint
 import features
 import vision
+import weights
 from batches import SampleBatches
 from config import UserError
 from dino import DINO
+from files import append_log
 from model import GPT, BabyLLaVA, GPTConfig, Projector, projector_fault
 
 EVERY_PHASE = ("warmup", "weight_decay", "beta2", "clip", "seed", "dtype")  # concern all of them
@@ -26,18 +31,16 @@ EVERY_PHASE = ("warmup", "weight_decay", "beta2", "clip", "seed", "dtype")  # co
 
 @dataclass(frozen=True)
 class Phase:
-    """A row of the table. `learns`: the parts that do, by prefixes of parameters' names, each maybe
-    with a rate of its own ("tower=2e-4"). `shape`: the knobs that decide what is made, which all
-    later phases inherit. `knobs`: the others that concern it. `watch`: what is measured."""
+    """A row of the table."""
 
-    learns: tuple
-    batches: type
-    splits: tuple
-    make: object
-    starts_from: tuple
-    shape: tuple
-    knobs: tuple
-    watch: object
+    learns: tuple  # the parts that do, by prefixes of their names; "tower=2e-4": at its own rate
+    batches: type  # what it reads, see batches.py
+    splits: tuple  # to train on, and, where it is watched by its loss, to validate on
+    make: object  # make(settings, dataset, parents): its model
+    watch: object  # watch(run): {measure: value} for the log
+    starts_from: tuple = ()  # the phases before
+    shape: tuple = ()  # knobs that decide what is made, which all later phases inherit
+    knobs: tuple = ()  # other knobs that concern it
     unit: str = "tokens/s"
 
     def own_knobs(self, name):
@@ -62,90 +65,108 @@ class Processes:
         if self.is_first:
             tqdm.write(line)
 
+    def record(self, log, **entry):
+        if self.is_first:
+            append_log(log, entry)
+
     def wait(self):
         if self.world > 1:
             dist.barrier()
+
+
+def find_processes(settings):
+    """This process among torchrun's, or the only one there is."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = checkpoint.choose_device(settings.device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, world, device)
 
 
 # ---------------------------------------------------------------------------------------------
 # How each model is made
 
 
-def new_dino(config, dataset, parents):
-    sizes = (config.patch, config.vision_width, config.vision_depth, config.vision_heads)
-    if dataset.image_format.size % config.patch or config.vision_width % config.vision_heads:
+def new_dino(settings, dataset, parents):
+    sizes = (settings.patch, settings.vision_width, settings.vision_depth, settings.vision_heads)
+    if dataset.image_format.size % settings.patch or settings.vision_width % settings.vision_heads:
         raise UserError(
-            f"frames of {dataset.image_format.size} pixels in patches of {config.patch}, "
-            f"vision_width {config.vision_width} over vision_heads {config.vision_heads}: neither "
-            "division may leave a rest"
+            f"frames of {dataset.image_format.size} pixels in patches of {settings.patch}, "
+            f"vision_width {settings.vision_width} over vision_heads {settings.vision_heads}: "
+            "neither division may leave a rest"
         )
     student, teacher = (vision.ViT(dataset.image_format.size, *sizes) for _ in range(2))
     return DINO(
         student,
         teacher,
-        config.prototypes,
-        config.local_views,
-        config.teacher_temperature,
-        config.momentum,
+        settings.prototypes,
+        settings.local_views,
+        settings.teacher_temperature,
+        settings.momentum,
     )
 
 
-def new_gpt(config, dataset, parents):
+def new_gpt(settings, dataset, parents):
     sizes = GPTConfig(
         vocab_size=dataset.tokenizer.vocab_size,
-        block_size=config.block_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        n_kv_head=config.n_kv_head,
-        n_hidden=config.n_hidden,
-        dropout=config.dropout,
-        attention=config.attention,
-        norm=config.norm,
+        block_size=settings.block_size,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        n_embd=settings.n_embd,
+        n_kv_head=settings.n_kv_head,
+        n_hidden=settings.n_hidden,
+        dropout=settings.dropout,
+        attention=settings.attention,
+        norm=settings.norm,
     )
     if sizes.fault():
         raise UserError(sizes.fault())
     return BabyLLaVA(GPT(sizes), image_token=dataset.tokenizer.image)
 
 
-def introduce(config, dataset, parents):
+def introduce(settings, dataset, parents):
     """Tower and GPT of the phases before, and a new projector between them."""
-    backends = {"attention": config.attention, "norm": config.norm}
+    backends = {"attention": settings.attention, "norm": settings.norm}
     gpt = checkpoint.build(parents["phase0"], **backends).model.gpt
     tower = checkpoint.build(parents["vision"]).model.tower
-    if tower.fault(dataset.image_format.size, config.select_layer):
-        raise UserError(tower.fault(dataset.image_format.size, config.select_layer))
-    fault = projector_fault(config.projector, tower.width, gpt.config.n_embd)
+    if tower.fault(dataset.image_format.size, settings.select_layer):
+        raise UserError(tower.fault(dataset.image_format.size, settings.select_layer))
+    fault = projector_fault(settings.projector, tower.width, gpt.config.n_embd)
     if fault:
         raise UserError(f"--projector: {fault}")
     return BabyLLaVA(
         gpt,
-        Projector(config.projector, tower.width, gpt.config.n_embd),
+        Projector(settings.projector, tower.width, gpt.config.n_embd),
         tower,
         dataset.tokenizer.image,
-        config.select_layer,
-        config.keep_cls,
-        config.image_attention,
+        settings.select_layer,
+        settings.keep_cls,
+        settings.image_attention,
     )
 
 
-def carry_on(config, dataset, parents):
+def carry_on(settings, dataset, parents):
     """The model of the phase before, with this phase's dropout."""
     (parent,) = parents.values()
-    gpt = parent["parts"]["gpt"] | {"dropout": config.dropout}
+    gpt = parent["parts"]["gpt"] | {"dropout": settings.dropout}
     parent = parent | {"parts": parent["parts"] | {"gpt": gpt}}
-    return checkpoint.build(parent, attention=config.attention, norm=config.norm).model
+    return checkpoint.build(parent, attention=settings.attention, norm=settings.norm).model
 
 
 # ---------------------------------------------------------------------------------------------
 # What a phase starts from
 
 
-def find_parents(config, row, dataset):
+def find_parents(settings, row, dataset):
     """{phase: finished checkpoint} that a phase starts from, on data that fits them."""
     parents = {}
     for parent in row.starts_from:
-        path = Path(config.out) / f"{parent}.pt"
+        path = Path(settings.out) / f"{parent}.pt"
         how = "0 --tower vision" if parent == "vision" else parent[-1]
         found = checkpoint.read(path) if path.exists() else None
         if not found or not found["done"]:
@@ -158,47 +179,47 @@ def find_parents(config, row, dataset):
 
 def check_data(path, found, dataset):
     """Refuse data with another vocabulary or other pictures than a checkpoint was trained on."""
-    tokenizer = dataset.tokenizer
-    if found["tokenizer"] and found["tokenizer"]["ranks"] != tokenizer.dump():
+    if checkpoint.speaks_otherwise(found, dataset):
         raise UserError(
             f"{path} speaks another vocabulary than {dataset.directory}: train phase 0 on the "
             "data you use in later phases, or prepare that data as it was"
         )
-    if found["images"] != asdict(dataset.image_format):
+    if checkpoint.sees_otherwise(found, dataset):
         raise UserError(
             f"{path} was trained on pictures made as {found['images']}, {dataset.directory} has "
             f"{asdict(dataset.image_format)}: prepare it as it was, or train from phase 0"
         )
 
 
-def inherit(config, parents):
+def inherit(settings, parents):
     """Set the knobs that earlier phases have decided; returns all that is decided now but for this
     phase's own. Raises UserError where one was given here and says something else."""
     decided = {}
     for parent, found in parents.items():
         for name, value in found["decided"].items():
-            wanted = getattr(config, name)
-            if name in config.given and wanted != value:
+            wanted = getattr(settings, name)
+            if name in settings.given and wanted != value:
+                has = "whose tower came from a file" if value is None else f"which has {value!r}"
                 raise UserError(
-                    f"{config.given[name]}: {name} {wanted!r} contradicts {config.out}/{parent}.pt,"
-                    f" which has {value!r}: leave it out, or give another --out"
+                    f"{settings.given[name]}: {name} {wanted!r} contradicts "
+                    f"{settings.out}/{parent}.pt, {has}: leave it out, or give another --out"
                 )
-            setattr(config, name, value)
+            setattr(settings, name, value)
             decided[name] = value
     return decided
 
 
-def find_resume(config, name, row, dataset, parents, say):
+def find_resume(settings, name, row, dataset, parents, say):
     """This phase's own checkpoint, to go on from or to leave alone; None where there is none, or
     where it started from others than there are now.
 
     Raises UserError where it was made with other knobs or on other data."""
-    path = Path(config.out) / f"{name}.pt"
+    path = Path(settings.out) / f"{name}.pt"
     if not path.exists():
         return None
     found = checkpoint.read(path)
     for own in row.own_knobs(name):
-        before, now = found["settings"].get(own), getattr(config, own)
+        before, now = found["settings"].get(own), getattr(settings, own)
         if before != now:
             raise UserError(
                 f"{path} was made with {own}={before}, now it is {now}: give another --out, or "
@@ -216,47 +237,80 @@ def find_resume(config, name, row, dataset, parents, say):
     return found
 
 
+def import_tower(settings, row, dataset, processes):
+    """Phase 0 for a tower that comes from a file: save it as it is, unless it is there already."""
+    path, source = Path(settings.out) / "vision.pt", Path(settings.vision_weights)
+    tower = weights.load_tower(source)  # complains if there is none
+    with open(source, "rb") as file:
+        parents = {"vision_weights": hashlib.file_digest(file, "sha256").hexdigest()}
+    found = checkpoint.read(path) if path.exists() else None
+    if found and "vision_weights" not in found["parents"]:
+        raise UserError(
+            f"{path} is a tower that was trained: give another --out, or delete the file to use "
+            f"{source} instead"
+        )
+    if found and found["parents"] == parents and not checkpoint.sees_otherwise(found, dataset):
+        return processes.say(f"vision: the tower of {source}, as it was, {path}")
+    if processes.is_first:
+        # the other knobs of shape did not make this tower: None contradicts them all
+        decided = dict.fromkeys(row.shape) | {"vision_weights": str(source)}
+        model = BabyLLaVA(None, tower=tower)
+        contents = checkpoint.describe(
+            settings, "vision", dataset, model, step=0, done=True, parents=parents, decided=decided
+        )
+        checkpoint.save(path, contents)
+        processes.say(f"vision: the tower of {source}, as it is")
+
+
 # ---------------------------------------------------------------------------------------------
 # What learns, and on what
 
 
-def compute_dtype(config, device):
-    name = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+def compute_dtype(settings, device):
+    name = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return getattr(torch, name)
+
+
+def parse_part(entry, lr):
+    """(part, rate) of "tower" or "tower=2e-4". Raises UserError."""
+    part, has_rate, rate = entry.partition("=")
+    try:
+        rate = float(rate) if has_rate else lr
+    except ValueError:
+        rate = math.nan
+    if not part or not (math.isfinite(rate) and rate >= 0):
+        raise UserError(f"learn {entry!r}: want a part, or part=rate")
+    return part, rate
 
 
 def set_learning(model, learns, lr):
     """Let the parts in `learns` learn and freeze all else. Returns [(parameters, rate)]."""
     model.requires_grad_(False).eval()  # frozen means frozen: no dropout there either
-    groups = []
+    modules, groups = dict(model.named_modules()), []
     for entry in learns:
-        part, _, rate = entry.partition("=")
-        named = [
-            (n, p) for n, p in model.named_parameters() if n == part or n.startswith(part + ".")
-        ]
-        modules = dict(model.named_modules())
+        part, rate = parse_part(entry, lr)
+        named = {n: p for n, p in model.named_parameters() if (n + ".").startswith(part + ".")}
         if part not in modules and not named:
             parts = ", ".join(name for name in modules if name and name.count(".") < 2)
             raise UserError(f"learn {entry!r}: no such part; one of {parts}")
-        try:
-            groups.append(([p for _, p in named], float(rate) if rate else lr))
-        except ValueError:
-            raise UserError(f"learn {entry!r}: want a part, or part=rate") from None
-        for _, parameter in named:
+        if any(parameter.requires_grad for parameter in named.values()):
+            raise UserError(f"learn {entry!r}: it is part of another that learns already")
+        for parameter in named.values():
             parameter.requires_grad_(True)
         if part in modules:
             modules[part].train()
+        groups.append((list(named.values()), rate))
     return groups
 
 
-def make_optimizer(config, groups, device):
+def make_optimizer(settings, groups, device):
     """AdamW over [(parameters, rate)], matrices with weight decay and vectors without; None where
     there is nothing to learn (an identity projector)."""
     parts = []
     for parameters, rate in groups:
         matrices = [p for p in parameters if p.ndim >= 2]
         vectors = [p for p in parameters if p.ndim < 2]
-        decays = ((matrices, config.weight_decay), (vectors, 0.0))
+        decays = ((matrices, settings.weight_decay), (vectors, 0.0))
         parts += [
             {"params": params, "weight_decay": decay, "highest_lr": rate, "lr": rate}
             for params, decay in decays
@@ -264,28 +318,26 @@ def make_optimizer(config, groups, device):
         ]
     if not parts:
         return None
-    return torch.optim.AdamW(parts, betas=(0.9, config.beta2), fused=device.type == "cuda")
+    return torch.optim.AdamW(parts, betas=(0.9, settings.beta2), fused=device.type == "cuda")
 
 
-def stored_features(config, dataset, splits, model, device):
+def stored_features(settings, dataset, splits, model, device):
     """The features of both splits, computed if need be; (None, None) where frames are wanted,
     because the tower learns or --features=live."""
     tower = getattr(model, "tower", None)
     learns = tower is not None and any(p.requires_grad for p in tower.parameters())
-    if tower is None or learns or config.features == "live":
+    if tower is None or learns or settings.features == "live":
         return None, None
-    stored = []
-    for split in splits:
-        if dataset.count(split, "frames"):
-            features.store(dataset, split, model, device)
-        stored.append(features.open_stored(dataset, split, model))
-    return stored
+    return [
+        features.store(dataset, split, model, device) if dataset.count(split, "frames") else None
+        for split in splits
+    ]
 
 
-def wrap(model, config, processes, batches):
+def wrap(model, settings, processes, batches):
     """The model under torch.compile and DDP, as asked for."""
     device = processes.device
-    if config.compile == "on" or (config.compile == "" and device.type == "cuda"):
+    if settings.compile == "on" or (settings.compile == "" and device.type == "cuda"):
         model = torch.compile(model)
     if processes.world > 1:
         devices = [device.index] if device.type == "cuda" else None
@@ -295,10 +347,10 @@ def wrap(model, config, processes, batches):
     return model
 
 
-def check_backends(config, model, device):
+def check_backends(settings, model, device):
     """Refuse kernels that were asked for by name and cannot run here."""
     if getattr(model, "gpt", None) is not None:
         try:
-            model.gpt.backends(compute_dtype(config, device))
+            model.gpt.backends(compute_dtype(settings, device))
         except ValueError as error:
             raise UserError(str(error)) from None

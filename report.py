@@ -117,6 +117,8 @@ def page(results, sheet, log):
     kind = f"Data: {html.escape(results['source'])}."
     if results["source"] == "toy":
         kind = "Toy world: drawn pictures, not SAYCam."
+    if results.get("shuffled"):
+        kind += " <b>Pictures were shuffled: these are no results, but a check for chance.</b>"
     loss = f", validation loss {results['val_loss']:.3f}" if "val_loss" in results else ""
     header = "".join(f"<th>{name}" for name in HEADER)
     return (

@@ -11,10 +11,7 @@ phase goes on where it was last saved, to the same bits on a CPU; a finished one
 A new phase, or another set of parts that learn, is a row of PHASES below.
 """
 
-import hashlib
-import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +24,6 @@ import checkpoint
 import config
 import data
 import eval as evaluation
-import weights
 from batches import ClipBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from dino import DINO
@@ -40,7 +36,9 @@ from phases import (
     check_backends,
     compute_dtype,
     find_parents,
+    find_processes,
     find_resume,
+    import_tower,
     inherit,
     introduce,
     make_optimizer,
@@ -125,49 +123,79 @@ class Config(config.Knobs):
 
 
 def watch_tower(run):
-    metrics = evaluation.probe(run.raw_model.teacher["backbone"], run.dataset)
-    return metrics or {"frames": run.train_batches.rows}
+    return evaluation.probe(run.raw_model.teacher["backbone"], run.dataset)
 
 
 def watch_loss(run):
-    limit = run.config.eval_batches * run.batch
-    processes = (run.processes.rank, run.processes.world)
+    limit = run.settings.eval_batches * run.batch
+    rank, world = run.processes.rank, run.processes.world
     image_format = run.dataset.image_format
-    loss = evaluation.val_loss(run.raw_model, run.val_batches, image_format, limit, *processes)
+    loss = evaluation.val_loss(run.raw_model, run.val_batches, image_format, limit, rank, world)
     return {"val_loss": loss}
 
 
-TOWER = ("patch", "vision_width", "vision_depth", "vision_heads", "vision_weights")
-SELF_DISTILLATION = ("prototypes", "local_views", "teacher_temperature", "momentum")
-SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size")
-SEEING = ("select_layer", "keep_cls", "projector", "image_attention")
-# fmt: off
 PHASES = {
-    "vision": Phase(("student",), ClipBatches, ("train", "val"), new_dino, (), TOWER,
-                    SELF_DISTILLATION, watch_tower, "frames/s"),
-    "phase0": Phase(("gpt",), TextBatches, ("train", "val"), new_gpt, (), SIZES, ("dropout",),
-                    watch_loss),
-    "phase1": Phase(("projector",), SampleBatches, ("train", "val"), introduce,
-                    ("vision", "phase0"), SEEING, (), watch_loss),
-    "phase2": Phase(("projector", "gpt"), SampleBatches, ("train", "val"), carry_on,
-                    ("phase1",), (), ("dropout", "phase2_learn"), watch_loss),
-    "phase3": Phase(("projector", "gpt"), SampleBatches, ("chat_train", "chat_val"), carry_on,
-                    ("phase2",), (), ("dropout", "phase3_learn"), watch_loss),
+    "vision": Phase(
+        learns=("student",),
+        batches=ClipBatches,
+        splits=("train",),
+        make=new_dino,
+        watch=watch_tower,
+        shape=("patch", "vision_width", "vision_depth", "vision_heads", "vision_weights"),
+        knobs=("prototypes", "local_views", "teacher_temperature", "momentum"),
+        unit="frames/s",
+    ),
+    "phase0": Phase(
+        learns=("gpt",),
+        batches=TextBatches,
+        splits=("train", "val"),
+        make=new_gpt,
+        watch=watch_loss,
+        shape=("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size"),
+        knobs=("dropout",),
+    ),
+    "phase1": Phase(
+        learns=("projector",),
+        batches=SampleBatches,
+        splits=("train", "val"),
+        make=introduce,
+        watch=watch_loss,
+        starts_from=("vision", "phase0"),
+        shape=("select_layer", "keep_cls", "projector", "image_attention"),
+    ),
+    "phase2": Phase(
+        learns=("projector", "gpt"),
+        batches=SampleBatches,
+        splits=("train", "val"),
+        make=carry_on,
+        watch=watch_loss,
+        starts_from=("phase1",),
+        knobs=("dropout", "phase2_learn"),
+    ),
+    "phase3": Phase(
+        learns=("projector", "gpt"),
+        batches=SampleBatches,
+        splits=("chat_train", "chat_val"),
+        make=carry_on,
+        watch=watch_loss,
+        starts_from=("phase2",),
+        knobs=("dropout", "phase3_learn"),
+    ),
 }
-# fmt: on
-def choose_phases(config, dataset):
+
+
+def choose_phases(settings, dataset):
     """The names in PHASES that --phase and --tower ask for; of `all`, those that the data has
     something to learn from for."""
     narrowed = {"both": ("vision", "phase0"), "vision": ("vision",), "language": ("phase0",)}
-    if config.phase == "0":
-        return narrowed[config.tower]
-    if config.phase != "all":
-        return (f"phase{config.phase}",)
-    bins = {ClipBatches: "frames", TextBatches: "text", SampleBatches: "samples"}
+    if settings.phase == "0":
+        return narrowed[settings.tower]
+    if settings.phase != "all":
+        return (f"phase{settings.phase}",)
     return tuple(
         name
         for name, row in PHASES.items()
-        if all(dataset.count(split, bins[row.batches]) for split in row.splits)
+        if all(dataset.count(split, row.batches.BIN) for split in row.splits)
     )
 
 
@@ -179,7 +207,7 @@ def choose_phases(config, dataset):
 class Run:
     """A phase that is set up: all that the loop needs."""
 
-    config: Config
+    settings: Config
     name: str
     dataset: data.Data
     processes: Processes
@@ -196,56 +224,56 @@ class Run:
 
     @property
     def path(self):
-        return Path(self.config.out) / f"{self.name}.pt"
+        return Path(self.settings.out) / f"{self.name}.pt"
 
     @property
     def learning(self):
         return [p for p in self.raw_model.parameters() if p.requires_grad]
 
     def autocast(self):
-        dtype = compute_dtype(self.config, self.processes.device)
+        dtype = compute_dtype(self.settings, self.processes.device)
         return torch.autocast(self.processes.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def set_up(config, name, dataset, processes):
+def set_up(settings, name, dataset, processes):
     """The Run of a phase: from nothing, from the phases before, or from where it stopped; None
     where it is done."""
     row, device = PHASES[name], processes.device
-    steps, lr, batch = (getattr(config, f"{name}_{knob}") for knob in ("steps", "lr", "batch"))
-    if batch % (processes.world * config.grad_accum):
+    steps, lr, batch = (getattr(settings, f"{name}_{knob}") for knob in ("steps", "lr", "batch"))
+    if batch % (processes.world * settings.grad_accum):
         raise UserError(
             f"{name}_batch {batch} does not divide into {processes.world} processes x "
-            f"grad_accum {config.grad_accum}"
+            f"grad_accum {settings.grad_accum}"
         )
-    parents = find_parents(config, row, dataset)
-    decided = inherit(config, parents) | {name: getattr(config, name) for name in row.shape}
-    resume = find_resume(config, name, row, dataset, parents, processes.say)
+    parents = find_parents(settings, row, dataset)
+    decided = inherit(settings, parents) | {name: getattr(settings, name) for name in row.shape}
+    resume = find_resume(settings, name, row, dataset, parents, processes.say)
     if resume and resume["done"]:
-        processes.say(f"{name}: done already, {config.out}/{name}.pt")
+        processes.say(f"{name}: done already, {settings.out}/{name}.pt")
         return None
-    torch.manual_seed(config.seed)
-    raw_model = row.make(config, dataset, parents)
+    torch.manual_seed(settings.seed)
+    raw_model = row.make(settings, dataset, parents)
     if resume:
         raw_model.load_state_dict(resume.get("dino") or resume["weights"])
     raw_model.to(device)
-    check_backends(config, raw_model, device)
+    check_backends(settings, raw_model, device)
 
-    groups = set_learning(raw_model, getattr(config, f"{name}_learn", ()) or row.learns, lr)
-    optimizer = make_optimizer(config, groups, device)
+    groups = set_learning(raw_model, getattr(settings, f"{name}_learn", ()) or row.learns, lr)
+    optimizer = make_optimizer(settings, groups, device)
     if optimizer is None:
         processes.say(f"{name}: nothing in it can learn; it is saved as it is")
         steps = 0
-    stored = stored_features(config, dataset, row.splits, raw_model, device)
-    train_batches, val_batches = (
-        row.batches(dataset, split, batch, config.seed, raw_model, kept)
+    stored = stored_features(settings, dataset, row.splits, raw_model, device)
+    train_batches, *val_batches = (
+        row.batches(dataset, split, batch, settings.seed, raw_model, kept)
         for split, kept in zip(row.splits, stored)
     )
-    model = wrap(raw_model, config, processes, train_batches) if optimizer else raw_model
+    model = wrap(raw_model, settings, processes, train_batches) if optimizer else raw_model
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
     start = resume["step"] if resume else 0
     return Run(
-        config,
+        settings,
         name,
         dataset,
         processes,
@@ -255,7 +283,7 @@ def set_up(config, name, dataset, processes):
         model,
         optimizer,
         train_batches,
-        val_batches,
+        val_batches[0] if val_batches else None,
         start,
         steps,
         batch,
@@ -267,7 +295,7 @@ def set_up(config, name, dataset, processes):
 
 
 def learning_rate(step, steps, warmup):
-    """The share of its highest rate at a step: a climb from 0, then half a cosine back to 0."""
+    """The share of its highest rate at a step: a straight climb, then half a cosine down to 0."""
     warm = max(1, int(warmup * steps))
     if step < warm:
         return (step + 1) / warm
@@ -277,20 +305,20 @@ def learning_rate(step, steps, warmup):
 def micro_batches(run, step):
     """This process's share of a step's batch, in grad_accum pieces."""
     rows, length = run.train_batches.plan(step)
-    share = len(rows) // (run.processes.world * run.config.grad_accum)
-    first = run.processes.rank * share * run.config.grad_accum
-    starts = range(first, first + share * run.config.grad_accum, share)
+    share = len(rows) // (run.processes.world * run.settings.grad_accum)
+    first = run.processes.rank * share * run.settings.grad_accum
+    starts = range(first, first + share * run.settings.grad_accum, share)
     return [run.train_batches.read(rows[i : i + share], length, i) for i in starts]
 
 
 def take_step(run, step):
     """Forward, backward, update. Returns the loss, mean over all targets of the whole batch."""
-    world, config = run.processes.world, run.config
+    world, settings = run.processes.world, run.settings
     for group in run.optimizer.param_groups:
-        group["lr"] = group["highest_lr"] * learning_rate(step, run.steps, config.warmup)
+        group["lr"] = group["highest_lr"] * learning_rate(step, run.steps, settings.warmup)
     # All randomness of a step follows from its number, so a resumed run repeats none of it.
     # Dropout draws other masks on each rank, so results differ by rank where it is on.
-    torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + run.processes.rank)
+    torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + run.processes.rank)
     batches = micro_batches(run, step)
     total = torch.tensor(float(sum(batch.count for batch in batches)), device=run.processes.device)
     if world > 1:
@@ -298,7 +326,7 @@ def take_step(run, step):
     loss_sum = torch.zeros((), device=run.processes.device)
     for i, batch in enumerate(batches):
         run.model.require_backward_grad_sync = i == len(batches) - 1  # DDP: reduce once a step
-        inputs = run.raw_model.inputs(batch, run.dataset.image_format, config.seed, step)
+        inputs = run.raw_model.inputs(batch, run.dataset.image_format, settings.seed, step)
         with run.autocast():
             _, loss = run.model(*inputs)
         # Every target counts the same, however they fell to micro-batches and processes; x world
@@ -306,7 +334,7 @@ def take_step(run, step):
         loss = loss * (batch.count / total) * world
         loss.backward()
         loss_sum += loss.detach() / world
-    torch.nn.utils.clip_grad_norm_(run.learning, config.clip)
+    torch.nn.utils.clip_grad_norm_(run.learning, settings.clip)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.raw_model.after_step(step / run.steps)
@@ -316,19 +344,20 @@ def take_step(run, step):
 def loop(run):
     """Train from run.start to run.steps. It goes round once more than there are steps, so that the
     last evaluation and save are no second copy."""
-    config, processes, log = run.config, run.processes, Path(run.config.out) / "log.jsonl"
+    settings, processes, log = run.settings, run.processes, Path(run.settings.out) / "log.jsonl"
     progress = tqdm(total=run.steps, initial=run.start, desc=run.name, disable=processes.rank > 0)
     clock, units = time.perf_counter(), 0  # since when, and how much was seen since
     for step in range(run.start, run.steps + 1):
         is_last = step == run.steps
-        if step % config.eval_every == 0 or is_last:
+        if step % settings.eval_every == 0 or is_last:
             with run.autocast():
                 metrics = PHASES[run.name].watch(run)
-            record(log, processes, phase=run.name, step=step, **metrics)
+            processes.record(log, phase=run.name, step=step, **metrics)
             values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            values = values or "no eval/probe.csv to probe the tower with"
             processes.say(f"{run.name} step {step}: {values}")
             clock, units = time.perf_counter(), 0
-        if is_last or (step > run.start and step % config.save_every == 0):
+        if is_last or (step > run.start and step % settings.save_every == 0):
             save(run, step)
         if is_last:
             break
@@ -336,30 +365,15 @@ def loop(run):
         progress.update()
         rows, length = run.train_batches.plan(step)
         units += len(rows) * (length if PHASES[run.name].unit == "tokens/s" else 1)
-        if step % config.log_every == 0:
+        if step % settings.log_every == 0:
             if processes.world > 1:
                 dist.all_reduce(loss)
             check_finite([loss], run, step)
             speed = {PHASES[run.name].unit: round(units / (time.perf_counter() - clock))}
             progress.set_postfix(loss=f"{float(loss):.3f}", **speed)
-            lr = run.optimizer.param_groups[0]["lr"]
-            record(
-                log,
-                processes,
-                phase=run.name,
-                step=step,
-                loss=round(float(loss), 5),
-                lr=lr,
-                **speed,
-            )
+            entry = {"loss": round(float(loss), 5), "lr": run.optimizer.param_groups[0]["lr"]}
+            processes.record(log, phase=run.name, step=step, **entry, **speed)
     progress.close()
-
-
-def record(path, processes, **entry):
-    """Append a line to the log."""
-    if processes.is_first:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def check_finite(tensors, run, step):
@@ -380,10 +394,15 @@ def save(run, step):
     if is_dino:
         model = BabyLLaVA(None, tower=run.raw_model.teacher["backbone"])
     contents = checkpoint.describe(
-        run.config, run.name, run.dataset, model, step, step == run.steps
+        run.settings,
+        run.name,
+        run.dataset,
+        model,
+        step,
+        done=step == run.steps,
+        parents={name: parent["digest"] for name, parent in run.parents.items()},
+        decided=run.decided,
     )
-    contents["decided"] = run.decided
-    contents["parents"] = {name: parent["digest"] for name, parent in run.parents.items()}
     if is_dino:
         contents["dino"] = run.raw_model.state_dict()
     if run.optimizer:
@@ -395,39 +414,22 @@ def save(run, step):
 # All phases
 
 
-def import_tower(config, dataset, processes):
-    """Phase 0 for a tower that comes from a file: save it as it is, unless it is there already."""
-    path, source = Path(config.out) / "vision.pt", Path(config.vision_weights)
-    tower = weights.load_tower(source)  # complains if there is none
-    with open(source, "rb") as file:
-        parents = {"vision_weights": hashlib.file_digest(file, "sha256").hexdigest()}
-    # the other knobs of TOWER did not make this one: None contradicts them all
-    decided = dict.fromkeys(TOWER) | {"vision_weights": config.vision_weights}
-    if path.exists() and checkpoint.read(path)["parents"] == parents:
-        processes.say(f"vision: the tower of {source}, as it was, {path}")
-    elif processes.is_first:
-        model = BabyLLaVA(None, tower=tower)
-        contents = checkpoint.describe(config, "vision", dataset, model, step=0, done=True)
-        checkpoint.save(path, contents | {"parents": parents, "decided": decided})
-        processes.say(f"vision: the tower of {source}, as it is")
-
-
-def train_phase(config, name, dataset, processes):
+def train_phase(settings, name, dataset, processes):
     """Train one phase to its end."""
-    run = set_up(config, name, dataset, processes)
+    run = set_up(settings, name, dataset, processes)
     if run is None:
         return
     count = sum(p.numel() for p in run.learning)
     whole = sum(p.numel() for p in run.raw_model.parameters())
     passes = run.steps * run.batch / run.train_batches.rows
-    dtype = compute_dtype(config, processes.device)
+    dtype = compute_dtype(settings, processes.device)
     line = f"{name}: {count:,} of {whole:,} parameters learn; {run.steps} steps x {run.batch} rows"
     line += f" = {passes:.1f} passes; {processes.device}, {str(dtype)[6:]}"
     if isinstance(run.raw_model, BabyLLaVA):
         line += ", attention {}, norm {}".format(*run.raw_model.gpt.backends(dtype))
     processes.say(line)
     if processes.is_first:
-        trim_log(Path(config.out) / "log.jsonl", name, run.start)
+        trim_log(Path(settings.out) / "log.jsonl", name, run.start)
     loop(run)
 
 
@@ -439,39 +441,32 @@ def load_settings(argv):
     if not files and "phase" in settings.given and path.exists():
         print(f"no config file given: taking configs/{path.name}")
         settings = config.load(Config, [str(path), *flags], __doc__)
+    if settings.vision_weights == "none":  # says so aloud, where a file names a tower
+        settings.vision_weights = ""
     return settings
-
-
-def find_processes(settings):
-    """This process among torchrun's, or the only one there is."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = checkpoint.choose_device(settings.device)
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(rank, world, device)
 
 
 def train(settings, processes):
     """All phases that are asked for, and the tests after the last."""
-    if processes.is_first and settings.data == "data/toy" and not Path("data/toy").exists():
+    if (
+        processes.is_first
+        and settings.data == "data/toy"
+        and not Path("data/toy/meta.json").exists()
+    ):
         data.prepare("toy", [])
     processes.wait()
     dataset = data.Data(settings.data)
     names = choose_phases(settings, dataset)
+    if not names:
+        raise UserError(f"{settings.data}: it has nothing to learn from; prepare it with more")
     for name in names:
         # a phase changes what it inherits, and the next one must not take that for given
-        config_of_phase = Config(**asdict(settings))
-        config_of_phase.given = settings.given
-        foreign = settings.vision_weights not in ("", "none")
-        if name == "vision" and foreign:
-            import_tower(config_of_phase, dataset, processes)
+        own = Config(**asdict(settings))
+        own.given = settings.given
+        if name == "vision" and settings.vision_weights:
+            import_tower(own, PHASES["vision"], dataset, processes)
         else:
-            train_phase(config_of_phase, name, dataset, processes)
+            train_phase(own, name, dataset, processes)
         processes.wait()  # the next phase reads what the first process has written
     if settings.phase == "all" and settings.evaluate and processes.is_first:
         last = f"--checkpoint={settings.out}/{names[-1]}.pt"

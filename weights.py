@@ -195,7 +195,7 @@ def fill(tower, state):
 
 
 def tower_of(state, heads=0):
-    """A ViT or ResNeXt in eval mode, filled strictly from a checkpoint's dict. Raises DoesNotFit."""
+    """A ViT or ResNeXt in eval mode, strictly filled from a dict. Raises DoesNotFit."""
     state, hugging_face = unwrap(state)
     try:
         if "pos_embed" in state and "patch_embed.proj.weight" in state:

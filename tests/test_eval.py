@@ -22,8 +22,8 @@ FAIR = "fair"
 class Pretend:
     """A Subject whose scores are given: nll(image, phrase) and say(image)."""
 
-    def __init__(self, nll=None, say=None):
-        self.score, self.answer = nll, say
+    def __init__(self, nll=None, say=None, rows=()):
+        self.score, self.answer, self.rows = nll, say, rows
 
     def nll(self, images, phrases):
         return np.array([float(self.score(i, p)) for i, p in zip(images, phrases)])
@@ -174,12 +174,22 @@ def test_captions_are_asked_for_the_thing_and_its_colour():
             ("4", "cat", "blue"),
         )
     ]
-    result = evaluation.captions(rows, Pretend(say=said.get), FAIR)
+    result = evaluation.captions(rows, Pretend(say=said.get, rows=rows), FAIR)
     assert result["names_thing"]["score"] == 0.5  # 2 names another, too; 4 none
     assert result["colour_if_said"]["score"] == 0 and result["colour_if_said"]["n"] == 1
     assert len(set(result) & {"meteor", "meteor_exact"}) == 1
     plain = [dict(image="1", text="a red ball .")]
-    assert len(evaluation.captions(plain, Pretend(say=said.get), FAIR)) == 1
+    assert len(evaluation.captions(plain, Pretend(say=said.get, rows=plain), FAIR)) == 1
+
+
+def test_a_subset_is_asked_about_all_the_names_there_are():
+    """A name that only occurs outside a subset is a wrong one within it, too."""
+    rows = [
+        dict(image=str(i), text="x", thing=thing, colour="")
+        for i, thing in enumerate(("ball", "cat"))
+    ]
+    subject = Pretend(say=lambda image: "a cat and a ball", rows=rows)
+    assert evaluation.captions(rows[:1], subject, FAIR)["names_thing"]["score"] == 0
 
 
 def test_dealing_the_pictures_anew_brings_chance():
@@ -290,6 +300,16 @@ def test_a_mistaken_command_is_one_clear_line(recipe, home, flags, message):
     with pytest.raises(UserError, match=message) as error:
         evaluation.main(["--checkpoint=out/full/phase2.pt", "--out=out/none", *flags])
     assert one_line(error)
+
+
+def test_shuffled_results_do_not_overwrite_the_others(recipe, home, tmp_path):
+    evaluation.main(["--checkpoint=out/full/phase2.pt", f"--out={tmp_path}", "--shuffle"])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results_shuffled.json",
+        "report_shuffled.html",
+        "captions_shuffled.png",
+    }
+    assert "Pictures were shuffled" in (tmp_path / "report_shuffled.html").read_text()
 
 
 def test_results_name_chance_interval_and_subsets(recipe):

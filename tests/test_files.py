@@ -42,6 +42,14 @@ def test_a_bad_table_is_one_clear_line(tmp_path, content, message):
     assert one_line(error)
 
 
+def test_a_table_in_another_encoding_is_one_clear_line(tmp_path):
+    for content in (b"a,b\n1,\xe9\n", b"a,\xe9\n1,2\n"):
+        (tmp_path / "t.csv").write_bytes(content)
+        with pytest.raises(UserError, match="not a CSV in UTF-8") as error:
+            read_csv(tmp_path / "t.csv", ("a", "b"))
+        assert one_line(error)
+
+
 def test_half_a_line_of_a_log_is_passed_over_and_trimmed(tmp_path):
     log = tmp_path / "log.jsonl"
     lines = ['{"phase": "a", "step": 0}', '{"phase": "a", "step": 1}', '{"phase": "b", "step": 0}']

@@ -85,7 +85,7 @@ def test_exactly_the_phases_own_parameters_learn(recipe, home, monkeypatch):
 
 def check_learning(found, parts):
     """A Run's optimizer holds exactly these parts, at these rates or else the phase's own."""
-    own = getattr(found.config, f"{found.name}_lr")
+    own = getattr(found.settings, f"{found.name}_lr")
     rates = {id(p): g["highest_lr"] for g in found.optimizer.param_groups for p in g["params"]}
     for name, parameter in found.raw_model.named_parameters():
         part = next((part for part in parts if name.startswith(part + ".")), None)
@@ -331,6 +331,27 @@ def test_new_content_of_the_same_vision_weights_is_noticed(recipe, home, capfd):
         )
 
 
+def test_a_trained_tower_is_not_overwritten_by_one_from_a_file(recipe, home):
+    begin(recipe, "trained", "vision")
+    flags = ["--phase=0", "--tower=vision", f"--vision_weights={recipe}/phase2.pt"]
+    with pytest.raises(UserError, match="is a tower that was trained: give another --out"):
+        run(*flags, out="out/trained")
+    run("--phase=0", "--tower=vision", "--vision_weights=none", out="out/trained")  # as it was
+
+
+def test_data_with_too_little_for_a_phase_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_corpus("data/c", {"chat_val": [("a ball", 1)] * 12})
+    with pytest.raises(UserError, match="phase2.pt does not exist"):
+        train.main(["--data=data/c", "--out=out/c", *SMALL, "--phase=3"])
+    with pytest.raises(UserError, match="data/c: it has nothing to learn from"):
+        train.main(["--data=data/c", "--out=out/c", *SMALL])
+    make_corpus("data/d", {"train": [("a ball", 1)] * 12, "val": [("a ball", 1)] * 4})
+    train.main(["--data=data/d", "--out=out/d", *SMALL, "--evaluate=False"])
+    with pytest.raises(UserError, match="no data/d/chat_train_samples.bin: data/d was prepared"):
+        train.main(["--data=data/d", "--out=out/d", *SMALL, "--phase=3"])
+
+
 def test_a_corpus_changed_under_a_run_is_refused(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data.main(["toy", "--name=tiny", *TINY])
@@ -481,6 +502,9 @@ def test_without_a_file_it_says_which_one_it_took(tmp_path):
         ),
         (["--phase=2", "--phase2_learn", "nose"], "out/fresh", "'nose': no such part; one of gpt"),
         (["--phase=2", "--phase2_learn", "gpt=fast"], "out/fresh", "want a part, or part=rate"),
+        (["--phase=2", "--phase2_learn", "gpt=-1"], "out/fresh", "want a part, or part=rate"),
+        (["--phase=2", "--phase2_learn="], "out/fresh", "want a part, or part=rate"),
+        (["--phase=2", "--phase2_learn", "gpt", "gpt.norm=1e-4"], "out/fresh", "learns already"),
     ],
 )
 def test_mistakes_are_one_clear_line(recipe, home, monkeypatch, args, out, message):
