@@ -24,30 +24,13 @@ import checkpoint
 import config
 import data
 import eval as evaluation
+import phases
 from batches import ClipBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from dino import DINO
 from files import only_one, trim_log
 from model import BabyLLaVA
-from phases import (
-    Phase,
-    Processes,
-    carry_on,
-    check_backends,
-    compute_dtype,
-    find_parents,
-    find_processes,
-    find_resume,
-    import_tower,
-    inherit,
-    introduce,
-    make_optimizer,
-    new_dino,
-    new_gpt,
-    set_learning,
-    stored_features,
-    wrap,
-)
+from phases import Phase, Processes
 
 
 @dataclass
@@ -139,7 +122,7 @@ PHASES = {
         learns=("student",),
         batches=ClipBatches,
         splits=("train",),
-        make=new_dino,
+        make=phases.new_dino,
         watch=watch_tower,
         shape=("patch", "vision_width", "vision_depth", "vision_heads", "vision_weights"),
         knobs=("prototypes", "local_views", "teacher_temperature", "momentum"),
@@ -149,7 +132,7 @@ PHASES = {
         learns=("gpt",),
         batches=TextBatches,
         splits=("train", "val"),
-        make=new_gpt,
+        make=phases.new_gpt,
         watch=watch_loss,
         shape=("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size"),
         knobs=("dropout",),
@@ -158,7 +141,7 @@ PHASES = {
         learns=("projector",),
         batches=SampleBatches,
         splits=("train", "val"),
-        make=introduce,
+        make=phases.introduce,
         watch=watch_loss,
         starts_from=("vision", "phase0"),
         shape=("select_layer", "keep_cls", "projector", "image_attention"),
@@ -167,7 +150,7 @@ PHASES = {
         learns=("projector", "gpt"),
         batches=SampleBatches,
         splits=("train", "val"),
-        make=carry_on,
+        make=phases.carry_on,
         watch=watch_loss,
         starts_from=("phase1",),
         knobs=("dropout", "phase2_learn"),
@@ -176,7 +159,7 @@ PHASES = {
         learns=("projector", "gpt"),
         batches=SampleBatches,
         splits=("chat_train", "chat_val"),
-        make=carry_on,
+        make=phases.carry_on,
         watch=watch_loss,
         starts_from=("phase2",),
         knobs=("dropout", "phase3_learn"),
@@ -231,7 +214,7 @@ class Run:
         return [p for p in self.raw_model.parameters() if p.requires_grad]
 
     def autocast(self):
-        dtype = compute_dtype(self.settings, self.processes.device)
+        dtype = phases.compute_dtype(self.settings, self.processes.device)
         return torch.autocast(self.processes.device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -245,9 +228,11 @@ def set_up(settings, name, dataset, processes):
             f"{name}_batch {batch} does not divide into {processes.world} processes x "
             f"grad_accum {settings.grad_accum}"
         )
-    parents = find_parents(settings, row, dataset)
-    decided = inherit(settings, parents) | {name: getattr(settings, name) for name in row.shape}
-    resume = find_resume(settings, name, row, dataset, parents, processes.say)
+    parents = phases.find_parents(settings, row, dataset)
+    decided = phases.inherit(settings, parents) | {
+        name: getattr(settings, name) for name in row.shape
+    }
+    resume = phases.find_resume(settings, name, row, dataset, parents, processes.say)
     if resume and resume["done"]:
         processes.say(f"{name}: done already, {settings.out}/{name}.pt")
         return None
@@ -256,19 +241,21 @@ def set_up(settings, name, dataset, processes):
     if resume:
         raw_model.load_state_dict(resume.get("dino") or resume["weights"])
     raw_model.to(device)
-    check_backends(settings, raw_model, device)
+    phases.check_backends(settings, raw_model, device)
 
-    groups = set_learning(raw_model, getattr(settings, f"{name}_learn", ()) or row.learns, lr)
-    optimizer = make_optimizer(settings, groups, device)
+    groups = phases.set_learning(
+        raw_model, getattr(settings, f"{name}_learn", ()) or row.learns, lr
+    )
+    optimizer = phases.make_optimizer(settings, groups, device)
     if optimizer is None:
         processes.say(f"{name}: nothing in it can learn; it is saved as it is")
         steps = 0
-    stored = stored_features(settings, dataset, row.splits, raw_model, device)
+    stored = phases.stored_features(settings, dataset, row.splits, raw_model, device)
     train_batches, *val_batches = (
         row.batches(dataset, split, batch, settings.seed, raw_model, kept)
         for split, kept in zip(row.splits, stored)
     )
-    model = wrap(raw_model, settings, processes, train_batches) if optimizer else raw_model
+    model = phases.wrap(raw_model, settings, processes, train_batches) if optimizer else raw_model
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
     start = resume["step"] if resume else 0
@@ -422,7 +409,7 @@ def train_phase(settings, name, dataset, processes):
     count = sum(p.numel() for p in run.learning)
     whole = sum(p.numel() for p in run.raw_model.parameters())
     passes = run.steps * run.batch / run.train_batches.rows
-    dtype = compute_dtype(settings, processes.device)
+    dtype = phases.compute_dtype(settings, processes.device)
     line = f"{name}: {count:,} of {whole:,} parameters learn; {run.steps} steps x {run.batch} rows"
     line += f" = {passes:.1f} passes; {processes.device}, {str(dtype)[6:]}"
     if isinstance(run.raw_model, BabyLLaVA):
@@ -464,7 +451,7 @@ def train(settings, processes):
         own = Config(**asdict(settings))
         own.given = settings.given
         if name == "vision" and settings.vision_weights:
-            import_tower(own, PHASES["vision"], dataset, processes)
+            phases.import_tower(own, PHASES["vision"], dataset, processes)
         else:
             train_phase(own, name, dataset, processes)
         processes.wait()  # the next phase reads what the first process has written
@@ -477,7 +464,7 @@ def train(settings, processes):
 
 def main(argv):
     settings = load_settings(argv)
-    processes = find_processes(settings)
+    processes = phases.find_processes(settings)
     try:
         if processes.is_first:
             with only_one(settings.out, "training"):

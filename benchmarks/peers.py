@@ -68,16 +68,28 @@ class Peer(torch.nn.Module):
             eos_token_id=None,
         )
         self.net = GPT2LMHeadModel(config)
-        self.gpt = SimpleNamespace(
-            cos=next(self.net.parameters()),  # tells eval.py the device
-            config=SimpleNamespace(block_size=length),
+        self.length = length
+
+    @property
+    def gpt(self):
+        """What eval.py asks a GPT for."""
+        return SimpleNamespace(
+            device=next(self.net.parameters()).device,
+            config=SimpleNamespace(block_size=self.length),
         )
 
-    def forward(self, tokens, targets=None, features=None):
-        logits = self.net(tokens).logits
-        return logits, None if targets is None else F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100
-        )
+    def inputs(self, batch, image_format, seed, step):
+        return batch.to(self.gpt.device, image_format)
+
+    def forward(self, tokens, targets=None, positions=None, images=None):
+        """As BabyLLaVA.forward, of words alone."""
+        logits = self.net(tokens).logits.flatten(0, 1)
+        if positions is not None:
+            logits = logits[positions]
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-100)
+        return logits, loss
 
 
 def training(net, batches, rows, lr, piece, seconds, device):
@@ -102,8 +114,10 @@ def training(net, batches, rows, lr, piece, seconds, device):
         )
         for group in optimizer.param_groups:
             group["lr"] = lr * max(rate, 1e-3)
+        batch = batches.read(*batches.plan(step))
         tokens, targets = (
-            torch.as_tensor(part, device=device) for part in batches(step * rows, rows)
+            torch.as_tensor(part, device=device).view(rows, -1)
+            for part in (batch.tokens, batch.targets)
         )
         for x, y in zip(tokens.split(piece), targets.split(piece)):
             (net(x, y)[1] * piece / rows).backward()

@@ -56,7 +56,8 @@ def main(argv):
     settings = config.load(Config, argv, __doc__)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, fp32, eager\n")
     print(
-        "| shape | phase | all positions, ms | targets alone, ms | times as fast |\n|---|---|---|---|---|"
+        "| shape | phase | all positions, ms | targets alone, ms | times as fast |\n"
+        "|---|---|---|---|---|"
     )
     for shape in SHAPES:
         for phase in ("phase 1", "phase 2"):

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import config
 from config import UserError, knob
-from data import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
 from files import read_csv
 from images import FITS, RESAMPLING, ImageFormat, Places
+from sources import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
 
 
 @dataclass

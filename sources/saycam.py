@@ -22,8 +22,8 @@ import numpy as np
 
 import config
 from config import UserError, knob
-from data import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
 from images import FITS, RESAMPLING, ImageFormat, Places
+from sources import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -140,7 +140,7 @@ def read_all_annotations(settings):
 
 
 def with_validation(utterances, key=None):
-    """{split: Utterances}, with some of the training ones held out where none are for validation."""
+    """{split: Utterances}, some of the training ones held out where none is for validation."""
     if utterances["train"] and not utterances["val"]:
         return utterances | hold_out(utterances["train"], key)
     return utterances

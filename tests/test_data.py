@@ -80,15 +80,6 @@ def test_large_vocabularies_take_32_bits(tmp_path):
     assert data.bin_shape("tokens", {"vocab_size": 65_537, "images": {"size": 8}})[0] == "uint32"
 
 
-def test_every_tenth_stretch_is_held_out():
-    parts = data.hold_out(list(range(1000)))
-    assert parts["val"] == [i for i in range(1000) if i // 10 % 10 == 9]
-    assert sorted(parts["train"] + parts["val"]) == list(range(1000))
-    items = [i // 3 for i in range(60)]  # three of a kind, in order
-    parts = data.hold_out(items, key=lambda item: item)
-    assert not set(parts["train"]) & set(parts["val"]) and len(parts["val"]) == 6
-
-
 # ---- what is missing, stale or half done
 
 
@@ -170,43 +161,6 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, argv, message):
     with pytest.raises(UserError, match=message.replace("|", r"\|")) as error:
         data.main(argv)
     assert one_line(error) and not list(tmp_path.rglob("*.bin"))
-
-
-def test_what_a_killed_run_read_is_not_taken_for_another_runs(tmp_path, monkeypatch):
-    """A run is killed; one that reads in another way dies before its first picture; the same again
-    must not take the first one's pictures for its own."""
-    from PIL import Image
-
-    from images import Places
-
-    monkeypatch.chdir(tmp_path)
-    for i in range(4):
-        Image.new("RGB", (40, 20), (60 * i, 0, 0)).save(f"{i}.png")
-    places = [Places(["."]).find(f"{i}.png") for i in range(4)]
-    tokenizer = Tokenizer.train(["a ball"] * 9, 270)
-
-    def begin(fit):
-        writer = Writer("data/x", "made")
-        writer.start(tokenizer, ImageFormat(8, fit))
-        part = writer.split("train")
-        return writer, part, part.read_images(places, range(4), [""] * 4, 0.5)
-
-    _, part, numbers = begin("squash")
-    assert [next(numbers), next(numbers), next(numbers)] == [0, 1, 2]
-    numbers.close()  # killed
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "read_all", interrupted)
-        next(begin("pad")[2])
-    writer, _, numbers = begin("pad")
-    assert list(numbers) == [0, 1, 2, 3]
-    writer.finish()
-    frames = Data("data/x").open("train", "frames")
-    assert (frames[:, 0] == [int(255 * m) for m in ImageFormat(8).mean]).all()
-
-
-def interrupted(locations, image_format):
-    raise KeyboardInterrupt
-    yield
 
 
 def test_clip_numbers_may_not_fall(tmp_path):

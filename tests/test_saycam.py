@@ -21,6 +21,7 @@ import checkpoint
 import data
 import eval as evaluation
 import images
+import sources
 import train
 import vision
 from config import UserError
@@ -201,7 +202,7 @@ def test_killed_and_run_again_it_goes_on_to_the_same_bytes(fake, monkeypatch):
         return images.read_all(locations, image_format)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "read_all", counting)
+        patch.setattr(sources, "read_all", counting)
         data.main([*command[2:], "--name=killed"])
     assert len(jobs) <= len(fake) - kept + 4
     data.main([*command[2:], "--name=whole"])

@@ -1,0 +1,138 @@
+"""
+What sources share: what is held out of training, and reading captioned pictures so that a killed
+run goes on.
+
+A source is a file beside this one, sources/NAME.py, with a `Config` (its knobs; `name` among them)
+and a `prepare(config, writer)` that calls the writer's methods (data.Writer). `python data.py NAME`
+finds it by its name.
+"""
+
+import hashlib
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from config import UserError
+from files import writing
+from images import read_all
+from tokenizer import Tokenizer, caption_sample
+
+
+@dataclass
+class Captioned:
+    """A picture and what is said over it: where it is (see images.Places), the clip it belongs
+    to, its captions, and what to put before a complaint about it."""
+
+    location: object
+    clip: int
+    captions: list
+    label: str
+
+
+def hold_out(items, key=None):
+    """{"train", "val"} of items in order: of each hundred stretches every tenth is for validation;
+    of fewer than ten items, none.
+
+    Neighbours in a video stay together, and all ages of a child are in both parts. Items with
+    the same key(item), where one is given, are in the same part."""
+    key_of = [i if key is None else key(item) for i, item in enumerate(items)]
+    keys = list(dict.fromkeys(key_of))
+    stretches = min(100, len(keys))
+    in_val = {k for i, k in enumerate(keys) if i * stretches // len(keys) % 10 == 9}
+    parts = {"train": [], "val": []}
+    for item, k in zip(items, key_of):
+        parts["val" if k in in_val else "train"].append(item)
+    return parts
+
+
+def keep_out(validation, lines):
+    """Lines without those that are said, word for word, over a validation picture: phase 0 must
+    not learn by heart what phase 2 is asked."""
+    validation = set(validation)
+    kept = [line for line in lines if line not in validation]
+    if len(kept) < len(lines):
+        print(f"{len(lines) - len(kept)} lines are validation captions, and left out of the text")
+    return kept
+
+
+def make_tokenizer(config, lines):
+    """A source's tokenizer: of the words in --vocab, else BPE learnt from the training lines."""
+    if config.vocab:
+        return Tokenizer.of_words(config.vocab)
+    return Tokenizer.train(lines, config.vocab_size)
+
+
+def read_images(part, locations, clips, labels, max_skipped):
+    """Read pictures on all cores and add them to `part`, a data.SplitWriter; yield each one's
+    number, None for one that cannot be read. What a run that was killed has read is not read again.
+
+    locations: as images.Places finds them; labels: a line's beginning that says where a
+    location was named. Raises UserError above a share of `max_skipped` unreadable ones."""
+    log_path = part.path("reading.log")
+    done, skipped = find_resume(part, log_path, locations, labels)
+    with ExitStack() as stack:
+        log = stack.enter_context(open(log_path, "a", encoding="utf-8", buffering=1))
+        number = 0
+        for row in range(done):
+            part.bin("clips").put([] if row in skipped else clips[row])
+            yield None if row in skipped else number
+            number += row not in skipped
+        answers = stack.enter_context(closing(read_all(locations[done:], part.writer.image_format)))
+        bar = tqdm(answers, f"{part.name} images", len(locations), initial=done, unit="image")
+        for row, answer in enumerate(bar, done):
+            if not isinstance(answer, str):
+                frame, original = answer
+                number = part.image(frame, clips[row], original)
+                for kind in ("images", "frames"):  # what a kill must not take
+                    part.bins[kind].file.flush()
+                yield number
+                continue
+            skipped[row] = labels[row] + answer
+            log.write(f"{row}\t{skipped[row]}\n")
+            if len(skipped) > max_skipped * len(locations):
+                raise UserError(
+                    f"{skipped[row]}; {len(skipped)} such of {len(locations)}, "
+                    f"over max_skipped {max_skipped:g}"
+                )
+            yield None
+    part.writer.skipped += [skipped[row] for row in sorted(skipped)]
+
+
+def find_resume(part, log_path, locations, labels):
+    """(rows done, {row: why} of those skipped) of a killed run that read the same pictures in
+    the same way; else (0, {}), and a new log. The log's first line says which pictures."""
+    key = hashlib.sha256(repr(part.writer.image_format).encode())
+    for location, label in zip(locations, labels):
+        key.update(f"{location!r} {label}\n".encode())
+    lines = log_path.read_text(encoding="utf-8").splitlines() if log_path.exists() else []
+    if lines[:1] != [key.hexdigest()]:
+        for kind in ("frames", "images"):  # of other pictures, or made in another way
+            part.path(f"{kind}.partial").unlink(missing_ok=True)
+        with writing(log_path) as file:
+            file.write(f"{key.hexdigest()}\n".encode())
+        return 0, {}
+    entries = [line.partition("\t") for line in lines[1:]]
+    skipped = {int(row): why for row, tab, why in entries if tab}
+    kept = min(part.rows_on_disk(kind) for kind in ("frames", "images"))
+    done, left = 0, kept
+    while done < len(locations) and (left or done in skipped):
+        left -= done not in skipped
+        done += 1
+    for kind in ("frames", "images"):
+        part.bin(kind, keep_rows=kept - left)
+    return done, {row: why for row, why in skipped.items() if row < done}
+
+
+def write_captioned(writer, split, text, pictures, max_skipped):
+    """Write a split of utterances and Captioned pictures; see read_images."""
+    part = writer.split(split)
+    part.text(text)
+    if not pictures:
+        return
+    fields = [[getattr(p, field) for p in pictures] for field in ("location", "clip", "label")]
+    numbers = read_images(part, *fields, max_skipped)
+    for number, picture in zip(numbers, pictures):
+        if number is not None:
+            for caption in picture.captions:
+                part.sample(*caption_sample(writer.tokenizer, caption), [number])

@@ -1,0 +1,42 @@
+"""The benchmarks run to their tables; kernel_speed.py's own tests stand beside the kernels'."""
+
+import re
+
+import pytest
+from conftest import ROOT, make_corpus, shell
+
+
+def rows(text):
+    """The cells of each line of a table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_peers_learn_and_are_scored_alike(tmp_path):
+    pytest.importorskip("transformers")
+    make_corpus(tmp_path / "speech", {"train": [("a ball .", 0)], "val": [("a bear .", 0)]})
+    grammar = tmp_path / "zorro"
+    grammar.mkdir()
+    (grammar / "one.txt").write_text("a ball look .\nlook a ball .\n")
+    done = shell(
+        ROOT / "benchmarks/peers.py", "--data=speech", "--minutes=0.02", "--length=32",
+        "--zorro=zorro", "--device=cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = rows(done.stdout)[2:]
+    assert [row[0] for row in table][0] == "ours" and len(table) == 3
+    for row in table:
+        assert int(row[2].replace(",", "")) > 0 and float(row[5]) in (0.0, 1.0)
+    # speech of a single sentence: whoever learns at all needs far fewer bits than it began with
+    assert float(table[0][4]) < 1.0
+
+
+def test_targets_are_measured_side_by_side(tmp_path):
+    done = shell(ROOT / "benchmarks/targets.py", "--steps=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = rows(done.stdout)[2:]
+    assert [row[:2] for row in table] == [
+        [shape, phase] for shape in "SB" for phase in ("phase 1", "phase 2")
+    ]
+    for row in table:
+        assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d - \d+\.\d\d\)", row[4])

@@ -1,0 +1,58 @@
+"""What sources share: what is held out, and reading on after a kill."""
+
+import pytest
+from PIL import Image
+
+import sources
+from data import Data, Writer
+from images import ImageFormat, Places
+from sources import hold_out, keep_out, read_images
+from tokenizer import Tokenizer
+
+
+def test_every_tenth_stretch_is_held_out():
+    parts = hold_out(list(range(1000)))
+    assert parts["val"] == [i for i in range(1000) if i // 10 % 10 == 9]
+    assert sorted(parts["train"] + parts["val"]) == list(range(1000))
+    items = [i // 3 for i in range(60)]  # three of a kind, in order
+    parts = hold_out(items, key=lambda item: item)
+    assert not set(parts["train"]) & set(parts["val"]) and len(parts["val"]) == 6
+
+
+def test_what_is_kept_out_is_said(capsys):
+    assert keep_out(["a ball ."], ["a ball .", "a ball", "a bear ."]) == ["a ball", "a bear ."]
+    assert "1 lines are validation captions" in capsys.readouterr().out
+    assert keep_out([], ["a ball ."]) == ["a ball ."] and not capsys.readouterr().out
+
+
+def interrupted(locations, image_format):
+    raise KeyboardInterrupt
+    yield
+
+
+def test_what_a_killed_run_read_is_not_taken_for_another_runs(tmp_path, monkeypatch):
+    """A run is killed; one that reads in another way dies before its first picture; the same again
+    must not take the first one's pictures for its own."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        Image.new("RGB", (40, 20), (60 * i, 0, 0)).save(f"{i}.png")
+    places = [Places(["."]).find(f"{i}.png") for i in range(4)]
+    tokenizer = Tokenizer.train(["a ball"] * 9, 270)
+
+    def begin(fit):
+        writer = Writer("data/x", "made")
+        writer.start(tokenizer, ImageFormat(8, fit))
+        part = writer.split("train")
+        return writer, part, read_images(part, places, range(4), [""] * 4, 0.5)
+
+    _, part, numbers = begin("squash")
+    assert [next(numbers), next(numbers), next(numbers)] == [0, 1, 2]
+    numbers.close()  # killed
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sources, "read_all", interrupted)
+        next(begin("pad")[2])
+    writer, _, numbers = begin("pad")
+    assert list(numbers) == [0, 1, 2, 3]
+    writer.finish()
+    frames = Data("data/x").open("train", "frames")
+    assert (frames[:, 0] == [int(255 * m) for m in ImageFormat(8).mean]).all()
