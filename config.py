@@ -167,7 +167,9 @@ def describe(allowed):
         return "one of " + ", ".join(str(choice) or "(empty)" for choice in allowed["choices"])
     if low is not None and high is not None:
         return f"{low} to {high}"
-    return f"{low} or more" if low is not None else f"at most {high}" if high is not None else ""
+    if low is not None:
+        return f"{low} or more"
+    return f"at most {high}" if high is not None else ""
 
 
 # ---------------------------------------------------------------------------------------------

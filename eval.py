@@ -14,6 +14,7 @@ Writes results.json, report.html and captions.png beside the checkpoint.
 A new test is an entry in TASKS: its columns, which of them name pictures, its rule.
 """
 
+import functools
 import json
 import math
 from collections import defaultdict
@@ -357,20 +358,26 @@ def val_loss(model, batches, image_format, limit=0, rank=0, world=1):
     return float(total[0] / total[1])
 
 
+@functools.lru_cache(maxsize=1)  # a run probes its tower many times, on the same frames
+def read_probe(path, image_format, corpus):
+    """(rows, frames (n, S, S, 3) uint8) of a corpus's probe.csv."""
+    rows = read_csv(path, ("image", "kind", "colour"))
+    images = path.parent / "images"
+    return rows, np.stack([read_image(images / row["image"], image_format) for row in rows])
+
+
 @torch.no_grad()
 def probe(tower, dataset):
     """{"kind", "colour"}: accuracies of linear probes on a tower, from eval/probe.csv, else {}.
 
     Fitted on three quarters of the frames, on [CLS, mean of places] after the last layer."""
-    path = dataset.directory / "eval" / "probe.csv"
+    path, image_format = dataset.directory / "eval" / "probe.csv", dataset.image_format
     if not path.exists():
         return {}
-    rows, outputs = read_csv(path, ("image", "kind", "colour")), []
-    device = next(tower.parameters()).device
-    for start in range(0, len(rows), 64):
-        names = [row["image"] for row in rows[start : start + 64]]
-        frames = [read_image(path.parent / "images" / n, dataset.image_format) for n in names]
-        x = tower(to_pixels(np.stack(frames), dataset.image_format, device)).float().cpu()
+    rows, frames = read_probe(path, image_format, dataset.meta["corpus"])
+    device, outputs = next(tower.parameters()).device, []
+    for start in range(0, len(frames), 64):
+        x = tower(to_pixels(frames[start : start + 64], image_format, device)).float().cpu()
         outputs.append(torch.cat([x[:, 0], x[:, 1:].mean(1)], 1))
     outputs, accuracies = torch.cat(outputs), {}
     for name in ("kind", "colour"):

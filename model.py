@@ -126,9 +126,9 @@ class Attention(nn.Module):
     def forward(self, x, positions):
         B, T, C = x.shape
         heads = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_width)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H, D)
-        q = rotate(q, positions.cos, positions.sin)
-        k = rotate(k, positions.cos, positions.sin)
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        qk = rotate(qk, positions.cos, positions.sin)
+        q, k = qk.split([self.heads, self.kv_heads], dim=2)  # (B, T, H, D) each
         if positions.cache is not None:
             k, v = positions.cache.extend(self.layer, k, v)
         if positions.maps is not None:
@@ -399,7 +399,7 @@ class BabyLLaVA(nn.Module):
 
 def choose_token(logits, temperature, top_k, generator):
     """A token of each row of logits (B, V): the likeliest, or one drawn at this temperature."""
-    if not temperature:
+    if temperature < 1e-6:  # below, fp32 has no numbers for logits / temperature
         return logits.argmax(-1)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

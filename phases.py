@@ -303,7 +303,7 @@ def set_learning(model, learns, lr):
     return groups
 
 
-def make_optimizer(settings, groups, device):
+def make_optimizer(settings, groups):
     """AdamW over [(parameters, rate)], matrices with weight decay and vectors without; None where
     there is nothing to learn (an identity projector)."""
     parts = []
@@ -318,7 +318,7 @@ def make_optimizer(settings, groups, device):
         ]
     if not parts:
         return None
-    return torch.optim.AdamW(parts, betas=(0.9, settings.beta2), fused=device.type == "cuda")
+    return torch.optim.AdamW(parts, betas=(0.9, settings.beta2), fused=True)
 
 
 def stored_features(settings, dataset, splits, model, device):

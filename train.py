@@ -67,13 +67,13 @@ class Config(config.Knobs):
     vision_steps: int = knob(1500, low=1)  # DINO
     vision_lr: float = knob(1e-3, low=0.0)  # at its highest
     vision_batch: int = knob(32, low=1, high=1 << 20)  # frames
-    phase0_steps: int = knob(300, low=1)  # GPT
+    phase0_steps: int = knob(200, low=1)  # GPT
     phase0_lr: float = knob(1e-3, low=0.0)  # at its highest
     phase0_batch: int = knob(16, low=1, high=1 << 20)  # rows of block_size tokens
-    phase1_steps: int = knob(150, low=1)  # projector
+    phase1_steps: int = knob(100, low=1)  # projector
     phase1_lr: float = knob(3e-3, low=0.0)  # at its highest
     phase1_batch: int = knob(32, low=1, high=1 << 20)  # samples
-    phase2_steps: int = knob(1200, low=1)  # projector and GPT
+    phase2_steps: int = knob(1400, low=1)  # projector and GPT
     phase2_lr: float = knob(3e-3, low=0.0)  # at its highest
     phase2_batch: int = knob(32, low=1, high=1 << 20)  # samples
     phase2_learn: tuple[str, ...] = ()  # parts, as projector gpt tower=2e-4; empty: see PHASES
@@ -95,7 +95,7 @@ class Config(config.Knobs):
     norm: str = knob("auto", choices=("auto", "triton", "torch", "reference"))  # see kernels.py
     # how often, in steps
     log_every: int = knob(10, low=1)  # a line in log.jsonl
-    eval_every: int = knob(250, low=1)  # validation loss, or the tower's probes
+    eval_every: int = knob(500, low=1)  # validation loss, or the tower's probes
     eval_batches: int = knob(20, low=1)  # of the validation set, always the same samples
     save_every: int = knob(100, low=1)  # what an interruption can cost at most
     evaluate: bool = True  # after phase all: run eval.py on the last checkpoint
@@ -246,7 +246,7 @@ def set_up(settings, name, dataset, processes):
     groups = phases.set_learning(
         raw_model, getattr(settings, f"{name}_learn", ()) or row.learns, lr
     )
-    optimizer = phases.make_optimizer(settings, groups, device)
+    optimizer = phases.make_optimizer(settings, groups)
     if optimizer is None:
         processes.say(f"{name}: nothing in it can learn; it is saved as it is")
         steps = 0
