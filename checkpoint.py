@@ -118,13 +118,13 @@ def describe(settings, name, dataset, model, step, done, parents, decided):
     }
 
 
-def speaks_otherwise(checkpoint, dataset):
+def has_other_vocabulary(checkpoint, dataset):
     """Whether prepared data has another vocabulary than a checkpoint."""
-    mine = checkpoint["tokenizer"]
-    return bool(mine) and mine["ranks"] != dataset.tokenizer.dump()
+    tokenizer = checkpoint["tokenizer"]
+    return bool(tokenizer) and tokenizer["ranks"] != dataset.tokenizer.dump()
 
 
-def sees_otherwise(checkpoint, dataset):
+def has_other_images(checkpoint, dataset):
     """Whether pictures became frames in another way in prepared data than for a checkpoint."""
     return ImageFormat.parse(checkpoint["images"]) != dataset.image_format
 

@@ -110,7 +110,9 @@ class Subject:
             self.place = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
         self.locations, seen = locations, []
         for start in tqdm(range(0, len(names), 64), "pictures", unit_scale=64, unit="image"):
-            seen.append(sample.see(loaded, self.read(locations[start : start + 64])).cpu())
+            seen.append(
+                sample.encode_frames(loaded, self.read(locations[start : start + 64])).cpu()
+            )
         self.features = torch.cat(seen)  # each picture's once
         self.scores, self.answers = {}, {}  # what was asked before: a subset asks again
 
@@ -132,7 +134,7 @@ class Subject:
             self.scores |= dict(zip(new, scores))
         return np.array([self.scores[pair] for pair in asked])
 
-    def say(self, images):
+    def answer(self, images):
         """What the model says of each picture, greedily, 25 tokens at most."""
         new = [name for name in dict.fromkeys(images) if name not in self.answers]
         if new:
@@ -232,7 +234,7 @@ def two_by_two(rows, subject, ties):
 def captions(rows, subject, ties):
     """METEOR of what is said against one reference each. Where the CSV has them: how often it
     names the `thing` shown and no other, and the right `colour`, where it says one."""
-    answers = subject.say([row["image"] for row in rows])
+    answers = subject.answer([row["image"] for row in rows])
     name, meteor = choose_meteor()
     scores = [meteor(row["text"].split(), said.split()) for row, said in zip(rows, answers)]
     score = round(float(np.mean(scores)), 4)
@@ -307,7 +309,7 @@ def run_task(task, path, images, loaded, settings):
         chosen = rows[:: max(1, len(rows) // 36)]
         names = [row["image"] for row in chosen]
         texts = [row["text"] for row in chosen]
-        entries = list(zip(subject.frames(names), texts, subject.say(names)))
+        entries = list(zip(subject.frames(names), texts, subject.answer(names)))
     return results, entries
 
 
@@ -344,12 +346,14 @@ def val_loss(model, batches, image_format, limit=0, rank=0, world=1):
     processes takes its share of the batches."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    wide = torch.float32 if model.gpt.device.type == "mps" else torch.float64  # mps has no float64
-    total = torch.zeros(2, device=model.gpt.device, dtype=wide)  # sum of NLL, targets
+    sum_dtype = (
+        torch.float32 if model.gpt.device.type == "mps" else torch.float64
+    )  # mps has no float64
+    total = torch.zeros(2, device=model.gpt.device, dtype=sum_dtype)  # sum of NLL, targets
     for i, (rows, length) in enumerate(batches.fixed_plan(limit)):
         if i % world == rank:
             batch = batches.read(rows, length)
-            loss = model(*model.inputs(batch, image_format, 0, 0))[1].to(wide)
+            loss = model(*model.inputs(batch, image_format, 0, 0))[1].to(sum_dtype)
             total += torch.stack([loss * batch.count, torch.full_like(loss, batch.count)])
     if world > 1:
         dist.all_reduce(total)
@@ -395,8 +399,8 @@ def losses(loaded, dataset):
     line where its vocabulary or its pictures are not the checkpoint's."""
     model, saved = loaded.model, loaded.checkpoint
     blind = model.projector is None
-    other_pictures = not blind and checkpoint.sees_otherwise(saved, dataset)
-    if checkpoint.speaks_otherwise(saved, dataset) or other_pictures:
+    other_pictures = not blind and checkpoint.has_other_images(saved, dataset)
+    if checkpoint.has_other_vocabulary(saved, dataset) or other_pictures:
         print(
             f"no validation loss: {dataset.directory} has another vocabulary or other pictures "
             "than the data this checkpoint was trained on"

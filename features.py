@@ -42,7 +42,7 @@ def extract(model, frames, image_format, device, batch=64):
     """Yield the features of frames (F, S, S, 3) uint8, in order, as float16 arrays (n, P, E)."""
     for start in range(0, len(frames), batch):
         pixels = to_pixels(frames[start : start + batch], image_format, device)
-        yield model.see(pixels).detach().cpu().numpy().astype(np.float16)
+        yield model.encode_images(pixels).detach().cpu().numpy().astype(np.float16)
 
 
 def store(dataset, split, model, device):

@@ -293,7 +293,7 @@ class BabyLLaVA(nn.Module):
         """P, of an image of size x size pixels."""
         return self.tower.positions_of(size) + self.keep_cls
 
-    def see(self, pixels):
+    def encode_images(self, pixels):
         """What the tower makes of pixels (N, 3, S, S): (N, P, E), CLS first if it is kept."""
         return self.tower(pixels, self.select_layer)[:, 0 if self.keep_cls else 1 :]
 
@@ -306,7 +306,7 @@ class BabyLLaVA(nn.Module):
         x = self.gpt.embed(tokens)
         if images is None:
             return x
-        features = self.see(images) if images.ndim == 4 else images
+        features = self.encode_images(images) if images.ndim == 4 else images
         projected = self.projector(features.to(self.gpt.embed_tokens.weight.dtype)).flatten(0, 1)
         is_image = tokens == self.image_token
         order = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # which of the N * P stands here
@@ -363,7 +363,7 @@ class BabyLLaVA(nn.Module):
         top_k keeps the k likeliest, 0 all. A row that has stopped goes on yielding `stop`.
         Keys and values are cached: after the prompt each step costs one position.
         Raises ValueError when placeholders and features do not match or the prompt is empty."""
-        images = self.see(images) if images is not None and images.ndim == 4 else images
+        images = self.encode_images(images) if images is not None and images.ndim == 4 else images
         placeholders = (
             int((tokens == self.image_token).sum()) if self.image_token is not None else 0
         )
@@ -390,7 +390,7 @@ class BabyLLaVA(nn.Module):
             x = self.gpt.embed(token[:, None])
 
     @torch.no_grad()
-    def look(self, tokens, images):
+    def attention_maps(self, tokens, images):
         """What each position attends to, mean over layers and heads: (B, T, T), rows sum to 1."""
         maps = []
         self.gpt(self.embed(tokens, images), self.prefix(tokens, images), maps=maps)

@@ -61,7 +61,7 @@ class Processes:
     def is_first(self):
         return self.rank == 0
 
-    def say(self, line):
+    def print(self, line):
         if self.is_first:
             tqdm.write(line)
 
@@ -129,7 +129,7 @@ def new_gpt(settings, dataset, parents):
     return BabyLLaVA(GPT(sizes), image_token=dataset.tokenizer.image)
 
 
-def introduce(settings, dataset, parents):
+def new_projector(settings, dataset, parents):
     """Tower and GPT of the phases before, and a new projector between them."""
     backends = {"attention": settings.attention, "norm": settings.norm}
     gpt = checkpoint.build(parents["phase0"], **backends).model.gpt
@@ -150,7 +150,7 @@ def introduce(settings, dataset, parents):
     )
 
 
-def carry_on(settings, dataset, parents):
+def from_phase_before(settings, dataset, parents):
     """The model of the phase before, with this phase's dropout."""
     (parent,) = parents.values()
     gpt = parent["parts"]["gpt"] | {"dropout": settings.dropout}
@@ -179,12 +179,12 @@ def find_parents(settings, row, dataset):
 
 def check_data(path, found, dataset):
     """Refuse data with another vocabulary or other pictures than a checkpoint was trained on."""
-    if checkpoint.speaks_otherwise(found, dataset):
+    if checkpoint.has_other_vocabulary(found, dataset):
         raise UserError(
             f"{path} speaks another vocabulary than {dataset.directory}: train phase 0 on the "
             "data you use in later phases, or prepare that data as it was"
         )
-    if checkpoint.sees_otherwise(found, dataset):
+    if checkpoint.has_other_images(found, dataset):
         raise UserError(
             f"{path} was trained on pictures made as {found['images']}, {dataset.directory} has "
             f"{asdict(dataset.image_format)}: prepare it as it was, or train from phase 0"
@@ -209,7 +209,7 @@ def inherit(settings, parents):
     return decided
 
 
-def find_resume(settings, name, row, dataset, parents, say):
+def find_resume(settings, name, row, dataset, parents, report):
     """This phase's own checkpoint, to go on from or to leave alone; None where there is none, or
     where it started from others than there are now.
 
@@ -232,7 +232,9 @@ def find_resume(settings, name, row, dataset, parents, say):
             "delete the file to train it again"
         )
     if found["parents"] != {parent: p["digest"] for parent, p in parents.items()}:
-        say(f"{name}: {path} started from other checkpoints than there are now: training it again")
+        report(
+            f"{name}: {path} started from other checkpoints than there are now: training it again"
+        )
         return None
     return found
 
@@ -249,8 +251,8 @@ def import_tower(settings, row, dataset, processes):
             f"{path} is a tower that was trained: give another --out, or delete the file to use "
             f"{source} instead"
         )
-    if found and found["parents"] == parents and not checkpoint.sees_otherwise(found, dataset):
-        return processes.say(f"vision: the tower of {source}, as it was, {path}")
+    if found and found["parents"] == parents and not checkpoint.has_other_images(found, dataset):
+        return processes.print(f"vision: the tower of {source}, as it was, {path}")
     if processes.is_first:
         # the other knobs of shape did not make this tower: None contradicts them all
         decided = dict.fromkeys(row.shape) | {"vision_weights": str(source)}
@@ -259,7 +261,7 @@ def import_tower(settings, row, dataset, processes):
             settings, "vision", dataset, model, step=0, done=True, parents=parents, decided=decided
         )
         checkpoint.save(path, contents)
-        processes.say(f"vision: the tower of {source}, as it is")
+        processes.print(f"vision: the tower of {source}, as it is")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def set_learning(model, learns, lr):
     return groups
 
 
-def make_optimizer(settings, groups):
+def make_optimizer(settings, groups, device):
     """AdamW over [(parameters, rate)], matrices with weight decay and vectors without; None where
     there is nothing to learn (an identity projector)."""
     parts = []
@@ -318,7 +320,7 @@ def make_optimizer(settings, groups):
         ]
     if not parts:
         return None
-    return torch.optim.AdamW(parts, betas=(0.9, settings.beta2), fused=True)
+    return torch.optim.AdamW(parts, betas=(0.9, settings.beta2), fused=device.type == "cuda")
 
 
 def stored_features(settings, dataset, splits, model, device):

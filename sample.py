@@ -39,17 +39,17 @@ class Config(config.Knobs):
 
 
 @torch.no_grad()
-def see(loaded, frames):
+def encode_frames(loaded, frames):
     """Features (N, P, E) of frames (N, S, S, 3) uint8, as the tower was used in training."""
     pixels = to_pixels(frames, loaded.image_format, loaded.device)
-    return loaded.model.see(pixels).float()
+    return loaded.model.encode_images(pixels).float()
 
 
 def caption(loaded, frames, max_new_tokens=50, batch=100):
     """Greedy captions of frames (N, S, S, 3) uint8, one string each."""
     captions, eos = [], loaded.tokenizer.eos
     for start in range(0, len(frames), batch):
-        features = see(loaded, frames[start : start + batch])
+        features = encode_frames(loaded, frames[start : start + batch])
         image = torch.full(features.shape[:2], loaded.tokenizer.image, device=features.device)
         answers = loaded.model.generate(image, features, max_new_tokens, stop=eos)
         for row in torch.stack(list(answers), 1).tolist():  # (n, new tokens)
@@ -68,7 +68,7 @@ def begin(loaded, images, prompt):
         if model.projector is None:
             raise UserError("this checkpoint cannot see: give one of phase 1 or 2, or no --image")
         frames = np.stack([read_image(path, loaded.image_format) for path in images])
-        features = see(loaded, frames)
+        features = encode_frames(loaded, frames)
         tokens = [tokenizer.image] * (features.shape[0] * features.shape[1]) + words
     if len(tokens) >= model.gpt.config.block_size:
         raise UserError(
@@ -78,7 +78,7 @@ def begin(loaded, images, prompt):
     return torch.tensor([tokens], device=loaded.device), features, frames
 
 
-def speak(loaded, tokens, features, config, generator):
+def stream_answer(loaded, tokens, features, config, generator):
     """Print an answer as it comes, the prompt first. Returns its tokens."""
     tokenizer, answer = loaded.tokenizer, []
     generated = loaded.model.generate(
@@ -108,7 +108,7 @@ def draw_attention(path, loaded, tokens, features, frames, first):
     """One row an image: the picture, then for each word the picture lit where that word's query
     looked, mean over layers and heads. The query is the position that predicted the word; the
     first word is token number `first`."""
-    maps = loaded.model.look(tokens, features)[0]  # (T, T)
+    maps = loaded.model.attention_maps(tokens, features)[0]  # (T, T)
     P = features.shape[1]
     side = int(P**0.5)
     scale, height = 128, 128 + 14
@@ -148,7 +148,7 @@ def main(argv):
     tokens, features, frames = begin(loaded, settings.image, settings.prompt)
     generator = torch.Generator(loaded.device).manual_seed(settings.seed)
     for number in range(settings.num_samples):
-        answer = speak(loaded, tokens, features, settings, generator)
+        answer = stream_answer(loaded, tokens, features, settings, generator)
         if settings.attention and number == 0:
             whole = torch.cat([tokens, torch.tensor([answer], device=loaded.device)], 1)
             draw_attention(

@@ -67,15 +67,15 @@ class Config(config.Knobs):
     vision_steps: int = knob(1500, low=1)  # DINO
     vision_lr: float = knob(1e-3, low=0.0)  # at its highest
     vision_batch: int = knob(32, low=1, high=1 << 20)  # frames
-    phase0_steps: int = knob(200, low=1)  # GPT
+    phase0_steps: int = knob(150, low=1)  # GPT
     phase0_lr: float = knob(1e-3, low=0.0)  # at its highest
     phase0_batch: int = knob(16, low=1, high=1 << 20)  # rows of block_size tokens
     phase1_steps: int = knob(100, low=1)  # projector
     phase1_lr: float = knob(3e-3, low=0.0)  # at its highest
     phase1_batch: int = knob(32, low=1, high=1 << 20)  # samples
-    phase2_steps: int = knob(1400, low=1)  # projector and GPT
-    phase2_lr: float = knob(3e-3, low=0.0)  # at its highest
-    phase2_batch: int = knob(32, low=1, high=1 << 20)  # samples
+    phase2_steps: int = knob(2000, low=1)  # projector and GPT
+    phase2_lr: float = knob(2e-3, low=0.0)  # at its highest
+    phase2_batch: int = knob(16, low=1, high=1 << 20)  # samples
     phase2_learn: tuple[str, ...] = ()  # parts, as projector gpt tower=2e-4; empty: see PHASES
     phase3_steps: int = knob(600, low=1)  # the same, on conversations
     phase3_lr: float = knob(1e-3, low=0.0)  # at its highest
@@ -141,7 +141,7 @@ PHASES = {
         learns=("projector",),
         batches=SampleBatches,
         splits=("train", "val"),
-        make=phases.introduce,
+        make=phases.new_projector,
         watch=watch_loss,
         starts_from=("vision", "phase0"),
         shape=("select_layer", "keep_cls", "projector", "image_attention"),
@@ -150,7 +150,7 @@ PHASES = {
         learns=("projector", "gpt"),
         batches=SampleBatches,
         splits=("train", "val"),
-        make=phases.carry_on,
+        make=phases.from_phase_before,
         watch=watch_loss,
         starts_from=("phase1",),
         knobs=("dropout", "phase2_learn"),
@@ -159,7 +159,7 @@ PHASES = {
         learns=("projector", "gpt"),
         batches=SampleBatches,
         splits=("chat_train", "chat_val"),
-        make=phases.carry_on,
+        make=phases.from_phase_before,
         watch=watch_loss,
         starts_from=("phase2",),
         knobs=("dropout", "phase3_learn"),
@@ -232,9 +232,9 @@ def set_up(settings, name, dataset, processes):
     decided = phases.inherit(settings, parents) | {
         name: getattr(settings, name) for name in row.shape
     }
-    resume = phases.find_resume(settings, name, row, dataset, parents, processes.say)
+    resume = phases.find_resume(settings, name, row, dataset, parents, processes.print)
     if resume and resume["done"]:
-        processes.say(f"{name}: done already, {settings.out}/{name}.pt")
+        processes.print(f"{name}: done already, {settings.out}/{name}.pt")
         return None
     torch.manual_seed(settings.seed)
     raw_model = row.make(settings, dataset, parents)
@@ -246,9 +246,9 @@ def set_up(settings, name, dataset, processes):
     groups = phases.set_learning(
         raw_model, getattr(settings, f"{name}_learn", ()) or row.learns, lr
     )
-    optimizer = phases.make_optimizer(settings, groups)
+    optimizer = phases.make_optimizer(settings, groups, device)
     if optimizer is None:
-        processes.say(f"{name}: nothing in it can learn; it is saved as it is")
+        processes.print(f"{name}: nothing in it can learn; it is saved as it is")
         steps = 0
     stored = phases.stored_features(settings, dataset, row.splits, raw_model, device)
     train_batches, *val_batches = (
@@ -292,10 +292,10 @@ def learning_rate(step, steps, warmup):
 def micro_batches(run, step):
     """This process's share of a step's batch, in grad_accum pieces."""
     rows, length = run.train_batches.plan(step)
-    share = len(rows) // (run.processes.world * run.settings.grad_accum)
-    first = run.processes.rank * share * run.settings.grad_accum
-    starts = range(first, first + share * run.settings.grad_accum, share)
-    return [run.train_batches.read(rows[i : i + share], length, i) for i in starts]
+    size = len(rows) // (run.processes.world * run.settings.grad_accum)
+    first = run.processes.rank * size * run.settings.grad_accum
+    starts = range(first, first + size * run.settings.grad_accum, size)
+    return [run.train_batches.read(rows[i : i + size], length, i) for i in starts]
 
 
 def take_step(run, step):
@@ -342,7 +342,7 @@ def loop(run):
             processes.record(log, phase=run.name, step=step, **metrics)
             values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             values = values or "no eval/probe.csv to probe the tower with"
-            processes.say(f"{run.name} step {step}: {values}")
+            processes.print(f"{run.name} step {step}: {values}")
             clock, units = time.perf_counter(), 0
         if is_last or (step > run.start and step % settings.save_every == 0):
             save(run, step)
@@ -414,7 +414,7 @@ def train_phase(settings, name, dataset, processes):
     line += f" = {passes:.1f} passes; {processes.device}, {str(dtype)[6:]}"
     if isinstance(run.raw_model, BabyLLaVA):
         line += ", attention {}, norm {}".format(*run.raw_model.gpt.backends(dtype))
-    processes.say(line)
+    processes.print(line)
     if processes.is_first:
         trim_log(Path(settings.out) / "log.jsonl", name, run.start)
     loop(run)

@@ -39,9 +39,7 @@ from config import UserError, knob
 @dataclasses.dataclass
 class Config(config.Knobs):
     compile: bool = False  # compile every kernel for sm_80 and sm_90 and show what it takes
-    tiles: int = knob(
-        0, low=0, high=128
-    )  # time the candidates for kernels.TILES at this head width
+    tiles: int = knob(0, low=0, high=128)  # time other tiles than the table's, for this width
     quick: bool = False  # tiny shapes: does it run at all?
     repeats: int = knob(30, low=2, high=10**6)  # runs a figure
     device: str = "cuda"  # cpu runs Triton's interpreter (TRITON_INTERPRET=1): with --quick only

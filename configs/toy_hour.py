@@ -1,7 +1,7 @@
 """
-The toy world again, with an hour instead of minutes: twice the scenes, a longer look, more reading.
+The toy world again, with half an hour instead of minutes: more scenes, a longer look, more reading.
 
-    python data.py toy --name toy_hour --scenes 12000 && python train.py configs/toy_hour.py
+    python data.py toy --name toy_hour --scenes 16000 && python train.py configs/toy_hour.py
 """
 
 data = "data/toy_hour"
@@ -9,7 +9,6 @@ out = "out/toy_hour"
 vision_steps = 3000
 phase0_steps = 400
 phase1_steps = 200
-phase2_steps = 6000
-phase2_lr = 2e-3
-eval_every = 500
+phase2_steps = 8000
+phase2_batch = 32
 save_every = 500  # an interruption costs a minute

@@ -40,7 +40,7 @@ class Config(config.Knobs):
     train: tuple[str, ...] = ()  # JSON files to train on, whatever their names
     val: tuple[str, ...] = ()  # JSON files to validate on
     test: tuple[str, ...] = ()  # JSON files to test on
-    frames_per_utterance: int = knob(0, low=0, high=10**6)  # so many, evenly spread; 0: all there are
+    frames_per_utterance: int = knob(0, low=0, high=10**6)  # so many, spread; 0: all
     min_similarity: float = 0.0  # only frames whose "similarity" is above this; 0: all
     size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
     fit: str = knob("squash", choices=FITS)  # how a picture becomes a square

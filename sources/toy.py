@@ -174,20 +174,20 @@ def held_out(thing):
     return list(COLOURS).index(thing.colour) == (3 * kind + kind // 8) % 8
 
 
-def random_thing(rng, kinds, held=False, but=()):
-    """A thing whose kind is not among `but`; held=True draws from the held-out pairs only."""
+def random_thing(rng, kinds, only_held_out=False, but=()):
+    """A thing whose kind is not among `but`: none of the held-out pairs, or only_held_out."""
     while True:
         kind = pick(rng, list(kinds))
         thing = Thing(kind, pick(rng, list(COLOURS)) if kinds is THINGS else "")
-        if held_out(thing) == held and thing.kind not in but:
+        if held_out(thing) == only_held_out and thing.kind not in but:
             return thing
 
 
-def random_scene(rng, kinds, count=None, held=False):
+def random_scene(rng, kinds, count=None, only_held_out=False):
     """One thing (60 %), two (30 %) or three (10 %), of different kinds, somewhere in the house."""
     things = []
     for _ in range(count or pick(rng, (1, 1, 1, 1, 1, 1, 2, 2, 2, 3))):
-        things.append(random_thing(rng, kinds, held, [t.kind for t in things]))
+        things.append(random_thing(rng, kinds, only_held_out, [t.kind for t in things]))
     where = pick(rng, ("on", "left of", "right of", "next to")) if len(things) == 2 else ""
     return Scene(rng.randint(len(ROOMS)), tuple(things), where)
 
@@ -261,7 +261,7 @@ def draw_thing(image, thing, kinds, centre, side, tilt, mirrored):
         draw.polygon(corners, shades[shade])
 
 
-def speak(line, scene, rng=None):
+def fill_in(line, scene, rng=None):
     """A line of the grammar, filled in; given an rng, every other colour is left unsaid."""
     words = {"where": scene.where}
     for suffix, thing in zip(("", "2", "3"), scene.things):
@@ -281,7 +281,7 @@ def utterance(scene, rng, routine=12):
         return pick(rng, ROUTINE)
     one = COLOUR if scene.things[0].colour and rng.randint(4) == 0 else NAMING
     lines = (one, TOGETHER if rng.randint(2) else WHERE, THREE)[len(scene.things) - 1]
-    return speak(pick(rng, lines), scene, rng=rng)
+    return fill_in(pick(rng, lines), scene, rng=rng)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,9 +328,9 @@ class Trials:
                 other = Thing(new.kind, thing.colour)
         return other
 
-    def labeled_s(self, subset, held, trials):
+    def labeled_s(self, subset, only_held_out, trials):
         for trial in range(trials):
-            target = random_thing(self.rng, self.kinds, held)
+            target = random_thing(self.rng, self.kinds, only_held_out)
             shown = [target]
             while len(shown) < 4:
                 kinds_so_far = [thing.kind for thing in shown]
@@ -340,9 +340,9 @@ class Trials:
                 name = f"{subset}_{trial}"
                 self.rows["labeled_s"].append((name, target.kind, thing.kind, image, subset))
 
-    def vtwt(self, subset, held, trials):
+    def vtwt(self, subset, only_held_out, trials):
         for trial in range(trials):
-            thing = random_thing(self.rng, self.kinds, held)
+            thing = random_thing(self.rng, self.kinds, only_held_out)
             other = self.foil(thing, trial)
             self.rows["vtwt"].append((self.film("vtwt", thing), thing.name, other.name, subset))
 
@@ -351,9 +351,9 @@ class Trials:
         for name, tag in ((image, "positive"), (foil_image, "negative")):
             self.rows["baby_winoground"].append((instance, positive, negative, name, tag, subset))
 
-    def one_thing_winoground(self, subset, held, trials):
+    def one_thing_winoground(self, subset, only_held_out, trials):
         for trial in range(trials):
-            thing = random_thing(self.rng, self.kinds, held)
+            thing = random_thing(self.rng, self.kinds, only_held_out)
             other = self.foil(thing, trial)
             images = self.film("winoground", thing), self.film("winoground", other)
             self.winoground(subset, thing.name, other.name, *images)
@@ -361,7 +361,7 @@ class Trials:
     def place(self, a, b):
         """Is a on b, or b on a?"""
         on = "the {thing} is on the {thing2} ."
-        phrases = speak(on, Scene(0, (a, b))), speak(on, Scene(0, (b, a)))
+        phrases = fill_in(on, Scene(0, (a, b))), fill_in(on, Scene(0, (b, a)))
         images = (
             self.film("winoground", a, b, where="on"),
             self.film("winoground", b, a, where="on"),
@@ -374,14 +374,14 @@ class Trials:
         if a.colour == b.colour or held_out(c) or held_out(d):
             return
         both = "{a} and {a2} ."
-        phrases = speak(both, Scene(0, (a, b))), speak(both, Scene(0, (c, d)))
+        phrases = fill_in(both, Scene(0, (a, b))), fill_in(both, Scene(0, (c, d)))
         images = self.film("winoground", a, b), self.film("winoground", c, d)
         self.winoground("binding", *phrases, *images)
 
-    def captions(self, subset, held, trials):
+    def captions(self, subset, only_held_out, trials):
         for _ in range(trials):
-            thing = random_thing(self.rng, self.kinds, held)
-            text = speak("look , {a} !", Scene(0, (thing,)))
+            thing = random_thing(self.rng, self.kinds, only_held_out)
+            text = fill_in("look , {a} !", Scene(0, (thing,)))
             image = self.film("caption", thing)
             self.rows["caption"].append((image, text, thing.kind, thing.colour, subset))
 
@@ -395,11 +395,11 @@ def make_trials(rng, size, kinds, times=1.0):
     """All trials, `times` the usual number. Held-out pairs get a third as many as seen ones."""
     trials = Trials(rng, size, kinds)
     subsets = [("seen", False, 3), ("held_out", True, 1)][: 2 if kinds is THINGS else 1]
-    for subset, held, share in subsets:
-        trials.labeled_s(subset, held, ceil(80 * share * times))
-        trials.vtwt(subset, held, ceil(140 * share * times))
-        trials.one_thing_winoground(subset, held, ceil(50 * share * times))
-        trials.captions(subset, held, ceil(70 * share * times))
+    for subset, only_held_out, share in subsets:
+        trials.labeled_s(subset, only_held_out, ceil(80 * share * times))
+        trials.vtwt(subset, only_held_out, ceil(140 * share * times))
+        trials.one_thing_winoground(subset, only_held_out, ceil(50 * share * times))
+        trials.captions(subset, only_held_out, ceil(70 * share * times))
     for _ in range(ceil(50 * times)):
         a, b = random_scene(rng, kinds, 2).things
         trials.place(a, b)

@@ -86,10 +86,11 @@ def test_a_numbered_gpu_is_that_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert checkpoint.choose_device("cuda:1") == torch.device("cuda", 1)
+    import phases
     import train
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert train.find_processes(train.Config(device="cuda:1")).device == torch.device("cuda", 1)
+    assert phases.find_processes(train.Config(device="cuda:1")).device == torch.device("cuda", 1)
     with pytest.raises(UserError, match="there are 2 GPUs"):
         checkpoint.choose_device("cuda:2")

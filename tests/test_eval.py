@@ -20,16 +20,16 @@ FAIR = "fair"
 
 
 class Pretend:
-    """A Subject whose scores are given: nll(image, phrase) and say(image)."""
+    """A Subject whose scores are given: nll(image, phrase) and answer(image)."""
 
-    def __init__(self, nll=None, say=None, rows=()):
-        self.score, self.answer, self.rows = nll, say, rows
+    def __init__(self, nll=None, caption=None, rows=()):
+        self.score, self.caption, self.rows = nll, caption, rows
 
     def nll(self, images, phrases):
         return np.array([float(self.score(i, p)) for i, p in zip(images, phrases)])
 
-    def say(self, images):
-        return [self.answer(image) for image in images]
+    def answer(self, images):
+        return [self.caption(image) for image in images]
 
 
 TIED = Pretend(lambda image, phrase: 1.0)
@@ -174,12 +174,12 @@ def test_captions_are_asked_for_the_thing_and_its_colour():
             ("4", "cat", "blue"),
         )
     ]
-    result = evaluation.captions(rows, Pretend(say=said.get, rows=rows), FAIR)
+    result = evaluation.captions(rows, Pretend(caption=said.get, rows=rows), FAIR)
     assert result["names_thing"]["score"] == 0.5  # 2 names another, too; 4 none
     assert result["colour_if_said"]["score"] == 0 and result["colour_if_said"]["n"] == 1
     assert len(set(result) & {"meteor", "meteor_exact"}) == 1
     plain = [dict(image="1", text="a red ball .")]
-    assert len(evaluation.captions(plain, Pretend(say=said.get, rows=plain), FAIR)) == 1
+    assert len(evaluation.captions(plain, Pretend(caption=said.get, rows=plain), FAIR)) == 1
 
 
 def test_a_subset_is_asked_about_all_the_names_there_are():
@@ -188,7 +188,7 @@ def test_a_subset_is_asked_about_all_the_names_there_are():
         dict(image=str(i), text="x", thing=thing, colour="")
         for i, thing in enumerate(("ball", "cat"))
     ]
-    subject = Pretend(say=lambda image: "a cat and a ball", rows=rows)
+    subject = Pretend(caption=lambda image: "a cat and a ball", rows=rows)
     assert evaluation.captions(rows[:1], subject, FAIR)["names_thing"]["score"] == 0
 
 
@@ -331,7 +331,7 @@ def test_a_new_test_is_an_entry_in_one_table(recipe, home, tmp_path, monkeypatch
     def longer_is_better(rows, subject, ties):
         hits = [
             len(said) >= len(row["short"])
-            for row, said in zip(rows, subject.say([row["picture"] for row in rows]))
+            for row, said in zip(rows, subject.answer([row["picture"] for row in rows]))
         ]
         return {"accuracy": evaluation.accuracy(hits, 0.5)}
 

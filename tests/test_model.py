@@ -160,7 +160,7 @@ def test_the_loss_is_the_mean_over_asked_targets():
 
 def test_attention_maps_are_distributions_over_the_past():
     model, (tokens, features) = tiny(), with_image()
-    maps = model.look(tokens, features)
+    maps = model.attention_maps(tokens, features)
     assert maps.shape == (2, 10, 10) and torch.allclose(maps.sum(-1), torch.ones(2, 10), atol=1e-5)
     assert (maps[:, ~visible(10, 10, 0, "cpu")] == 0).all()
 
@@ -223,7 +223,7 @@ def test_image_tokens_see_one_another_where_that_is_asked_for(attention):
     tokens[:, 8] = 7  # words stay causal
     later = model(tokens, images=changed)[0]
     assert torch.equal(after[:, :8], later[:, :8])
-    maps = model.look(tokens, features)
+    maps = model.attention_maps(tokens, features)
     assert (maps[0, 0, 1:5] > 0).all() == (attention == "full")
     steps = list(model.generate(tokens, features, max_new_tokens=6))
     for token in steps:
@@ -246,7 +246,7 @@ def test_features_and_frames_give_the_same_words():
         )
     )
     with torch.no_grad():
-        features = model.see(pixels)
+        features = model.encode_images(pixels)
     assert torch.equal(draw(pixels), draw(features))
     assert model.image_tokens(16) == features.shape[1] == 4
 

@@ -80,7 +80,7 @@ def test_a_picture_means_the_same_in_sampling_as_in_training(recipe, home):
     dataset = data.Data("data/tiny")
     Image.fromarray(dataset.open("train", "frames")[3]).save("frame3.png")
     loaded = checkpoint.load("out/full/phase2.pt")
-    seen = sample.see(loaded, read_image("frame3.png", loaded.image_format)[None])[0]
+    seen = sample.encode_frames(loaded, read_image("frame3.png", loaded.image_format)[None])[0]
     stored = np.array(features.open_stored(dataset, "train", loaded.model)[3], np.float32)
     assert (seen - torch.tensor(stored)).abs().max() < 1e-2
 
@@ -99,7 +99,7 @@ def test_the_same_words_from_stored_features_and_from_frames(recipe, home):
             )
         )
     )
-    assert torch.equal(speak(stored.float()), speak(sample.see(loaded, frames)))
+    assert torch.equal(speak(stored.float()), speak(sample.encode_frames(loaded, frames)))
 
 
 @pytest.mark.parametrize(

@@ -562,7 +562,7 @@ def test_a_tower_of_another_size_sees_the_frames_as_they_are(home):
     dataset = data.Data("data/tiny")
     assert features.open_stored(dataset, "train", loaded.model).shape == (24, 4, 192)
     frames = dataset.open("train", "frames")[:3]
-    assert sample.see(loaded, frames).shape == (3, 4, 192)
+    assert sample.encode_frames(loaded, frames).shape == (3, 4, 192)
     Image.fromarray(frames[0]).save("frame0.png")
     assert sample.begin(loaded, ["frame0.png"], "")[1].shape == (1, 4, 192)
 
