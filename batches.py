@@ -67,16 +67,13 @@ class Order:
         """Cards number start .. start + count - 1 of the endless deck."""
         positions = np.arange(start, start + count)
         decks, cards = positions // self.n, positions % self.n
-        wanted = np.unique(decks).tolist()
-        self.decks = {
-            deck: self.decks[deck]
-            if deck in self.decks
-            else np.random.RandomState([self.seed, deck]).permutation(self.n)
-            for deck in wanted
-        }
-        chosen = np.empty(count, np.int64)
-        for deck in wanted:
-            chosen[decks == deck] = self.decks[deck][cards[decks == deck]]
+        chosen, used = np.empty(count, np.int64), {}
+        for deck in np.unique(decks).tolist():
+            used[deck] = self.decks.get(deck)
+            if used[deck] is None:
+                used[deck] = np.random.RandomState([self.seed, deck]).permutation(self.n)
+            chosen[decks == deck] = used[deck][cards[decks == deck]]
+        self.decks = used  # the next call will want one of these again
         return chosen
 
 
@@ -94,7 +91,7 @@ class TextBatches:
 
     def __init__(self, dataset, split, batch, seed, model=None, features=None):
         self.text = dataset.open(split, "text")
-        self.T = min(model.gpt.config.block_size, len(self.text) - 2)
+        self.T = min(model.gpt.config.block_size, len(self.text) - 1)
         if self.T < 1:
             raise UserError(f"{dataset.path(split, 'text')}: {len(self.text)} tokens are too few")
         self.rows = (len(self.text) - 1) // self.T
@@ -115,7 +112,8 @@ class TextBatches:
 
 
 class SampleBatches:
-    """Samples of alike length, with and without pictures apart.
+    """Samples of alike length, with and without pictures apart (but for one batch a window, which
+    takes the rest of both).
 
     Of each 32 batches' worth of shuffled samples those of like length are put together, and the
     batches shuffled again. All rows of a batch are padded to one of few lengths (round_up)."""
@@ -157,9 +155,11 @@ class SampleBatches:
         for rows in self.parts():
             samples = self.samples[rows].astype(np.int64)
             number = int(self.samples[0, 3])
-            leading = [self.tokens[samples[:, 0] + i] for i in range(number)]
-            alike = all((tokens == self.tokenizer.image).all() for tokens in leading)
-            if not alike or (samples[:, 3] != number).any() or not number:
+            alike = number > 0 and (samples[:, 3] == number).all()
+            if alike:  # then each sample has as many tokens at least
+                leading = [self.tokens[samples[:, 0] + i] for i in range(number)]
+                alike = all((tokens == self.tokenizer.image).all() for tokens in leading)
+            if not alike:
                 raise UserError(
                     f"{directory}: image_attention=full needs samples that all begin "
                     "with the same number of images; use causal"

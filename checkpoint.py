@@ -186,4 +186,5 @@ def build(checkpoint, device="cpu", **backends):
 
 
 def load(path, device="cpu"):
+    """The Loaded of a file that train.py wrote. Raises UserError, as read() does."""
     return build(read(Path(path)), device)

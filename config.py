@@ -127,7 +127,11 @@ def read_flags(flags, kinds):
             raise UserError(f"--{name}: no value given")
         if several:
             element = typing.get_args(kind)[0]
-            found.append((name, tuple(parse(v, element) for v in values), f"--{name}"))
+            for earlier in [entry for entry in found if entry[0] == name]:
+                found.remove(earlier)  # --image a --image b is --image a b
+                values = [*earlier[1], *values]
+            parsed = tuple(parse(v, element) if isinstance(v, str) else v for v in values)
+            found.append((name, parsed, f"--{name}"))
         else:
             found.append((name, parse((values or [""])[0], kind), f"--{name}"))
     return found
@@ -233,4 +237,4 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to go on")
+        sys.exit("interrupted")

@@ -21,7 +21,6 @@ import hashlib
 import importlib
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -113,9 +112,15 @@ class SplitWriter:
 
     def sample(self, tokens, learn, images=()):
         """Add a sample: tokens, the mask of those that are learnt, and the numbers of the images
-        that its <image>s show."""
-        placeholders = tokens.count(self.writer.tokenizer.image)
-        if placeholders != len(images) or len(learn) != len(tokens) or not any(learn[1:]):
+        that its <image>s show.
+
+        Raises ValueError where these do not fit each other, nothing is learnt, an <image> is, or
+        an <image> stands last: the last token is only ever a target."""
+        image = self.writer.tokenizer.image
+        placeholders = tokens.count(image)
+        learns_an_image = any(flag for token, flag in zip(tokens, learn) if token == image)
+        fits = placeholders == len(images) and len(learn) == len(tokens)
+        if not fits or not any(learn[1:]) or learns_an_image or tokens[-1] == image:
             raise ValueError(
                 f"a sample of {len(tokens)} tokens with {placeholders} <image>, "
                 f"{len(images)} images, {len(learn)} in its mask, {sum(learn)} learnt"
@@ -145,10 +150,10 @@ class Writer:
     def start(self, tokenizer, image_format):
         self.tokenizer, self.image_format = tokenizer, image_format
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.refuse_another_source()
         (self.directory / "meta.json").unlink(missing_ok=True)
         for path in self.directory.glob("*.bin"):
             path.unlink()
-        shutil.rmtree(self.directory / "eval", ignore_errors=True)
         self.meta = {
             "format": FORMAT,
             "source": self.source,
@@ -157,6 +162,17 @@ class Writer:
             "vocab_size": tokenizer.vocab_size,
             "images": asdict(image_format),
         }
+
+    def refuse_another_source(self):
+        """Raise UserError where the folder holds what another source made: its eval/ and all."""
+        path = self.directory / "meta.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8")).get("source")
+            if found != self.source:
+                raise UserError(
+                    f"{self.directory} was made by `data.py {found}`: give another --name, or "
+                    "delete the folder"
+                )
 
     def split(self, name):
         self.splits[name] = SplitWriter(self, name)
@@ -299,7 +315,8 @@ def open_bin(path, dtype, shape):
     expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.exists() else 0
     if found != expected:
-        raise UserError(f"{path}: {found:,} bytes, want {expected:,}: prepare it again")
+        how = "delete it" if path.parent.name == "features" else "prepare its folder again"
+        raise UserError(f"{path}: {found:,} bytes, want {expected:,}: {how}")
     return np.memmap(path, dtype, "r", shape=shape)
 
 

@@ -14,7 +14,6 @@ Writes results.json, report.html and captions.png beside the checkpoint.
 A new test is an entry in TASKS: its columns, which of them name pictures, its rule.
 """
 
-import functools
 import json
 import math
 from collections import defaultdict
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -32,12 +30,13 @@ import config
 import features
 import report
 import sample
+import vision
+import watch
 from batches import SampleBatches, TextBatches
 from config import UserError, knob
 from data import Data
-from dino import linear_probe
 from files import read_csv, read_log, write_json, writing
-from images import Places, read_image, to_pixels
+from images import Places, read_image
 from scores import accuracy, choose_meteor, lowest, names_in, over_ties
 
 
@@ -73,9 +72,10 @@ def phrase_nll(loaded, images, rows, phrases, batch=256):
         words = [tokenizer.encode(phrase) for phrase in phrases[start : start + batch]]
         T = len(before) + max(map(len, words)) - 1  # the last token is only ever a target
         if model.gpt.config.block_size < T or not all(words):
+            longest = max(phrases[start : start + batch], key=len)
             raise UserError(
                 f"a phrase makes no tokens, or {T} with what precedes it, over the model's "
-                f"{model.gpt.config.block_size}: it is near {phrases[start][:40]!r}"
+                f"{model.gpt.config.block_size}: {longest[:40]!r} ..."
             )
         tokens = torch.full((len(words), T), tokenizer.pad)
         positions, targets, owners = [], [], []
@@ -306,7 +306,8 @@ def run_task(task, path, images, loaded, settings):
             results[subset] = test.rule(chosen, subject, settings.ties)
     entries = []
     if test.speaks:
-        chosen = rows[:: max(1, len(rows) // 36)]
+        spread = np.linspace(0, len(rows) - 1, min(36, len(rows))).round().astype(int)
+        chosen = [rows[i] for i in spread]
         names = [row["image"] for row in chosen]
         texts = [row["text"] for row in chosen]
         entries = list(zip(subject.frames(names), texts, subject.answer(names)))
@@ -337,60 +338,6 @@ def zorro(directory, loaded, batch):
 
 
 # ---------------------------------------------------------------------------------------------
-# What train.py watches
-
-
-@torch.no_grad()
-def val_loss(model, batches, image_format, limit=0, rank=0, world=1):
-    """Mean NLL per target over `limit` rows (0: all), always the same ones; each of `world`
-    processes takes its share of the batches."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    sum_dtype = (
-        torch.float32 if model.gpt.device.type == "mps" else torch.float64
-    )  # mps has no float64
-    total = torch.zeros(2, device=model.gpt.device, dtype=sum_dtype)  # sum of NLL, targets
-    for i, (rows, length) in enumerate(batches.fixed_plan(limit)):
-        if i % world == rank:
-            batch = batches.read(rows, length)
-            loss = model(*model.inputs(batch, image_format, 0, 0))[1].to(sum_dtype)
-            total += torch.stack([loss * batch.count, torch.full_like(loss, batch.count)])
-    if world > 1:
-        dist.all_reduce(total)
-    for module, mode in modes.items():
-        module.training = mode
-    return float(total[0] / total[1])
-
-
-@functools.lru_cache(maxsize=1)  # a run probes its tower many times, on the same frames
-def read_probe(path, image_format, corpus):
-    """(rows, frames (n, S, S, 3) uint8) of a corpus's probe.csv."""
-    rows = read_csv(path, ("image", "kind", "colour"))
-    images = path.parent / "images"
-    return rows, np.stack([read_image(images / row["image"], image_format) for row in rows])
-
-
-@torch.no_grad()
-def probe(tower, dataset):
-    """{"kind", "colour"}: accuracies of linear probes on a tower, from eval/probe.csv, else {}.
-
-    Fitted on three quarters of the frames, on [CLS, mean of places] after the last layer."""
-    path, image_format = dataset.directory / "eval" / "probe.csv", dataset.image_format
-    if not path.exists():
-        return {}
-    rows, frames = read_probe(path, image_format, dataset.meta["corpus"])
-    device, outputs = next(tower.parameters()).device, []
-    for start in range(0, len(frames), 64):
-        x = tower(to_pixels(frames[start : start + 64], image_format, device)).float().cpu()
-        outputs.append(torch.cat([x[:, 0], x[:, 1:].mean(1)], 1))
-    outputs, accuracies = torch.cat(outputs), {}
-    for name in ("kind", "colour"):
-        labels = np.unique([row[name] for row in rows], return_inverse=True)[1]
-        accuracies[name] = linear_probe(outputs, torch.tensor(labels), len(rows) * 3 // 4)
-    return accuracies
-
-
-# ---------------------------------------------------------------------------------------------
 # All of it
 
 
@@ -399,6 +346,9 @@ def losses(loaded, dataset):
     line where its vocabulary or its pictures are not the checkpoint's."""
     model, saved = loaded.model, loaded.checkpoint
     blind = model.projector is None
+    if not dataset.count("val", "text" if blind else "samples"):
+        print(f"no validation loss: {dataset.directory} has nothing to validate this model on")
+        return {}
     other_pictures = not blind and checkpoint.has_other_images(saved, dataset)
     if checkpoint.has_other_vocabulary(saved, dataset) or other_pictures:
         print(
@@ -408,14 +358,14 @@ def losses(loaded, dataset):
         return {}
     if blind:
         batches = TextBatches(dataset, "val", 16, 0, model)
-        loss = val_loss(model, batches, dataset.image_format)
+        loss = watch.val_loss(model, batches, dataset.image_format)
         counts = dataset.meta["splits"]["val"]
         tokens_a_character = counts["text"] / counts["characters"]
         # nats a token, times tokens a character, are nats a character; over ln 2, bits
         return {"val_loss": loss, "bits_per_character": loss * tokens_a_character / math.log(2)}
     stored = features.open_stored(dataset, "val", model)
     batches = SampleBatches(dataset, "val", 64, 0, model, stored)
-    return {"val_loss": val_loss(model, batches, dataset.image_format)}
+    return {"val_loss": watch.val_loss(model, batches, dataset.image_format)}
 
 
 def evaluate(loaded, settings):
@@ -426,16 +376,20 @@ def evaluate(loaded, settings):
     if (settings.csv or settings.images) and not settings.task:
         raise UserError(f"--csv and --images need a --task: one of {', '.join(TASKS)}")
     if settings.task and not sees:
-        raise UserError(f"{settings.checkpoint} cannot see: --task needs one of phase 1 or 2")
+        raise UserError(f"{settings.checkpoint} cannot see: --task needs one of phase 1 or later")
     folder = Path(settings.data or saved["settings"]["data"])
+    # grammar pairs, and a CSV of its own, need no prepared folder
+    no_folder = settings.zorro and not settings.data and not (folder / "meta.json").exists()
+    dataset = None if settings.csv or no_folder else Data(folder)
     results = {
         "checkpoint": str(settings.checkpoint),
-        "digest": saved["digest"],
+        "digest": vision.weights_digest(loaded.model.state_dict()),
         "phase": saved["phase"],
         "trained_on": saved["source"],
         "corpus": saved["corpus"],
-        "data": settings.csv or str(folder),
-        "source": settings.csv,
+        "data": settings.csv or settings.zorro or str(folder),
+        "source": settings.csv or settings.zorro,
+        "csv": settings.csv,
         "shuffled": settings.shuffle,
         "ties": settings.ties,
         "tasks": {},
@@ -443,10 +397,12 @@ def evaluate(loaded, settings):
     entries = []
     if settings.zorro:
         results["tasks"]["zorro"] = zorro(settings.zorro, loaded, settings.batch)
-    if not settings.csv:  # a CSV of its own needs no prepared folder
-        dataset = Data(folder)
+    if dataset:
         results |= {"source": dataset.meta["source"], **losses(loaded, dataset)}
-    for task in [settings.task] if settings.task else TASKS if sees else ():
+    tasks = list(TASKS) if sees else []
+    if settings.task:
+        tasks = [settings.task]
+    for task in tasks:
         path = Path(settings.csv or folder / "eval" / f"{task}.csv")
         if path.exists() or settings.task:
             images = settings.images or [path.parent / "images"]
@@ -474,6 +430,7 @@ def write(results, entries, out, task):
 def main(argv):
     settings = config.load(Config, argv, __doc__)
     device = checkpoint.choose_device(settings.device)
+    torch.set_float32_matmul_precision("highest")  # after training on a GPU it may be lower
     loaded = checkpoint.load(settings.checkpoint, device)
     if loaded.model.gpt is None:
         raise UserError(f"{settings.checkpoint}: a tower alone; train.py logs its probes")
@@ -482,14 +439,16 @@ def main(argv):
     names = write(results, entries, out, settings.task)
     print(*report.table(results["tasks"]), sep="\n")
     if settings.csv and TASKS[settings.task].published:
-        tasks = {}  # with what this checkpoint scored on other files of theirs
+        tasks, files = {}, []  # with what this checkpoint scored on other files given by --csv
         for path in sorted(out.glob("results_*.json")):
             other = json.loads(path.read_text(encoding="utf-8"))
             alike = all(other.get(key) == results[key] for key in ("digest", "shuffled", "ties"))
-            if alike and other["source"] != "toy":
+            if alike and other.get("csv"):
                 tasks |= other["tasks"]
+                files.append(other["csv"])
         name = f"this one, trained on {loaded.checkpoint['settings']['data']}"
         print(*report.beside_the_paper(tasks, name), sep="\n")
+        print(f"this one's on {', '.join(files)}")
     for name in ("val_loss", "bits_per_character"):
         if name in results:
             print(f"{name} {results[name]:.4f}")

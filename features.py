@@ -10,6 +10,7 @@ Letters: F frames, P image tokens an image, E vision width.
 import os
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import vision
@@ -38,11 +39,12 @@ def open_stored(dataset, split, model):
     return open_bin(path, "float16", shape(dataset, split, model))
 
 
+@torch.no_grad()
 def extract(model, frames, image_format, device, batch=64):
     """Yield the features of frames (F, S, S, 3) uint8, in order, as float16 arrays (n, P, E)."""
     for start in range(0, len(frames), batch):
         pixels = to_pixels(frames[start : start + batch], image_format, device)
-        yield model.encode_images(pixels).detach().cpu().numpy().astype(np.float16)
+        yield model.encode_images(pixels).cpu().numpy().astype(np.float16)
 
 
 def store(dataset, split, model, device):

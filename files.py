@@ -34,11 +34,13 @@ def writing(path):
 
 
 def write_json(path, value):
+    """The value as a JSON file, whole or not at all."""
     with writing(path) as file:
         file.write(json.dumps(value, indent=1).encode("utf-8"))
 
 
 def write_csv(path, header, rows):
+    """A table as a CSV file, whole or not at all."""
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     with writing(path) as file:
@@ -48,7 +50,8 @@ def write_csv(path, header, rows):
 def read_csv(path, columns):
     """[{column: text}] of a CSV file, with each row's line number under "line".
 
-    Raises UserError for a missing file or column, an empty cell in `columns`, or no rows."""
+    Raises OSError for a missing file, UserError for a missing column, an empty cell in `columns`,
+    or no rows."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
@@ -72,13 +75,16 @@ def read_csv(path, columns):
 @contextmanager
 def locked(path, wait=True):
     """Hold the lock of a file, which ends with the process however it ends. Without `wait`,
-    raises OSError where another process holds it. A lock of lockf is not inherited by the workers
-    that this process starts. (Where the system has none, Windows, there is no lock.)"""
+    raises BlockingIOError where another process holds it. A lock of lockf is not inherited by the
+    workers that this process starts. (Where the system has none, Windows, there is no lock.)"""
     if fcntl is None:
         yield
         return
     with open(path, "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except PermissionError:  # what some systems say where others say BlockingIOError
+            raise BlockingIOError(f"{path}: locked by another process") from None
         yield
 
 
@@ -90,7 +96,7 @@ def only_one(folder, doing):
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / ".lock", wait=False))
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             message = f"{folder}: another run is {doing} here; wait for it, or choose another"
             raise UserError(message + " folder") from None
         yield
@@ -110,6 +116,7 @@ def read_log(path):
 
 
 def append_log(path, entry):
+    """Add an entry, a dict, to a log.jsonl."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 

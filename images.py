@@ -126,6 +126,7 @@ class Places:
                 self.by_base_name = self.index()
             candidates = self.by_base_name.get(name.rpartition("/")[2], [])
             whole = [place for path, place in candidates if path.endswith("/" + name)]
+        whole = list(dict.fromkeys(whole))  # an absolute path is in every place
         if len(whole) > 1:
             one, two = (getattr(place, "name", place) for place in whole[:2])
             raise UserError(
@@ -146,6 +147,8 @@ def read_entry(entry):
         name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
         file.seek(name_length + extra_length, os.SEEK_CUR)
         content = file.read(entry.length)
+    if entry.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"{entry.name}: packed in a way not read here; zip it stored or deflated")
     try:
         if entry.method == zipfile.ZIP_DEFLATED:
             content = zlib.decompress(content, -15)
@@ -167,7 +170,7 @@ def open_picture(location):
         with Image.open(io.BytesIO(read_entry(location)) if in_zip else location) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter: a name within a zip
         raise UserError(f"{name}: no such image") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{name}: not a picture that Pillow can read") from None
@@ -224,7 +227,7 @@ def end_with_parent():
 
 
 def read_all(locations, image_format, window=512):
-    """Yield read_job's answer for each location, in order, read on all cores.
+    """Yield read_job's result for each location, in order, read on all cores.
 
     At most `window` frames are in memory at a time."""
     workers = concurrent.futures.ProcessPoolExecutor(

@@ -201,8 +201,9 @@ class GPT(nn.Module):
 
     def embed(self, tokens):
         x = self.embed_tokens(tokens)
-        if torch.is_autocast_enabled(x.device.type):  # then the whole stream is half precision:
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # norms are as fast as its bytes
+        # Autocast leaves embeddings in fp32: cast, so that norms and sums move half the bytes.
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return F.dropout(x, self.config.dropout, self.training)
 
     def backends(self, dtype):
@@ -291,7 +292,7 @@ class BabyLLaVA(nn.Module):
 
     def image_tokens(self, size):
         """P, of an image of size x size pixels."""
-        return self.tower.positions_of(size) + self.keep_cls
+        return self.tower.num_patches(size) + self.keep_cls
 
     def encode_images(self, pixels):
         """What the tower makes of pixels (N, 3, S, S): (N, P, E), CLS first if it is kept."""

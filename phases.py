@@ -26,7 +26,14 @@ from dino import DINO
 from files import append_log
 from model import GPT, BabyLLaVA, GPTConfig, Projector, projector_fault
 
-EVERY_PHASE = ("warmup", "weight_decay", "beta2", "clip", "seed", "dtype")  # concern all of them
+EVERY_PHASE = (
+    "warmup",
+    "weight_decay",
+    "beta2",
+    "grad_clip",
+    "seed",
+    "dtype",
+)  # concern all of them
 
 
 @dataclass(frozen=True)
@@ -39,14 +46,14 @@ class Phase:
     make: object  # make(settings, dataset, parents): its model
     watch: object  # watch(run): {measure: value} for the log
     starts_from: tuple = ()  # the phases before
-    shape: tuple = ()  # knobs that decide what is made, which all later phases inherit
+    inherited: tuple = ()  # knobs that decide what is made, which all later phases inherit
     knobs: tuple = ()  # other knobs that concern it
     unit: str = "tokens/s"
 
     def own_knobs(self, name):
         """The knobs that this phase must be resumed with as it was begun."""
         rates = tuple(f"{name}_{quantity}" for quantity in ("steps", "lr", "batch"))
-        return self.shape + self.knobs + rates + EVERY_PHASE
+        return self.inherited + self.knobs + rates + EVERY_PHASE
 
 
 @dataclass
@@ -162,18 +169,18 @@ def from_phase_before(settings, dataset, parents):
 # What a phase starts from
 
 
-def find_parents(settings, row, dataset):
-    """{phase: finished checkpoint} that a phase starts from, on data that fits them."""
+def find_parents(settings, phase, dataset):
+    """{name: finished checkpoint} that a phase starts from, on data that fits them."""
     parents = {}
-    for parent in row.starts_from:
-        path = Path(settings.out) / f"{parent}.pt"
-        how = "0 --tower vision" if parent == "vision" else parent[-1]
+    for name in phase.starts_from:
+        path = Path(settings.out) / f"{name}.pt"
+        how = "0 --tower vision" if name == "vision" else name.removeprefix("phase")
         found = checkpoint.read(path) if path.exists() else None
         if not found or not found["done"]:
             state = f"is at step {found['step']}" if found else "does not exist"
             raise UserError(f"{path} {state}: finish it first with --phase {how}")
         check_data(path, found, dataset)
-        parents[parent] = found
+        parents[name] = found
     return parents
 
 
@@ -209,7 +216,7 @@ def inherit(settings, parents):
     return decided
 
 
-def find_resume(settings, name, row, dataset, parents, report):
+def find_resume(settings, name, phase, dataset, parents, report):
     """This phase's own checkpoint, to go on from or to leave alone; None where there is none, or
     where it started from others than there are now.
 
@@ -218,7 +225,7 @@ def find_resume(settings, name, row, dataset, parents, report):
     if not path.exists():
         return None
     found = checkpoint.read(path)
-    for own in row.own_knobs(name):
+    for own in phase.own_knobs(name):
         before, now = found["settings"].get(own), getattr(settings, own)
         if before != now:
             raise UserError(
@@ -239,7 +246,7 @@ def find_resume(settings, name, row, dataset, parents, report):
     return found
 
 
-def import_tower(settings, row, dataset, processes):
+def import_tower(settings, phase, dataset, processes):
     """Phase 0 for a tower that comes from a file: save it as it is, unless it is there already."""
     path, source = Path(settings.out) / "vision.pt", Path(settings.vision_weights)
     tower = weights.load_tower(source)  # complains if there is none
@@ -252,10 +259,11 @@ def import_tower(settings, row, dataset, processes):
             f"{source} instead"
         )
     if found and found["parents"] == parents and not checkpoint.has_other_images(found, dataset):
-        return processes.print(f"vision: the tower of {source}, as it was, {path}")
+        processes.print(f"vision: the tower of {source}, as it was, {path}")
+        return
     if processes.is_first:
         # the other knobs of shape did not make this tower: None contradicts them all
-        decided = dict.fromkeys(row.shape) | {"vision_weights": str(source)}
+        decided = dict.fromkeys(phase.inherited) | {"vision_weights": str(source)}
         model = BabyLLaVA(None, tower=tower)
         contents = checkpoint.describe(
             settings, "vision", dataset, model, step=0, done=True, parents=parents, decided=decided

@@ -58,13 +58,12 @@ def beside_the_paper(tasks, name):
         yield line(model, *("-" if score is None else f"{score:.3f}" for score in scores))
 
 
-def contact_sheet(entries, columns=6, rows=6):
-    """A PIL picture of some of the entries (frame, caption, answer): each frame over what was said
-    (black) and what the model says (blue)."""
-    chosen = entries[:: max(1, len(entries) // (columns * rows))][: columns * rows]
-    page = Image.new("RGB", (190 * columns, 190 * -(-len(chosen) // columns)), "white")
+def contact_sheet(entries, columns=6):
+    """A PIL picture of all entries (frame, caption, answer): each frame over what was said (black)
+    and what the model says (blue)."""
+    page = Image.new("RGB", (190 * columns, 190 * -(-len(entries) // columns)), "white")
     draw = ImageDraw.Draw(page)
-    for i, (frame, caption, answer) in enumerate(chosen):
+    for i, (frame, caption, answer) in enumerate(entries):
         x, y = 190 * (i % columns) + 8, 190 * (i // columns) + 6
         page.paste(Image.fromarray(frame).resize((128, 128), Image.Resampling.BICUBIC), (x, y))
         for k, (text, ink) in enumerate(((caption, "black"), (answer, "blue"))):
@@ -79,10 +78,10 @@ def loss_curve(phase, points):
     x = 300 * steps / max(steps.max(), 1)
     y = 100 - 96 * (losses - losses.min()) / max(np.ptp(losses), 1e-9)
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    caption = f"{html.escape(phase)}: loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    label = f"{html.escape(phase)}: loss {losses[0]:.3f} to {losses[-1]:.3f}"
     return (
         f"<figure><svg width=300 height=104><polyline fill=none stroke=navy points='{line}'/></svg>"
-        f"<figcaption>{caption} in {int(steps[-1])} steps</figcaption></figure>"
+        f"<figcaption>{label} in {int(steps[-1])} steps</figcaption></figure>"
     )
 
 

@@ -40,7 +40,7 @@ class Config(config.Knobs):
 
 @torch.no_grad()
 def encode_frames(loaded, frames):
-    """Features (N, P, E) of frames (N, S, S, 3) uint8, as the tower was used in training."""
+    """Features (N, P, E) of frames (N, S, S, 3) uint8. (In training they are stored in fp16.)"""
     pixels = to_pixels(frames, loaded.image_format, loaded.device)
     return loaded.model.encode_images(pixels).float()
 
@@ -66,7 +66,9 @@ def begin(loaded, images, prompt):
     tokens = [tokenizer.eos, *words]
     if images:
         if model.projector is None:
-            raise UserError("this checkpoint cannot see: give one of phase 1 or 2, or no --image")
+            raise UserError(
+                "this checkpoint cannot see: give one of phase 1 or later, or no --image"
+            )
         frames = np.stack([read_image(path, loaded.image_format) for path in images])
         features = encode_frames(loaded, frames)
         tokens = [tokenizer.image] * (features.shape[0] * features.shape[1]) + words
@@ -78,21 +80,21 @@ def begin(loaded, images, prompt):
     return torch.tensor([tokens], device=loaded.device), features, frames
 
 
-def stream_answer(loaded, tokens, features, config, generator):
+def stream_answer(loaded, tokens, features, settings, generator):
     """Print an answer as it comes, the prompt first. Returns its tokens."""
     tokenizer, answer = loaded.tokenizer, []
     generated = loaded.model.generate(
         tokens,
         features,
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_k,
         tokenizer.eos,
         generator,
     )
 
     def stream():
-        yield from tokenizer.encode(config.prompt)
+        yield from tokenizer.encode(settings.prompt)
         for token in generated:
             answer.append(int(token))
             yield int(token)
@@ -144,7 +146,7 @@ def main(argv):
         settings.checkpoint or default, checkpoint.choose_device(settings.device)
     )
     if loaded.model.gpt is None:
-        raise UserError(f"{settings.checkpoint}: a tower alone; give one of phase 0, 1 or 2")
+        raise UserError(f"{settings.checkpoint}: a tower alone; give one of phase 0 or later")
     tokens, features, frames = begin(loaded, settings.image, settings.prompt)
     generator = torch.Generator(loaded.device).manual_seed(settings.seed)
     for number in range(settings.num_samples):

@@ -5,8 +5,11 @@ and words, no models.
 
 import itertools
 import math
+import re
 
 import numpy as np
+
+WORD = r"[^\W_]+"  # punctuation may touch it
 
 
 def wilson(hits, n):
@@ -47,12 +50,13 @@ def over_ties(scores, rule, ties):
 
 def names_in(text, names):
     """Which of the names occur in a text, as whole words; of "ball" and "beach ball" the longer."""
-    found = [name for name in names if f" {name} " in f" {text} "]
-    return {
-        name
-        for name in found
-        if not any(name != longer and f" {name} " in f" {longer} " for longer in found)
-    }
+
+    def holds(text, name):
+        return f" {' '.join(re.findall(WORD, name))} " in f" {' '.join(re.findall(WORD, text))} "
+
+    found = [name for name in names if holds(text, name)]
+    parts = [name for name in found for longer in found if name != longer and holds(longer, name)]
+    return set(found) - set(parts)
 
 
 def meteor_exact(reference, said):

@@ -154,7 +154,7 @@ class Tokenizer:
             words = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error})") from None
-        whole = isinstance(words, dict) and "<unk>" in words
+        whole = isinstance(words, dict) and "<unk>" in words and "" not in words
         if not whole or sorted(words.values(), key=str) != sorted(range(len(words)), key=str):
             raise UserError(f"{path}: want {{word: id}} with ids 0 to n - 1 and an <unk>")
         return cls({word.encode("utf-8"): i for word, i in words.items()}, "word")

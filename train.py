@@ -11,9 +11,10 @@ phase goes on where it was last saved, to the same bits on a CPU; a finished one
 A new phase, or another set of parts that learn, is a row of PHASES below.
 """
 
+import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ import config
 import data
 import eval as evaluation
 import phases
+import watch
 from batches import ClipBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from dino import DINO
@@ -73,7 +75,7 @@ class Config(config.Knobs):
     phase1_steps: int = knob(100, low=1)  # projector
     phase1_lr: float = knob(3e-3, low=0.0)  # at its highest
     phase1_batch: int = knob(32, low=1, high=1 << 20)  # samples
-    phase2_steps: int = knob(2000, low=1)  # projector and GPT
+    phase2_steps: int = knob(2300, low=1)  # projector and GPT
     phase2_lr: float = knob(2e-3, low=0.0)  # at its highest
     phase2_batch: int = knob(16, low=1, high=1 << 20)  # samples
     phase2_learn: tuple[str, ...] = ()  # parts, as projector gpt tower=2e-4; empty: see PHASES
@@ -85,7 +87,7 @@ class Config(config.Knobs):
     warmup: float = knob(0.03, low=0.0, high=1.0)  # share of the steps; then a cosine to 0
     weight_decay: float = knob(0.1, low=0.0, high=10.0)  # of matrices; vectors are not decayed
     beta2: float = knob(0.95, low=0.0, high=0.99999)  # AdamW's; beta1 is 0.9
-    clip: float = knob(1.0, low=1e-6)  # largest norm of the gradient
+    grad_clip: float = knob(1.0, low=1e-6)  # largest norm of the gradient
     # the machine
     seed: int = knob(1, low=0, high=2**32 - 1)  # of weights, order and dropout
     device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda where there is one
@@ -97,7 +99,7 @@ class Config(config.Knobs):
     log_every: int = knob(10, low=1)  # a line in log.jsonl
     eval_every: int = knob(500, low=1)  # validation loss, or the tower's probes
     eval_batches: int = knob(20, low=1)  # of the validation set, always the same samples
-    save_every: int = knob(100, low=1)  # what an interruption can cost at most
+    save_every: int = knob(250, low=1)  # what an interruption can cost at most
     evaluate: bool = True  # after phase all: run eval.py on the last checkpoint
 
 
@@ -106,14 +108,14 @@ class Config(config.Knobs):
 
 
 def watch_tower(run):
-    return evaluation.probe(run.raw_model.teacher["backbone"], run.dataset)
+    return watch.probe(run.raw_model.teacher["backbone"], run.dataset)
 
 
 def watch_loss(run):
     limit = run.settings.eval_batches * run.batch
     rank, world = run.processes.rank, run.processes.world
     image_format = run.dataset.image_format
-    loss = evaluation.val_loss(run.raw_model, run.val_batches, image_format, limit, rank, world)
+    loss = watch.val_loss(run.raw_model, run.val_batches, image_format, limit, rank, world)
     return {"val_loss": loss}
 
 
@@ -124,7 +126,7 @@ PHASES = {
         splits=("train",),
         make=phases.new_dino,
         watch=watch_tower,
-        shape=("patch", "vision_width", "vision_depth", "vision_heads", "vision_weights"),
+        inherited=("patch", "vision_width", "vision_depth", "vision_heads", "vision_weights"),
         knobs=("prototypes", "local_views", "teacher_temperature", "momentum"),
         unit="frames/s",
     ),
@@ -134,7 +136,7 @@ PHASES = {
         splits=("train", "val"),
         make=phases.new_gpt,
         watch=watch_loss,
-        shape=("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size"),
+        inherited=("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size"),
         knobs=("dropout",),
     ),
     "phase1": Phase(
@@ -144,7 +146,7 @@ PHASES = {
         make=phases.new_projector,
         watch=watch_loss,
         starts_from=("vision", "phase0"),
-        shape=("select_layer", "keep_cls", "projector", "image_attention"),
+        inherited=("select_layer", "keep_cls", "projector", "image_attention"),
     ),
     "phase2": Phase(
         learns=("projector", "gpt"),
@@ -155,6 +157,7 @@ PHASES = {
         starts_from=("phase1",),
         knobs=("dropout", "phase2_learn"),
     ),
+    # of conversations, in splits of their own; the sources here write none yet
     "phase3": Phase(
         learns=("projector", "gpt"),
         batches=SampleBatches,
@@ -173,12 +176,14 @@ def choose_phases(settings, dataset):
     narrowed = {"both": ("vision", "phase0"), "vision": ("vision",), "language": ("phase0",)}
     if settings.phase == "0":
         return narrowed[settings.tower]
+    if settings.tower != "both":
+        raise UserError(f"--tower {settings.tower} narrows --phase 0, not --phase {settings.phase}")
     if settings.phase != "all":
         return (f"phase{settings.phase}",)
     return tuple(
         name
-        for name, row in PHASES.items()
-        if all(dataset.count(split, row.batches.BIN) for split in row.splits)
+        for name, phase in PHASES.items()
+        if all(dataset.count(split, phase.batches.BIN) for split in phase.splits)
     )
 
 
@@ -221,59 +226,55 @@ class Run:
 def set_up(settings, name, dataset, processes):
     """The Run of a phase: from nothing, from the phases before, or from where it stopped; None
     where it is done."""
-    row, device = PHASES[name], processes.device
-    steps, lr, batch = (getattr(settings, f"{name}_{knob}") for knob in ("steps", "lr", "batch"))
+    phase, device = PHASES[name], processes.device
+    steps, lr, batch = (getattr(settings, f"{name}_{what}") for what in ("steps", "lr", "batch"))
     if batch % (processes.world * settings.grad_accum):
         raise UserError(
             f"{name}_batch {batch} does not divide into {processes.world} processes x "
             f"grad_accum {settings.grad_accum}"
         )
-    parents = phases.find_parents(settings, row, dataset)
-    decided = phases.inherit(settings, parents) | {
-        name: getattr(settings, name) for name in row.shape
-    }
-    resume = phases.find_resume(settings, name, row, dataset, parents, processes.print)
+    parents = phases.find_parents(settings, phase, dataset)
+    decided = phases.inherit(settings, parents)
+    decided |= {own: getattr(settings, own) for own in phase.inherited}
+    resume = phases.find_resume(settings, name, phase, dataset, parents, processes.print)
     if resume and resume["done"]:
         processes.print(f"{name}: done already, {settings.out}/{name}.pt")
         return None
     torch.manual_seed(settings.seed)
-    raw_model = row.make(settings, dataset, parents)
+    raw_model = phase.make(settings, dataset, parents)
     if resume:
         raw_model.load_state_dict(resume.get("dino") or resume["weights"])
     raw_model.to(device)
     phases.check_backends(settings, raw_model, device)
 
-    groups = phases.set_learning(
-        raw_model, getattr(settings, f"{name}_learn", ()) or row.learns, lr
-    )
+    learns = getattr(settings, f"{name}_learn", ()) or phase.learns
+    groups = phases.set_learning(raw_model, learns, lr)
     optimizer = phases.make_optimizer(settings, groups, device)
     if optimizer is None:
         processes.print(f"{name}: nothing in it can learn; it is saved as it is")
         steps = 0
-    stored = phases.stored_features(settings, dataset, row.splits, raw_model, device)
-    train_batches, *val_batches = (
-        row.batches(dataset, split, batch, settings.seed, raw_model, kept)
-        for split, kept in zip(row.splits, stored)
-    )
-    model = phases.wrap(raw_model, settings, processes, train_batches) if optimizer else raw_model
+    stored = phases.stored_features(settings, dataset, phase.splits, raw_model, device)
+    batches = [
+        phase.batches(dataset, split, batch, settings.seed, raw_model, kept)
+        for split, kept in zip(phase.splits, stored)
+    ]
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
-    start = resume["step"] if resume else 0
     return Run(
-        settings,
-        name,
-        dataset,
-        processes,
-        parents,
-        decided,
-        raw_model,
-        model,
-        optimizer,
-        train_batches,
-        val_batches[0] if val_batches else None,
-        start,
-        steps,
-        batch,
+        settings=settings,
+        name=name,
+        dataset=dataset,
+        processes=processes,
+        parents=parents,
+        decided=decided,
+        raw_model=raw_model,
+        model=phases.wrap(raw_model, settings, processes, batches[0]) if optimizer else raw_model,
+        optimizer=optimizer,
+        train_batches=batches[0],
+        val_batches=batches[1] if len(batches) > 1 else None,
+        start=resume["step"] if resume else 0,
+        steps=steps,
+        batch=batch,
     )
 
 
@@ -321,7 +322,7 @@ def take_step(run, step):
         loss = loss * (batch.count / total) * world
         loss.backward()
         loss_sum += loss.detach() / world
-    torch.nn.utils.clip_grad_norm_(run.learning, settings.clip)
+    torch.nn.utils.clip_grad_norm_(run.learning, settings.grad_clip)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.raw_model.after_step(step / run.steps)
@@ -350,7 +351,7 @@ def loop(run):
             break
         loss = take_step(run, step)
         progress.update()
-        rows, length = run.train_batches.plan(step)
+        rows, length = run.train_batches.plan(step)  # tokens of images and of padding count too
         units += len(rows) * (length if PHASES[run.name].unit == "tokens/s" else 1)
         if step % settings.log_every == 0:
             if processes.world > 1:
@@ -435,11 +436,8 @@ def load_settings(argv):
 
 def train(settings, processes):
     """All phases that are asked for, and the tests after the last."""
-    if (
-        processes.is_first
-        and settings.data == "data/toy"
-        and not Path("data/toy/meta.json").exists()
-    ):
+    is_drawn = Path("data/toy/meta.json").exists()
+    if processes.is_first and settings.data == "data/toy" and not is_drawn:
         data.prepare("toy", [])
     processes.wait()
     dataset = data.Data(settings.data)
@@ -448,8 +446,7 @@ def train(settings, processes):
         raise UserError(f"{settings.data}: it has nothing to learn from; prepare it with more")
     for name in names:
         # a phase changes what it inherits, and the next one must not take that for given
-        own = Config(**asdict(settings))
-        own.given = settings.given
+        own = copy.copy(settings)
         if name == "vision" and settings.vision_weights:
             phases.import_tower(own, PHASES["vision"], dataset, processes)
         else:

@@ -8,7 +8,7 @@ What every tower promises, and all that the rest of the code knows of it:
                                   (CLS), then P for its places, row by row from the top left
     tower.width                   E
     tower.patch                   pixels a side of one place
-    tower.positions_of(S)         P of a picture of S x S pixels
+    tower.num_patches(S)         P of a picture of S x S pixels
     tower.arguments               {name: value}, with which type(tower)(**arguments) is one like it
     tower.fault(S, select_layer)  why it cannot take such pictures or give that layer, or ""
 
@@ -141,7 +141,7 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def positions_of(self, size):
+    def num_patches(self, size):
         return (size // self.patch) ** 2
 
     def fault(self, size, select_layer):
@@ -238,11 +238,11 @@ class ResNeXt(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def positions_of(self, size):
+    def num_patches(self, size):
         return (size // self.patch) ** 2
 
     def fault(self, size, select_layer):
-        if select_layer != -1 or size % 32:
+        if select_layer != -1 or size % self.patch:
             return (
                 f"a ResNeXt gives its last map, select_layer -1 and not {select_layer}, of "
                 f"sides that divide by 32, not {size}"

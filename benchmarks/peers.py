@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import checkpoint
 import config
 import eval as evaluation
+import watch
 from batches import TextBatches
 from config import knob
 from data import Data
@@ -172,7 +173,7 @@ def main(argv):
         net.eval()
         with torch.no_grad():
             batches = TextBatches(dataset, "val", 1, 0, net)
-            loss = evaluation.val_loss(net, batches, dataset.image_format)
+            loss = watch.val_loss(net, batches, dataset.image_format)
         bits = loss / math.log(2) * counts["text"] / counts["characters"]
         grammar = "-"
         if settings.zorro:

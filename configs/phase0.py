@@ -1,5 +1,5 @@
 """
-Phase 0 at BabyLLaVA's published sizes and rates: the GPT on transcripts; the eye as it comes.
+Phase 0 at BabyLLaVA's published sizes and rates: the GPT on transcripts; the tower as it comes.
 
 The repository's language model: 6,000 BPE tokens, context 2,048, 8 layers of 256. GPT-2 has
 6000 * 256 + 2048 * 256 + 8 * 789760 + 512 = 8,378,880 parameters of these; ours, without learnt

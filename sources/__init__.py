@@ -77,18 +77,19 @@ def read_images(part, locations, clips, labels, max_skipped):
         for row in range(done):
             part.bin("clips").put([] if row in skipped else clips[row])
             yield None if row in skipped else number
-            number += row not in skipped
-        answers = stack.enter_context(closing(read_all(locations[done:], part.writer.image_format)))
-        bar = tqdm(answers, f"{part.name} images", len(locations), initial=done, unit="image")
-        for row, answer in enumerate(bar, done):
-            if not isinstance(answer, str):
-                frame, original = answer
+            if row not in skipped:
+                number += 1
+        results = stack.enter_context(closing(read_all(locations[done:], part.writer.image_format)))
+        bar = tqdm(results, f"{part.name} images", len(locations), initial=done, unit="image")
+        for row, result in enumerate(bar, done):
+            if not isinstance(result, str):
+                frame, original = result
                 number = part.image(frame, clips[row], original)
                 for kind in ("images", "frames"):  # what a kill must not take
                     part.bins[kind].file.flush()
                 yield number
                 continue
-            skipped[row] = labels[row] + answer
+            skipped[row] = labels[row] + result
             log.write(f"{row}\t{skipped[row]}\n")
             if len(skipped) > max_skipped * len(locations):
                 raise UserError(
@@ -132,7 +133,7 @@ def write_captioned(writer, split, text, pictures, max_skipped):
         return
     fields = [[getattr(p, field) for p in pictures] for field in ("location", "clip", "label")]
     numbers = read_images(part, *fields, max_skipped)
-    for number, picture in zip(numbers, pictures):
+    for number, picture in zip(numbers, pictures, strict=True):
         if number is not None:
             for caption in picture.captions:
                 part.sample(*caption_sample(writer.tokenizer, caption), [number])

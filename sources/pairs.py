@@ -6,10 +6,11 @@ Your captioned pictures, and speech to learn language from: either or both.
 
 The CSV has the columns image and caption, one pair a row, a picture in as many rows as it has
 captions; the text file has one utterance a line. Every tenth stretch of pictures, and of lines, is
-for validation: by picture, so that none is in both parts, and what is said over a validation
-picture is kept out of the text that is learnt.
+for validation: by picture, so that none is in both parts, and lines of the text
+file that are said over a validation picture are left out of training.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def read_pictures(path, places):
     """The pictures of a CSV in the order of their first rows, each with all its captions."""
     pictures = {}
     for row in read_csv(path, ("image", "caption")):
-        location = places.find(row["image"]) or row["image"]  # if missing, to be counted as such
+        location = places.find(row["image"])
+        if location is None:  # to be counted as missing
+            location = os.path.join(places.paths[0], row["image"])
         if location not in pictures:
             label = f"{path}:{row['line']}: "
             pictures[location] = Captioned(location, len(pictures), [], label)

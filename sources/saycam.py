@@ -150,8 +150,11 @@ def prepare(settings, writer):
     if not settings.frames or not (settings.annotations or settings.train):
         raise UserError("saycam: give --frames ZIP_OR_FOLDER and --annotations FILE.json ...")
     shown, speech = read_all_annotations(settings)
-    if not shown["train"] or not shown["val"]:
+    if not shown["train"]:
         raise UserError("saycam: no pairs to train on: one JSON for training must have frames")
+    if not shown["val"]:
+        count = len(shown["train"])
+        raise UserError(f"saycam: {count} utterances with frames; need 10, or files for --val")
     places = Places([settings.frames])
     pictures = {split: [] for split in shown if shown[split]}
     for split in pictures:

@@ -13,6 +13,7 @@ flat integer polygons, so that a seed gives the same bytes on every machine.
 
 import multiprocessing
 import re
+import shutil
 from dataclasses import dataclass
 from math import ceil, cos, pi, sin
 from pathlib import Path
@@ -183,11 +184,11 @@ def random_thing(rng, kinds, only_held_out=False, but=()):
             return thing
 
 
-def random_scene(rng, kinds, count=None, only_held_out=False):
+def random_scene(rng, kinds, count=None):
     """One thing (60 %), two (30 %) or three (10 %), of different kinds, somewhere in the house."""
     things = []
     for _ in range(count or pick(rng, (1, 1, 1, 1, 1, 1, 2, 2, 2, 3))):
-        things.append(random_thing(rng, kinds, only_held_out, [t.kind for t in things]))
+        things.append(random_thing(rng, kinds, but=[t.kind for t in things]))
     where = pick(rng, ("on", "left of", "right of", "next to")) if len(things) == 2 else ""
     return Scene(rng.randint(len(ROOMS)), tuple(things), where)
 
@@ -287,7 +288,6 @@ def utterance(scene, rng, routine=12):
 # ---------------------------------------------------------------------------------------------
 # Trials: the four BabyVLM tasks, and frames of single things for the tower's linear probe
 
-
 COLUMNS = {
     "labeled_s": "trial_id target_category real_category image subset".split(),
     "vtwt": "image positive_phrase negative_phrase subset".split(),
@@ -360,12 +360,9 @@ class Trials:
 
     def place(self, a, b):
         """Is a on b, or b on a?"""
-        on = "the {thing} is on the {thing2} ."
-        phrases = fill_in(on, Scene(0, (a, b))), fill_in(on, Scene(0, (b, a)))
-        images = (
-            self.film("winoground", a, b, where="on"),
-            self.film("winoground", b, a, where="on"),
-        )
+        on, orders = "the {thing} is on the {thing2} .", ((a, b), (b, a))
+        phrases = [fill_in(on, Scene(0, order)) for order in orders]
+        images = [self.film("winoground", *order, where="on") for order in orders]
         self.winoground("place", *phrases, *images)
 
     def binding(self, a, b):
@@ -412,7 +409,6 @@ def make_trials(rng, size, kinds, times=1.0):
 # ---------------------------------------------------------------------------------------------
 # Preparing
 
-
 SPLITS = {"train": (0, 1), "val": (1, 10)}  # number in the seed; one scene, line in how many
 
 
@@ -437,10 +433,10 @@ def clips(settings, split, kinds):
 
 def prepare(settings, writer):
     """Film the toy world, write down what is said, and draw the trials."""
-    kinds = load_sprites(settings.sprites) if settings.sprites else THINGS
+    kinds = load_kinds(settings.sprites)
     tokenizer = Tokenizer.train(speech(settings, "train", kinds), settings.vocab_size)
     writer.start(tokenizer, ImageFormat(settings.size))
-    trials = multiprocessing.Process(target=draw_trials, args=(settings, kinds, writer.directory))
+    trials = multiprocessing.Process(target=draw_trials, args=(settings, writer.directory))
     trials.start()  # beside the frames: they share no random numbers
     for split, (_, one_in) in SPLITS.items():
         part = writer.split(split)
@@ -456,8 +452,10 @@ def prepare(settings, writer):
         raise OSError(f"{writer.directory}/eval: the trials could not be drawn")
 
 
-def draw_trials(settings, kinds, directory):
+def draw_trials(settings, directory):
     """Write the trials of make_trials into eval/: pictures, and a CSV for each task."""
+    shutil.rmtree(directory / "eval", ignore_errors=True)
+    kinds = load_kinds(settings.sprites)  # anew: a process of its own may have its own THINGS
     rng = np.random.RandomState([settings.seed, 2])
     trials = make_trials(rng, settings.size, kinds, settings.trials)
     for name, frame in trials.images.items():
@@ -469,10 +467,13 @@ def draw_trials(settings, kinds, directory):
             write_csv(directory / "eval" / f"{name}.csv", COLUMNS[name], rows)
 
 
-def load_sprites(directory):
-    """{name: RGBA image} from transparent PNGs; the name is the first sentence of the .txt beside
-    the PNG ("A green apple." -> "green apple"), else the file's. Pictures with no transparency
-    (backgrounds, not things) and names of over three words are passed over."""
+def load_kinds(directory):
+    """THINGS, or {name: RGBA image} from a directory of transparent PNGs.
+
+    The name is the first sentence of the .txt beside the PNG ("A green apple." -> "green apple"),
+    else the file's. Passed over: pictures with no transparency, and names of over three words."""
+    if not directory:
+        return THINGS
     sprites = {}
     for path in sorted(Path(directory).rglob("*.png")):
         text, title = path.with_suffix(".txt"), re.sub("[_-]", " ", path.stem)
@@ -493,8 +494,6 @@ def load_sprites(directory):
             image.thumbnail((160, 160))
             sprites.setdefault(" ".join(words), image)
     if len(sprites) < 8:
-        raise UserError(
-            f"{directory}: {len(sprites)} transparent PNGs with a short name; the "
-            "trials need at least 8 things to tell apart"
-        )
+        found = f"{directory}: {len(sprites)} transparent PNGs with a short name"
+        raise UserError(f"{found}; the trials need at least 8 things to tell apart")
     return sprites

@@ -168,6 +168,10 @@ def test_an_overlong_sample_is_one_clear_line(mixed):
 def test_full_image_attention_wants_leading_images_alike(mixed, tmp_path):
     with pytest.raises(UserError, match="the same number of images; use causal"):
         SampleBatches(mixed, "train", 8, 1, make_model(mixed, image_attention="full"))
+    make_corpus(tmp_path / "uneven", {"train": [("a ball", 3)] * 9 + [("a", 1)]})
+    uneven = Data(tmp_path / "uneven")
+    with pytest.raises(UserError, match="the same number of images; use causal"):
+        SampleBatches(uneven, "train", 8, 1, make_model(uneven, image_attention="full"))
     make_corpus(tmp_path, {"train": [("a ball", 1)] * 20})
     dataset = Data(tmp_path)
     model = make_model(dataset, image_attention="full")
@@ -282,6 +286,7 @@ def test_partial_features_of_another_world_are_not_gone_on_with(own_copy, monkey
     partial = features.find(dataset, "train", model).with_suffix(".partial")
     partial.parent.mkdir(exist_ok=True)
     partial.write_bytes(b"\x00" * (10 * 4 * 16 * 2))
+    (dataset.directory / "meta.json").unlink()  # as another source may only where this is gone
     make_corpus(dataset.directory, {"train": [("a ball", 1)] * 24, "val": [("a", 1)] * 2})
     again = Data(dataset.directory)
     assert not partial.exists()  # preparing removes what belongs to no frame

@@ -81,7 +81,7 @@ def test_a_knob_of_several_values_takes_them_one_after_the_other():
         ("", ["--seed"], "--seed: no value"),
         ("", ["--seed=many"], "--seed: seed takes int, not 'many'"),
         ("", ["seed=1"], "config files come first"),
-        ("", ["--clip=-1"], "--clip: clip -1.0 is not allowed: 1e-06 or more"),
+        ("", ["--grad_clip=-1"], "--grad_clip: grad_clip -1.0 is not allowed: 1e-06 or more"),
         ("", ["--n_head=0"], "n_head 0 is not allowed: 1 to 4096"),
         ("", ["--n_layer=999999999999"], "n_layer 999999999999 is not allowed: 1 to 1000"),
         ("", ["--compile=nonsense"], "'nonsense' is not allowed: one of"),
@@ -123,3 +123,10 @@ def test_defaults_live_once():
     for field in dataclasses.fields(GPTConfig):
         if field.name in defaults and field.default is not dataclasses.MISSING:
             assert field.default == defaults[field.name], field.name
+
+
+def test_a_knob_of_several_values_given_twice_takes_all(tmp_path):
+    """--image a --image b, as sample.py's first lines have it, once showed b alone."""
+    flags = ["--image", "a.jpg", "--seed=2", "--image=b.jpg", "--image", "c.jpg", "d.jpg"]
+    settings = config.load(sample.Config, flags)
+    assert settings.image == ("a.jpg", "b.jpg", "c.jpg", "d.jpg") and settings.seed == 2

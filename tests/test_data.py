@@ -170,3 +170,27 @@ def test_clip_numbers_may_not_fall(tmp_path):
     part.image(np.zeros((8, 8, 3), np.uint8), 3)
     with pytest.raises(ValueError, match="their numbers must rise"):
         part.image(np.zeros((8, 8, 3), np.uint8), 2)
+
+
+def test_a_folder_of_another_source_is_left_alone(tmp_path):
+    make_corpus(tmp_path / "x", {"train": [("a ball .", 1)], "val": [("a bear .", 1)]})
+    (tmp_path / "x" / "eval").mkdir()
+    writer = Writer(tmp_path / "x", "another")
+    with pytest.raises(UserError, match="was made by `data.py made`") as error:
+        writer.start(Tokenizer.train(["a ball"] * 9, 270), ImageFormat(8))
+    assert one_line(error)
+    assert Data(tmp_path / "x").count("train", "samples") == 1
+    make_corpus(tmp_path / "x", {"train": [("a ball .", 1)], "val": [("a bear .", 1)]})
+    assert (tmp_path / "x" / "eval").exists()  # what a user put there stays
+
+
+def test_an_image_is_neither_learnt_nor_last(tmp_path):
+    writer = Writer(tmp_path / "x", "made")
+    tokenizer = Tokenizer.train(["a ball"] * 9, 270)
+    writer.start(tokenizer, ImageFormat(8))
+    part, image = writer.split("train"), tokenizer.image
+    number = part.image(np.zeros((8, 8, 3), np.uint8), 0)
+    for tokens, learn in (([5, 6, image], [0, 1, 0]), ([5, image, 6], [0, 1, 1])):
+        with pytest.raises(ValueError, match="a sample of 3 tokens"):
+            part.sample(tokens, learn, [number])
+    part.sample([image, 5, 6], [0, 1, 1], [number])

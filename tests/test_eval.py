@@ -12,6 +12,7 @@ from conftest import ROOT, one_line
 import checkpoint
 import data
 import eval as evaluation
+import watch
 from batches import SampleBatches, TextBatches
 from config import UserError
 from sources import toy
@@ -366,14 +367,14 @@ def test_validation_loss_is_the_mean_over_all_words(recipe, home):
         chosen = logits.gather(1, targets.clamp(min=0)[:, None])[: batch.count]
         total, count = total - chosen.sum().item(), count + batch.count
     batches = SampleBatches(dataset, "val", 3, 1, loaded.model)
-    found = evaluation.val_loss(loaded.model, batches, dataset.image_format)
+    found = watch.val_loss(loaded.model, batches, dataset.image_format)
     assert found == pytest.approx(total / count, abs=1e-5)
 
 
 def test_the_last_rows_of_a_text_count_too(recipe, home):
     loaded, dataset = checkpoint.load(recipe / "phase0.pt"), data.Data("data/tiny")
     losses = [
-        evaluation.val_loss(
+        watch.val_loss(
             loaded.model, TextBatches(dataset, "val", batch, 0, loaded.model), dataset.image_format
         )
         for batch in (1, 5, 1000)
@@ -431,3 +432,31 @@ def test_pictures_matter_to_the_shipped_model(tmp_path, monkeypatch):
         result = blind[task]["all"]["accuracy"]
         low, high = result["ci95"]
         assert low - 0.05 < result["chance"] < high + 0.05, task
+
+
+def test_grammar_pairs_need_no_prepared_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zorro").mkdir()
+    (tmp_path / "zorro" / "one.txt").write_text("ball a .\na ball .\n")
+    evaluation.main([f"--checkpoint={ROOT}/assets/toy.pt", "--zorro=zorro", "--out=here"])
+    results = json.loads((tmp_path / "here/results.json").read_text())
+    assert list(results["tasks"]) == ["zorro"] and "val_loss" not in results
+
+
+def test_data_with_nothing_to_validate_on_gets_no_loss_and_says_so(recipe, home, capsys):
+    loaded, dataset = checkpoint.load(recipe / "phase2.pt"), data.Data("data/tiny")
+    dataset.meta["splits"]["val"] = {"text": 9, "characters": 9}
+    assert evaluation.losses(loaded, dataset) == {}
+    assert "nothing to validate this model on" in capsys.readouterr().out
+
+
+def test_only_files_of_ones_own_stand_beside_the_paper(recipe, home, capsys):
+    """The toy world's own trials, scored without --csv, once did."""
+    here = f"--out={home}/beside"
+    start = [f"--checkpoint={recipe}/phase2.pt", here]
+    evaluation.main([*start, "--task=vtwt"])
+    evaluation.main([*start, "--task=caption", "--csv=data/tiny/eval/caption.csv"])
+    said = capsys.readouterr().out.splitlines()
+    row = next(line for line in said if line.startswith("this one, trained on"))
+    assert row.split()[-4:-1] == ["-", "-", "-"]
+    assert "this one's on data/tiny/eval/caption.csv" in said

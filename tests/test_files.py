@@ -77,3 +77,12 @@ def test_a_lock_refuses_a_second_run_and_ends_with_its_process(tmp_path):
     run.wait()
     with only_one(tmp_path, "training"):
         pass
+
+
+def test_a_folder_that_cannot_be_written_is_not_called_another_runs(tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".lock"))
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(PermissionError), only_one(tmp_path, "training"):
+        pass

@@ -27,7 +27,7 @@ FLOORS = [
     {"batches", "features"},
     {"sources", "checkpoint"},
     {"toy", "pairs", "saycam"},
-    {"weights"},
+    {"weights", "watch"},
     {"sample", "phases"},
     {"eval"},
     {"train"},
@@ -120,7 +120,11 @@ def test_the_readme_names_only_files_that_exist():
 
 def test_there_is_a_test_file_for_each_module():
     for path in MODULES:
-        together = {"features": "batches", "phases": "train"}  # tested where they are used
+        together = {
+            "features": "batches",
+            "phases": "train",
+            "watch": "eval",
+        }  # tested where they are used
         assert (ROOT / f"tests/test_{together.get(NAME[path], NAME[path])}.py").exists(), path.name
 
 

@@ -183,3 +183,12 @@ def test_all_are_read_in_order_and_failures_are_lines(tmp_path):
     assert [a[1] for i, a in enumerate(answers) if i != 7] == [
         (10 + i, 10) for i in range(20) if i != 7
     ]
+
+
+def test_a_place_given_twice_is_one_place(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    other = tmp_path / "other"
+    other.mkdir()
+    whole = str(tmp_path / "1.png")
+    assert Places([tmp_path, other]).find(whole) == whole
+    assert Places([tmp_path, tmp_path]).find("1.png") == whole

@@ -1,5 +1,7 @@
 """Anybody's captioned pictures and transcripts, and what must not leak."""
 
+import os
+
 import numpy as np
 import pytest
 from conftest import one_line
@@ -139,3 +141,16 @@ def test_speech_alone_is_enough_for_phase_0(tmp_path):
         dataset.open("train", "frames")
     with pytest.raises(UserError, match="give --csv FILE"):
         data.main(["pairs"])
+
+
+def test_a_picture_is_looked_for_where_it_was_said_to_be(tmp_path, monkeypatch):
+    """A name that is not in --images was once taken from the folder one stood in."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "elsewhere"):
+        os.mkdir(folder)
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(f"photos/{i}.png")
+    rows = "".join(f"photos/{i}.png,a ball\n" for i in range(20))
+    open("pairs.csv", "w").write("image,caption\n" + rows)
+    with pytest.raises(UserError, match="elsewhere/photos/0.png: no such image"):
+        data.main(["pairs", "--csv=pairs.csv", "--images=elsewhere"])

@@ -27,7 +27,7 @@ def test_names_from_a_csv_cannot_write_into_the_page():
 
 def test_the_page_is_whole_and_fetches_nothing():
     frame = np.zeros((8, 8, 3), np.uint8)
-    sheet = report.contact_sheet([(frame, "a ball", "a cat")] * 40)
+    sheet = report.contact_sheet([(frame, "a ball", "a cat")] * 36)
     log = [{"phase": "vision", "step": i, "loss": 3.0 - i} for i in range(3)]
     page = report.page(results() | {"val_loss": 1.5}, sheet, log)
     assert (
@@ -40,3 +40,9 @@ def test_the_page_is_whole_and_fetches_nothing():
 def test_our_row_stands_below_the_papers():
     lines = list(report.beside_the_paper(results()["tasks"], "ours"))
     assert lines[-1].split() == ["ours", "-", "0.500", "-", "-"] and len(lines) == 6
+
+
+def test_the_contact_sheet_shows_all_it_is_given():
+    frame = np.full((16, 16, 3), 200, np.uint8)
+    sheets = [report.contact_sheet([(frame, "a ball", "a cat")] * n) for n in (6, 7, 36)]
+    assert [sheet.size for sheet in sheets] == [(1140, 190), (1140, 380), (1140, 1140)]

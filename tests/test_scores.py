@@ -8,6 +8,7 @@ import pytest
 
 import scores
 from eval import WINOGROUND
+from scores import names_in
 
 
 def test_the_interval_is_wilsons():
@@ -76,3 +77,9 @@ def test_meteor_is_nltks_without_its_thesaurus():
         theirs = nltk.single_meteor_score(a, b, stemmer=plain, wordnet=empty)
         assert scores.meteor_exact(a, b) == pytest.approx(theirs)
     assert scores.meteor_exact(["a"], []) == 0.0
+
+
+def test_punctuation_may_touch_a_name():
+    assert names_in("Look, a ball.", {"ball"}) == {"ball"}
+    assert names_in("a t-shirt !", {"t-shirt", "shirt"}) == {"t-shirt"}
+    assert names_in("a football", {"ball"}) == set()

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import multiprocessing
 
 import numpy as np
 from conftest import ROOT
@@ -90,7 +91,7 @@ def test_sprites_furnish_the_nursery(tmp_path, monkeypatch):
         image.save(f"thing_{'abcdefghi'[i]}.png")
     (tmp_path / "thing_a.txt").write_text("A green apple.\nMore.")
     Image.new("RGB", (30, 30)).save("background.png")  # no transparency: no thing
-    sprites = toy.load_sprites(tmp_path)
+    sprites = toy.load_kinds(tmp_path)
     assert len(sprites) == 9 and "green apple" in sprites and "thing b" in sprites
     data.main(
         [
@@ -116,3 +117,19 @@ def test_the_tables_columns_are_babyvlms():
         if name != "probe":
             assert set(evaluation.TASKS[name].columns) <= set(columns)
     assert csv and ROOT
+
+
+def test_trials_are_the_same_from_a_process_that_shares_nothing(tmp_path):
+    """Where processes are spawned, not forked, THINGS is another object in each: the trials were
+    once of things without colours there."""
+    context = multiprocessing.get_context("spawn")
+    settings = toy.Config(size=16, trials=0.02)
+    for folder, kind in ((tmp_path / "spawned", context), (tmp_path / "forked", multiprocessing)):
+        process = kind.Process(target=toy.draw_trials, args=(settings, folder))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    for name in ("vtwt.csv", "probe.csv"):
+        spawned = (tmp_path / "spawned" / "eval" / name).read_text()
+        assert spawned == (tmp_path / "forked" / "eval" / name).read_text()
+        assert "red" in spawned

@@ -55,7 +55,7 @@ def test_every_tower_keeps_the_promise(net):
     assert type(net) in vision.TOWERS.values()
     with torch.no_grad():
         y = net(torch.randn(2, 3, 64, 64), -1)
-    assert y.shape == (2, 1 + net.positions_of(64), net.width)
+    assert y.shape == (2, 1 + net.num_patches(64), net.width)
     again = vision.build(vision.describe(net))
     again.load_state_dict(net.state_dict())
     assert vision.fingerprint(again) == vision.fingerprint(net)

@@ -1,0 +1,63 @@
+"""
+What is watched while a model learns: its validation loss, and linear probes on a tower.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dino import linear_probe
+from files import read_csv
+from images import read_image, to_pixels
+
+
+@torch.no_grad()
+def val_loss(model, batches, image_format, limit=0, rank=0, world=1):
+    """Mean NLL per target over `limit` rows (0: all), always the same ones; each of `world`
+    processes takes its share of the batches."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    sum_dtype = (
+        torch.float32 if model.gpt.device.type == "mps" else torch.float64
+    )  # mps has no float64
+    total = torch.zeros(2, device=model.gpt.device, dtype=sum_dtype)  # sum of NLL, targets
+    for i, (rows, length) in enumerate(batches.fixed_plan(limit)):
+        if i % world == rank:
+            batch = batches.read(rows, length)
+            loss = model(*model.inputs(batch, image_format, 0, 0))[1].to(sum_dtype)
+            total += torch.stack([loss * batch.count, torch.full_like(loss, batch.count)])
+    if world > 1:
+        dist.all_reduce(total)
+    for module, mode in modes.items():
+        module.training = mode
+    return float(total[0] / total[1])
+
+
+@functools.lru_cache(maxsize=1)  # a run probes its tower many times, on the same frames
+def read_probe(path, image_format, corpus):
+    """(rows, frames (n, S, S, 3) uint8) of a corpus's probe.csv."""
+    rows = read_csv(path, ("image", "kind", "colour"))
+    images = path.parent / "images"
+    return rows, np.stack([read_image(images / row["image"], image_format) for row in rows])
+
+
+@torch.no_grad()
+def probe(tower, dataset):
+    """{"kind", "colour"}: accuracies of linear probes on a tower, from eval/probe.csv, else {}.
+
+    Fitted on three quarters of the frames, on [CLS, mean of places] after the last layer."""
+    path, image_format = dataset.directory / "eval" / "probe.csv", dataset.image_format
+    if not path.exists():
+        return {}
+    rows, frames = read_probe(path, image_format, dataset.meta["corpus"])
+    device, outputs = next(tower.parameters()).device, []
+    for start in range(0, len(frames), 64):
+        x = tower(to_pixels(frames[start : start + 64], image_format, device)).float().cpu()
+        outputs.append(torch.cat([x[:, 0], x[:, 1:].mean(1)], 1))
+    outputs, accuracies = torch.cat(outputs), {}
+    for name in ("kind", "colour"):
+        labels = np.unique([row[name] for row in rows], return_inverse=True)[1]
+        accuracies[name] = linear_probe(outputs, torch.tensor(labels), len(rows) * 3 // 4)
+    return accuracies
