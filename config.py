@@ -127,10 +127,10 @@ def read_flags(flags, kinds):
             raise UserError(f"--{name}: no value given")
         if several:
             element = typing.get_args(kind)[0]
+            parsed = tuple(parse(v, element) for v in values)
             for earlier in [entry for entry in found if entry[0] == name]:
-                found.remove(earlier)  # --image a --image b is --image a b
-                values = [*earlier[1], *values]
-            parsed = tuple(parse(v, element) if isinstance(v, str) else v for v in values)
+                found.remove(earlier)
+                parsed = earlier[1] + parsed  # --image a --image b is --image a b
             found.append((name, parsed, f"--{name}"))
         else:
             found.append((name, parse((values or [""])[0], kind), f"--{name}"))

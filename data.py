@@ -310,13 +310,13 @@ class Data:
         return self.directory / "features" / f"{frames[:16]}_{how[:24]}.bin"
 
 
-def open_bin(path, dtype, shape):
-    """An np.memmap of a file, read-only. Raises UserError where its size is another."""
+def open_bin(path, dtype, shape, remedy="prepare its folder again"):
+    """An np.memmap of a file, read-only. Raises UserError, naming the remedy, where its size is
+    another."""
     expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.exists() else 0
     if found != expected:
-        how = "delete it" if path.parent.name == "features" else "prepare its folder again"
-        raise UserError(f"{path}: {found:,} bytes, want {expected:,}: {how}")
+        raise UserError(f"{path}: {found:,} bytes, want {expected:,}: {remedy}")
     return np.memmap(path, dtype, "r", shape=shape)
 
 

@@ -239,9 +239,8 @@ def captions(rows, subject, ties):
     scores = [meteor(row["text"].split(), said.split()) for row, said in zip(rows, answers)]
     score = round(float(np.mean(scores)), 4)
     results = {name: {"score": score, "n": len(rows), "chance": None, "ci95": None}}
-    things, colours = (
-        {row[column] for row in subject.rows if row.get(column)} for column in ("thing", "colour")
-    )
+    things = {row["thing"] for row in subject.rows if row.get("thing")}
+    colours = {row["colour"] for row in subject.rows if row.get("colour")}
     if things:
         hits = [names_in(said, things) == {row["thing"]} for row, said in zip(rows, answers)]
         results["names_thing"] = accuracy(hits, None)
@@ -414,14 +413,15 @@ def evaluate(loaded, settings):
 def write(results, entries, out, task):
     """results.json, report.html and captions.png in the folder `out`, under names that say so if
     one task was run alone or pictures were shuffled; returns their names."""
-    suffix = (f"_{task}" if task else "") + ("_shuffled" if results["shuffled"] else "")
+    shuffled = "_shuffled" if results["shuffled"] else ""
+    suffix = (f"_{task}" if task else "") + shuffled
     sheet = report.contact_sheet(entries) if entries else None
     names = [f"results{suffix}.json", f"report{suffix}.html"]
     write_json(out / names[0], results)
     with writing(out / names[1]) as file:
         file.write(report.page(results, sheet, read_log(out / "log.jsonl")).encode("utf-8"))
     if sheet:
-        names.append(f"captions{'_shuffled' if results['shuffled'] else ''}.png")
+        names.append(f"captions{shuffled}.png")
         with writing(out / names[2]) as file:
             sheet.save(file, "PNG")
     return names

@@ -36,7 +36,7 @@ def open_stored(dataset, split, model):
     path = find(dataset, split, model)
     if not path.exists():
         return None
-    return open_bin(path, "float16", shape(dataset, split, model))
+    return open_bin(path, "float16", shape(dataset, split, model), "delete it")
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def store(dataset, split, model, device):
     with locked(path.with_suffix(".lock")):
         if not path.exists():
             compute(model, frames, dataset.image_format, device, path, row_bytes)
-    return open_bin(path, "float16", whole)
+    return open_bin(path, "float16", whole, "delete it")
 
 
 def compute(model, frames, image_format, device, path, row_bytes):

@@ -26,14 +26,8 @@ from dino import DINO
 from files import append_log
 from model import GPT, BabyLLaVA, GPTConfig, Projector, projector_fault
 
-EVERY_PHASE = (
-    "warmup",
-    "weight_decay",
-    "beta2",
-    "grad_clip",
-    "seed",
-    "dtype",
-)  # concern all of them
+# knobs that concern all of them
+EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ import re
 
 import numpy as np
 
-WORD = r"[^\W_]+"  # punctuation may touch it
-
 
 def wilson(hits, n):
     """95 % interval of a proportion of n trials (Wilson 1927); hits may be fractional."""
@@ -48,15 +46,19 @@ def over_ties(scores, rule, ties):
     return float(np.mean(outcomes))
 
 
+def spaced(text):
+    """The words of a text with a space before and after each; punctuation may have touched them."""
+    return " " + " ".join(re.findall(r"[^\W_]+", text)) + " "
+
+
 def names_in(text, names):
     """Which of the names occur in a text, as whole words; of "ball" and "beach ball" the longer."""
-
-    def holds(text, name):
-        return f" {' '.join(re.findall(WORD, name))} " in f" {' '.join(re.findall(WORD, text))} "
-
-    found = [name for name in names if holds(text, name)]
-    parts = [name for name in found for longer in found if name != longer and holds(longer, name)]
-    return set(found) - set(parts)
+    found = {name for name in names if spaced(name) in spaced(text)}
+    parts_of_longer = set()
+    for name in found:
+        if any(name != longer and spaced(name) in spaced(longer) for longer in found):
+            parts_of_longer.add(name)
+    return found - parts_of_longer
 
 
 def meteor_exact(reference, said):

@@ -118,7 +118,8 @@ def find_resume(part, log_path, locations, labels):
     kept = min(part.rows_on_disk(kind) for kind in ("frames", "images"))
     done, left = 0, kept
     while done < len(locations) and (left or done in skipped):
-        left -= done not in skipped
+        if done not in skipped:
+            left -= 1
         done += 1
     for kind in ("frames", "images"):
         part.bin(kind, keep_rows=kept - left)
