@@ -16,6 +16,7 @@ Letters: B batch, T sequence length, N images, P image tokens an image, E vision
 K targets.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,22 +24,26 @@ import torch
 
 from config import UserError
 from images import to_pixels
+from tiles import arrange, count_tokens, join
 
 
 @dataclass
 class Batch:
     """What a model is given: tokens (n, T), the positions in the flattened (n T) that have a
     target (None: all have), these targets (K,), and images (N, P, E) features, (N, S, S, 3)
-    frames, or None. `count` targets are to be learnt, the others are padding, -100."""
+    frames, or None. `count` targets are to be learnt, the others are padding, -100. arrangement:
+    where images come in tiles, see tiles.py, which of the tower's outputs stand for their tokens."""
 
     tokens: np.ndarray
     targets: np.ndarray
     positions: np.ndarray | None
     images: np.ndarray | None
     count: int
+    arrangement: tuple | None = None
 
     def to(self, device, image_format):
-        """(tokens, targets, positions, images) as tensors; frames become a tower's input."""
+        """(tokens, targets, positions, images, arrangement) as tensors; frames become a tower's
+        input."""
         tokens, targets = (torch.as_tensor(x, device=device) for x in (self.tokens, self.targets))
         positions, images = self.positions, self.images
         if positions is not None:
@@ -47,7 +52,10 @@ class Batch:
             images = to_pixels(images, image_format, device)
         elif images is not None:
             images = torch.as_tensor(images, device=device)
-        return tokens, targets, positions, images
+        arrangement = self.arrangement
+        if arrangement is not None:
+            arrangement = tuple(torch.as_tensor(part, device=device) for part in arrangement)
+        return tokens, targets, positions, images, arrangement
 
 
 def round_up(n, parts=8):
@@ -124,22 +132,31 @@ class SampleBatches:
         self.samples, self.tokens = dataset.open(split, "samples"), dataset.open(split, "tokens")
         self.learn, self.tokenizer = dataset.open(split, "learn"), dataset.tokenizer
         self.batch, self.seed, self.rows = batch, seed, len(self.samples)
-        self.P, self.features, self.shown, self.frames = 0, features, None, None
+        self.features, self.shown = features, None
         if dataset.count(split, "shown"):
-            self.P = model.image_tokens(dataset.image_format.size)
             self.shown, self.images = (dataset.open(split, kind) for kind in ("shown", "images"))
             self.frames = dataset.open(split, "frames")
+            self.count_image_tokens(model, dataset.image_format)
         self.block_size = model.gpt.config.block_size
         longest = int(max(self.lengths(part).max() for part in self.parts()))
         if longest > self.block_size:
             raise UserError(
-                f"{dataset.directory}: the longest {split} sample makes {longest} "
-                f"tokens, {self.P} for an image, over block_size {self.block_size}: "
+                f"{dataset.directory}: the longest {split} sample makes {longest} tokens, those of "
+                f"its images included, over block_size {self.block_size}: "
                 "raise block_size in phase 0, or shorten the samples"
             )
         if model.image_attention == "full":
             self.check_images_lead(dataset.directory)
         self.order, self.window, self.plans = Order(self.rows, seed), None, None
+
+    def count_image_tokens(self, model, image_format):
+        """P; of each image its number of tokens; and of the images shown, their running total."""
+        self.P, self.tiled = model.image_tokens(image_format.size), model.tiled
+        self.side, self.max_tiles = math.isqrt(self.P), image_format.max_tiles
+        self.image_tokens = np.full(len(self.images), self.P)
+        if self.tiled:
+            self.image_tokens = count_tokens(self.images[:, 1:], self.side, self.max_tiles)
+        self.totals = np.append(0, self.image_tokens[self.shown].cumsum())
 
     def parts(self, size=1 << 16):
         return (np.arange(i, min(i + size, self.rows)) for i in range(0, self.rows, size))
@@ -147,7 +164,11 @@ class SampleBatches:
     def lengths(self, rows):
         """Positions that each sample takes: its last token is only ever a target."""
         samples = self.samples[rows].astype(np.int64)
-        return samples[:, 1] - 1 + samples[:, 3] * (self.P - 1)
+        lengths = samples[:, 1] - 1
+        if self.shown is not None:
+            first, count = samples[:, 2], samples[:, 3]
+            lengths += self.totals[first + count] - self.totals[first] - count
+        return lengths
 
     def check_images_lead(self, directory):
         """Raise UserError unless all samples begin with the same number of images: then these are
@@ -199,12 +220,13 @@ class SampleBatches:
             first_token, n_tokens, first_shown, n_images = sample
             tokens = slice(first_token, first_token + n_tokens)
             ids = self.tokens[tokens]
-            repeats = np.where(ids == self.tokenizer.image, max(self.P, 1), 1)
-            end = int(repeats.sum())
-            stream[i, :end] = np.repeat(ids, repeats)  # each <image> becomes P placeholders
-            learn[i, :end] = np.repeat(self.learn[tokens], repeats)
-            if n_images:
+            repeats = np.ones(len(ids), np.int64)
+            if n_images:  # each <image> becomes as many placeholders as it has tokens
                 shown.append(self.shown[first_shown : first_shown + n_images])
+                repeats[ids == self.tokenizer.image] = self.image_tokens[shown[-1]]
+            end = int(repeats.sum())
+            stream[i, :end] = np.repeat(ids, repeats)
+            learn[i, :end] = np.repeat(self.learn[tokens], repeats)
         positions = np.flatnonzero(learn[:, 1:])
         targets = stream[:, 1:].reshape(-1)[positions]
         padding = round_up(max(len(positions), 1), parts=4) - len(positions)
@@ -216,9 +238,20 @@ class SampleBatches:
             count=len(positions),
         )
         if shown:
-            frames = self.images[np.concatenate(shown)][:, 0]
-            batch.images = (self.frames if self.features is None else self.features)[frames]
+            self.add_images(batch, self.images[np.concatenate(shown)].astype(np.int64).tolist())
         return batch
+
+    def add_images(self, batch, images):
+        """Give a batch the frames, or features of frames, of images: rows of the bin."""
+        frames, arrangements = [], []
+        for first, *grid in images:
+            if self.tiled:
+                arranged = arrange(*grid, self.side, len(frames), self.max_tiles)
+                arrangements.append(arranged)
+            frames += range(first, first + 1 + grid[0] * grid[1])
+        batch.images = (self.frames if self.features is None else self.features)[np.array(frames)]
+        if self.tiled:
+            batch.arrangement = join(arrangements)
 
 
 class ClipBatches:

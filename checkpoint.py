@@ -35,6 +35,7 @@ from files import writing
 from images import ImageFormat
 from model import GPT, BabyLLaVA, GPTConfig, Projector
 from tokenizer import Tokenizer
+from tokenizer_json import parse
 
 FORMAT = 2
 BACKENDS = ("attention", "norm")  # of a GPTConfig: the machine's choice, not the model's
@@ -53,6 +54,18 @@ class Loaded:
     @property
     def device(self):
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self):
+        return next(self.model.parameters()).dtype
+
+    def choose_template(self, name="", system=""):
+        """(name, system text) of the template to ask in: those given, else those it has learnt
+        with. ("", ""): none, it knows captions alone, or "plain" was asked for."""
+        if name == "plain":
+            return "", ""
+        learnt = self.checkpoint.get("template") or {"name": "", "system": ""}
+        return name or learnt["name"], system or learnt["system"]
 
 
 def choose_device(name):
@@ -93,6 +106,7 @@ def describe_parts(model, projector_kind):
             "select_layer": model.select_layer,
             "keep_cls": model.keep_cls,
             "image_attention": model.image_attention,
+            "tiled": model.tiled,
         }
     return parts
 
@@ -115,6 +129,22 @@ def describe(settings, name, dataset, model, step, done, parents, decided):
         "tokenizer": tokenizer if model.gpt is not None else None,
         "parts": describe_parts(model, settings.projector),
         "weights": model.state_dict(),
+    }
+
+
+def of_folder(folder, model, tokenizer, image_format, template):
+    """The dict of a model that came from a folder of another's."""
+    return {
+        "format": FORMAT,
+        "phase": "folder",
+        "settings": {"data": str(folder)},
+        "decided": {},
+        "source": str(folder),
+        "corpus": "",
+        "images": asdict(image_format),
+        "tokenizer": {"kind": tokenizer.kind, "ranks": tokenizer.dump()},
+        "template": template,
+        "parts": describe_parts(model, "mlp2x_gelu"),
     }
 
 
@@ -171,9 +201,7 @@ def build(checkpoint, device="cpu", **backends):
     tower = vision.build(parts["tower"]) if "tower" in parts else None
     tokenizer = gpt = projector = None
     if checkpoint["tokenizer"]:
-        tokenizer = Tokenizer.parse(
-            checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"]
-        )
+        tokenizer = parse(checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"])
     if "gpt" in parts:
         gpt = GPT(GPTConfig(**parts["gpt"], **backends))
     if "projector" in parts:

@@ -29,8 +29,8 @@ import numpy as np
 import config
 from config import UserError
 from files import only_one, write_json, writing
-from images import ImageFormat
-from tokenizer import Tokenizer
+from images import ImageFormat, Picture
+from tokenizer_json import parse
 
 FORMAT = 2  # of data/<name>; readers refuse another
 # What a row of each bin is: type and shape. "token" is uint16, or uint32 for large vocabularies.
@@ -98,16 +98,17 @@ class SplitWriter:
             self.bin("text").put([*tokenizer.encode(utterance), tokenizer.eos])
             self.characters += len(utterance) + 1  # and the line's end
 
-    def image(self, frame, clip, original=None):
-        """Add a picture that is one frame (S, S, 3) of clip number `clip`, and return its number.
-        Clip numbers may not fall: their frames stand side by side. original: the picture's
-        (width, height) before it became a frame."""
+    def image(self, picture, clip):
+        """Add a picture of clip number `clip`, an images.Picture or one frame (S, S, 3), and return
+        its number. Clip numbers may not fall: their frames stand side by side."""
+        if isinstance(picture, np.ndarray):
+            picture = Picture(picture[None], 0, 0, *picture.shape[1::-1])
         if clip < self.last_clip:
             raise ValueError(f"clip {clip} after clip {self.last_clip}: their numbers must rise")
         self.last_clip = clip
-        self.bin("images").put([self.bin("frames").rows, 0, 0, *(original or frame.shape[1::-1])])
-        self.bin("frames").put(frame)
-        self.bin("clips").put(clip)
+        self.bin("images").put([self.bin("frames").rows, *picture.grid])
+        self.bin("frames").put(picture.frames)
+        self.bin("clips").put([clip] * len(picture.frames))
         return self.bins["images"].rows - 1
 
     def sample(self, tokens, learn, images=()):
@@ -131,10 +132,15 @@ class SplitWriter:
         self.bin("learn").put(learn)
         self.bin("shown").put(np.array(images, np.uint32))
 
-    def rows_on_disk(self, kind):
-        """Whole rows of what a killed run left of a bin."""
-        path = self.path(f"{kind}.partial")
-        return path.stat().st_size // row_bytes(kind, self.writer.meta) if path.exists() else 0
+    def whole_images(self):
+        """The rows of the images that a killed run left together with all their frames, (n, 5)."""
+        paths = {kind: self.path(f"{kind}.partial") for kind in ("images", "frames")}
+        if not all(path.exists() for path in paths.values()):
+            return np.zeros((0, 5), np.int64)
+        written = np.fromfile(paths["images"], "uint32")
+        images = written[: written.size // 5 * 5].reshape(-1, 5).astype(np.int64)
+        frames = paths["frames"].stat().st_size // row_bytes("frames", self.writer.meta)
+        return images[images[:, 0] + 1 + images[:, 1] * images[:, 2] <= frames]
 
 
 class Writer:
@@ -276,7 +282,7 @@ class Data:
                 f"{FORMAT}: remake it with `{command} ...`"
             )
         ranks = (self.directory / "tokenizer.tiktoken").read_text()
-        self.tokenizer = Tokenizer.parse(ranks, self.meta["tokenizer"])
+        self.tokenizer = parse(ranks, self.meta["tokenizer"])
         if self.tokenizer.digest() != self.meta["tokenizer_digest"]:
             raise UserError(
                 f"{self.directory}: its tokenizer is not the one that made its bins: "

@@ -16,7 +16,6 @@ A new test is an entry in TASKS: its columns, which of them name pictures, its r
 
 import json
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,19 +24,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import babyvlm
 import checkpoint
 import config
 import features
+import inference
 import report
-import sample
 import vision
 import watch
+import weights
 from batches import SampleBatches, TextBatches
 from config import UserError, knob
 from data import Data
 from files import read_csv, read_log, write_json, writing
-from images import Places, read_image
-from scores import accuracy, choose_meteor, lowest, names_in, over_ties
+from images import read_picture
+from places import Places
+from scores import accuracy
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Config(config.Knobs):
     shuffle: bool = False  # deal each test's pictures at random: all must fall to chance
     out: str = ""  # where to write; empty: the checkpoint's folder
     device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda where there is one
+    dtype: str = knob("", choices=("", "float32", "bfloat16"))  # empty: as the weights are kept
 
 
 # ---------------------------------------------------------------------------------------------
@@ -60,17 +63,24 @@ class Config(config.Knobs):
 
 
 @torch.no_grad()
-def phrase_nll(loaded, images, rows, phrases, batch=256):
-    """Mean NLL per token of phrases[i] after the picture images[rows[i]]: float64 (n,).
+def phrase_nll(loaded, shown, phrases, batch=256):
+    """Mean NLL per token of phrases[i] after the picture shown[i]: float64 (n,).
 
-    images: features (N, P, E), or None for words alone, which then follow an <eos>. No <eos> is
-    scored. Raises UserError where a phrase is too long or empty, or a score no finite number."""
+    shown: as inference.see gives them, or None for words alone, which then follow an <eos>. No <eos>
+    is scored. Raises UserError where a phrase is too long or empty, or a score no finite number."""
     model, tokenizer, device = loaded.model, loaded.tokenizer, loaded.device
-    before = [tokenizer.eos] if images is None else [tokenizer.image] * images.shape[1]
     scores = np.zeros(len(phrases))
     for start in range(0, len(phrases), batch):
         words = [tokenizer.encode(phrase) for phrase in phrases[start : start + batch]]
-        T = len(before) + max(map(len, words)) - 1  # the last token is only ever a target
+        begins, embeds = [tokenizer.eos] if tokenizer.bos is None else [tokenizer.bos], None
+        befores = [begins] * len(words)
+        if shown is not None:
+            begins = begins if tokenizer.bos is not None else []
+            embeds = shown[start : start + batch]
+            befores = [begins + [tokenizer.image] * len(embed) for embed in embeds]
+            embeds = torch.cat(embeds).to(device)
+        streams = [before + phrase for before, phrase in zip(befores, words)]
+        T = max(map(len, streams)) - 1  # the last token is only ever a target
         if model.gpt.config.block_size < T or not all(words):
             longest = max(phrases[start : start + batch], key=len)
             raise UserError(
@@ -79,16 +89,14 @@ def phrase_nll(loaded, images, rows, phrases, batch=256):
             )
         tokens = torch.full((len(words), T), tokenizer.pad)
         positions, targets, owners = [], [], []
-        for i, phrase in enumerate(words):
-            stream = before + phrase
+        for i, (stream, phrase) in enumerate(zip(streams, words)):
             tokens[i, : len(stream) - 1] = torch.tensor(stream[:-1])
-            first = i * T + len(before) - 1  # the position that says the first word
+            first = i * T + len(stream) - len(phrase) - 1  # the position that says the first word
             positions += range(first, first + len(phrase))
             targets += phrase
             owners += [i] * len(phrase)
-        shown = None if images is None else images[rows[start : start + batch]].to(device)
         logits, _ = model(
-            tokens.to(device), positions=torch.tensor(positions, device=device), images=shown
+            tokens.to(device), positions=torch.tensor(positions, device=device), images=embeds
         )
         losses = F.cross_entropy(
             logits.float(), torch.tensor(targets, device=device), reduction="none"
@@ -104,33 +112,34 @@ class Subject:
     """A model that is asked about the pictures of a test, by their names."""
 
     def __init__(self, loaded, rows, names, locations, settings):
-        self.loaded, self.rows, self.settings = loaded, rows, settings  # rows: all of the CSV
+        self.loaded, self.rows, self.settings = loaded, rows, settings  # rows: all of the test
         self.place = {name: i for i, name in enumerate(names)}
         if settings.shuffle:
             self.place = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
-        self.locations, seen = locations, []
+        self.locations, self.seen = locations, []  # each picture's embeddings, (tokens, C)
         for start in tqdm(range(0, len(names), 64), "pictures", unit_scale=64, unit="image"):
-            seen.append(
-                sample.encode_frames(loaded, self.read(locations[start : start + 64])).cpu()
-            )
-        self.features = torch.cat(seen)  # each picture's once
+            pictures = self.read(locations[start : start + 64])
+            self.seen += [embed.cpu() for embed in inference.see(loaded, pictures)]
         self.scores, self.answers = {}, {}  # what was asked before: a subset asks again
 
     def read(self, locations):
-        return np.stack([read_image(place, self.loaded.image_format) for place in locations])
+        return [read_picture(place, self.loaded.image_format) for place in locations]
 
     def frames(self, images):
-        """What is shown where these names are asked for: (n, S, S, 3) uint8."""
-        return self.read([self.locations[self.place[name]] for name in images])
+        """What is shown where these names are asked for, whole: (n, S, S, 3) uint8."""
+        shown = self.read([self.locations[self.place[name]] for name in images])
+        return np.stack([picture.frames[0] for picture in shown])
+
+    def embeds(self, images):
+        return [self.seen[self.place[name]] for name in images]
 
     def nll(self, images, phrases):
         """phrase_nll of each phrase after each picture."""
         asked = list(zip(images, phrases))
         new = [pair for pair in dict.fromkeys(asked) if pair not in self.scores]
         if new:
-            rows = [self.place[name] for name, _ in new]
-            texts = [phrase for _, phrase in new]
-            scores = phrase_nll(self.loaded, self.features, rows, texts, self.settings.batch)
+            shown, texts = self.embeds([name for name, _ in new]), [phrase for _, phrase in new]
+            scores = phrase_nll(self.loaded, shown, texts, self.settings.batch)
             self.scores |= dict(zip(new, scores))
         return np.array([self.scores[pair] for pair in asked])
 
@@ -138,118 +147,8 @@ class Subject:
         """What the model says of each picture, greedily, 25 tokens at most."""
         new = [name for name in dict.fromkeys(images) if name not in self.answers]
         if new:
-            self.answers |= dict(zip(new, sample.caption(self.loaded, self.frames(new), 25)))
+            self.answers |= dict(zip(new, inference.caption(self.loaded, self.embeds(new), 25)))
         return [self.answers[name] for name in images]
-
-
-# ---------------------------------------------------------------------------------------------
-# The rules. Each takes the rows of its CSV, a Subject and the way to count ties, and returns
-# {measure: result}.
-
-
-def labeled_s(rows, subject, ties):
-    """Some pictures, one word: under which picture is the word likeliest?"""
-    scores = subject.nll([row["image"] for row in rows], [row["target_category"] for row in rows])
-    trials = defaultdict(list)
-    for row, score in zip(rows, scores):
-        trials[row["trial_id"]].append((score, row["target_category"] == row["real_category"]))
-    hits, chances = [], []
-    for name, trial in trials.items():
-        right = [i for i, (_, is_target) in enumerate(trial) if is_target]
-        if len(right) != 1:
-            raise UserError(f"labeled_s: trial {name} has {len(right)} pictures of its target")
-        hits.append(lowest(np.array([score for score, _ in trial]), right[0], ties))
-        chances.append(1 / len(trial))
-    return {"accuracy": accuracy(hits, float(np.mean(chances)))}
-
-
-def first_is_lower(firsts, seconds, ties):
-    hits = [lowest(np.array(pair), 0, ties) for pair in zip(firsts, seconds)]
-    return {"accuracy": accuracy(hits, 0.5)}
-
-
-def vtwt(rows, subject, ties):
-    """One picture, a true phrase and its foil: which is likelier?"""
-    images = [row["image"] for row in rows]
-    positive = subject.nll(images, [row["positive_phrase"] for row in rows])
-    negative = subject.nll(images, [row["negative_phrase"] for row in rows])
-    return first_is_lower(positive, negative, ties)
-
-
-def two_by_one(rows, subject, ties):
-    """Two pictures, one phrase: under which is it likelier?"""
-    phrases = [row["phrase"] for row in rows]
-    true = subject.nll([row["image"] for row in rows], phrases)
-    foil = subject.nll([row["foil_image"] for row in rows], phrases)
-    return first_is_lower(true, foil, ties)
-
-
-# L00: positive picture, positive phrase; L01: positive picture, negative phrase; and so on. The
-# chances are those of four scores in random order: four of the 24 orders pass the group rule.
-WINOGROUND = {
-    "image": (lambda L00, L01, L10, L11: L00 < L10 and L11 < L01, 1 / 4),
-    "text": (lambda L00, L01, L10, L11: L00 < L01 and L11 < L10, 1 / 4),
-    "group": (lambda L00, L01, L10, L11: max(L00, L11) < min(L01, L10), 1 / 6),
-    "positive_context": (lambda L00, L01, L10, L11: L00 < min(L01, L10), 1 / 3),
-    "negative_context": (lambda L00, L01, L10, L11: L11 < min(L01, L10), 1 / 3),
-}
-
-
-def winoground(instances, subject, ties):
-    """instances: (positive picture, negative picture, positive phrase, negative phrase)."""
-    images = [image for instance in instances for image in instance[:2] for _ in range(2)]
-    phrases = [phrase for instance in instances for _ in range(2) for phrase in instance[2:]]
-    tables = subject.nll(images, phrases).reshape(-1, 4)  # rows of L00, L01, L10, L11
-    results = {}
-    for measure, (rule, chance) in WINOGROUND.items():
-        hits = [over_ties(table, rule, ties) for table in tables.tolist()]
-        results[measure] = accuracy(hits, chance)
-    return results
-
-
-def baby_winoground(rows, subject, ties):
-    """Two pictures, two phrases, each phrase true of one; a row for each picture."""
-    by_instance = defaultdict(list)
-    for row in rows:
-        by_instance[row["instance_id"]].append(row)
-    instances = []
-    for name, sides in by_instance.items():
-        images = {row["image_tag"]: row["image"] for row in sides}
-        phrases = {(row["positive_phrase"], row["negative_phrase"]) for row in sides}
-        if len(sides) != 2 or set(images) != {"positive", "negative"} or len(phrases) != 1:
-            raise UserError(
-                f"baby_winoground:{sides[-1].get('line', '')}: instance {name} needs one row "
-                "tagged positive and one tagged negative, with the same two phrases"
-            )
-        instances.append((images["positive"], images["negative"], *phrases.pop()))
-    return winoground(instances, subject, ties)
-
-
-def two_by_two(rows, subject, ties):
-    """Baby Winoground in one row an instance."""
-    columns = ("image", "foil_image", "phrase", "foil_phrase")
-    return winoground([tuple(row[c] for c in columns) for row in rows], subject, ties)
-
-
-def captions(rows, subject, ties):
-    """METEOR of what is said against one reference each. Where the CSV has them: how often it
-    names the `thing` shown and no other, and the right `colour`, where it says one."""
-    answers = subject.answer([row["image"] for row in rows])
-    name, meteor = choose_meteor()
-    scores = [meteor(row["text"].split(), said.split()) for row, said in zip(rows, answers)]
-    score = round(float(np.mean(scores)), 4)
-    results = {name: {"score": score, "n": len(rows), "chance": None, "ci95": None}}
-    things = {row["thing"] for row in subject.rows if row.get("thing")}
-    colours = {row["colour"] for row in subject.rows if row.get("colour")}
-    if things:
-        hits = [names_in(said, things) == {row["thing"]} for row, said in zip(rows, answers)]
-        results["names_thing"] = accuracy(hits, None)
-    if colours:
-        said_colours = [names_in(said, colours) for said in answers]
-        hits = [said == {row["colour"]} for row, said in zip(rows, said_colours) if said]
-        if hits:
-            results["colour_if_said"] = accuracy(hits, None)
-    return results
 
 
 @dataclass(frozen=True)
@@ -266,19 +165,26 @@ class Task:
 
 TASKS = {
     "labeled_s": Task(
-        ("trial_id", "target_category", "real_category", "image"), ("image",), labeled_s, True
+        ("trial_id", "target_category", "real_category", "image"),
+        ("image",),
+        babyvlm.labeled_s,
+        True,
     ),
-    "vtwt": Task(("image", "positive_phrase", "negative_phrase"), ("image",), vtwt, True),
+    "vtwt": Task(("image", "positive_phrase", "negative_phrase"), ("image",), babyvlm.vtwt, True),
     "baby_winoground": Task(
         ("instance_id", "positive_phrase", "negative_phrase", "image", "image_tag"),
         ("image",),
-        baby_winoground,
+        babyvlm.baby_winoground,
         True,
     ),
-    "caption": Task(("image", "text"), ("image",), captions, published=True, speaks=True),
-    "two_by_one": Task(("image", "foil_image", "phrase"), ("image", "foil_image"), two_by_one),
+    "caption": Task(("image", "text"), ("image",), babyvlm.captions, published=True, speaks=True),
+    "two_by_one": Task(
+        ("image", "foil_image", "phrase"), ("image", "foil_image"), babyvlm.two_by_one
+    ),
     "two_by_two": Task(
-        ("image", "foil_image", "phrase", "foil_phrase"), ("image", "foil_image"), two_by_two
+        ("image", "foil_image", "phrase", "foil_phrase"),
+        ("image", "foil_image"),
+        babyvlm.two_by_two,
     ),
 }
 
@@ -328,7 +234,7 @@ def zorro(directory, loaded, batch):
         if len(lines) % 2 or not lines:
             raise UserError(f"{path}: {len(lines)} sentences are no pairs")
         lengths = np.array([len(loaded.tokenizer.encode(line)) for line in lines])
-        scores = phrase_nll(loaded, None, None, lines, batch) * lengths
+        scores = phrase_nll(loaded, None, lines, batch) * lengths
         wrong, right = scores[::2], scores[1::2]
         paradigms[path.stem] = accuracy(np.where(right == wrong, 0.5, right < wrong), 0.5)
     macro = round(float(np.mean([result["score"] for result in paradigms.values()])), 4)
@@ -431,7 +337,7 @@ def main(argv):
     settings = config.load(Config, argv, __doc__)
     device = checkpoint.choose_device(settings.device)
     torch.set_float32_matmul_precision("highest")  # after training on a GPU it may be lower
-    loaded = checkpoint.load(settings.checkpoint, device)
+    loaded = weights.open_model(settings.checkpoint, device, settings.dtype)
     if loaded.model.gpt is None:
         raise UserError(f"{settings.checkpoint}: a tower alone; train.py logs its probes")
     results, entries = evaluate(loaded, settings)

@@ -7,6 +7,8 @@ and none is ever mistaken for another, nor are frames that were drawn anew.
 Letters: F frames, P image tokens an image, E vision width.
 """
 
+import hashlib
+import json
 import os
 
 import numpy as np
@@ -19,10 +21,17 @@ from files import locked
 from images import to_pixels
 
 
+def fingerprint(tower, select_layer=-1, keep_cls=False):
+    """What tells the features of one tower from another's: weights, architecture (heads, registers
+    and the way of interpolating are in no weight), layer, and whether CLS is among them."""
+    how = json.dumps([vision.describe(tower), select_layer, keep_cls], sort_keys=True)
+    return hashlib.sha256((how + vision.weights_digest(tower.state_dict())).encode()).hexdigest()
+
+
 def find(dataset, split, model):
     """Where the features are, or will be, that `model` (a BabyLLaVA) makes of a split's frames."""
-    fingerprint = vision.fingerprint(model.tower, model.select_layer, model.keep_cls)
-    return dataset.features_path(split, fingerprint)
+    key = fingerprint(model.tower, model.select_layer, model.keep_cls)
+    return dataset.features_path(split, key)
 
 
 def shape(dataset, split, model):

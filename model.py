@@ -13,12 +13,14 @@ Letters: B batch, T sequence length, C model width, H heads, D head width, V voc
 P image tokens an image, E vision width, S image side in pixels, K targets.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, attention_weights, choose, rms_norm
 
@@ -36,12 +38,17 @@ class GPTConfig:
     n_hidden: int = 0  # width of the SwiGLU MLP; 0: 8/3 of n_embd, rounded up to a multiple of 32
     dropout: float = 0.0
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # see rotary_frequencies()
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False  # Qwen2's
+    tied: bool = True  # the head is the embedding
     attention: str = "auto"  # backends, see kernels.py
     norm: str = "auto"
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_hidden = self.n_hidden or -(-8 * self.n_embd // 96) * 32
+        self.rope_scaling = tuple(self.rope_scaling)
 
     @property
     def head_width(self):
@@ -64,18 +71,36 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width, backend):
+    def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.backend = backend
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.eps, self.backend = config.norm_eps, config.norm
 
     def forward(self, x):
-        return rms_norm(x, self.weight, 1e-5, None, self.backend)
+        return rms_norm(x, self.weight, self.eps, None, self.backend)
 
     def add(self, x, branch):
         """(x + branch, norm(x + branch)) in one pass over memory."""
-        normed, total = rms_norm(branch, self.weight, 1e-5, x, self.backend)
+        normed, total = rms_norm(branch, self.weight, self.eps, x, self.backend)
         return total, normed
+
+
+def rotary_frequencies(config):
+    """The angle by which each pair of a head turns from one position to the next, (D / 2,).
+
+    rope_scaling: (factor,) makes positions denser; (factor, low, high, length) is Llama 3.1's: of
+    the context it was trained on first, `length` tokens, what turns less than `low` times is slowed
+    by the factor, what turns more than `high` times is left, and between them a blend."""
+    exponents = torch.arange(0, config.head_width, 2).float() / config.head_width
+    frequencies = config.rope_theta**-exponents
+    if len(config.rope_scaling) == 1:
+        return frequencies / config.rope_scaling[0]
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        turns = length * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / factor
+    return frequencies
 
 
 def rotate(x, cos, sin):
@@ -91,7 +116,7 @@ class KVCache:
 
     def __init__(self, config, like, batch, length):
         shape = (config.n_layer, 2, batch, length, config.n_kv_head, config.head_width)
-        self.kv, self.length = like.new_zeros(shape), 0
+        self.kv, self.length, self.room = like.new_zeros(shape), 0, length
 
     def extend(self, layer, k, v):
         """Write the new positions' k and v (B, T, H_kv, D); return those of all so far."""
@@ -120,7 +145,7 @@ class Attention(nn.Module):
         self.head_width, self.layer = config.head_width, layer
         self.dropout, self.backend = config.dropout, config.attention
         outputs = (self.heads + 2 * self.kv_heads) * self.head_width
-        self.qkv_proj = nn.Linear(config.n_embd, outputs, bias=False)
+        self.qkv_proj = nn.Linear(config.n_embd, outputs, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, positions):
@@ -159,9 +184,9 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.n_embd, config.norm)
+        self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm)
+        self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, branch, positions):
@@ -183,17 +208,23 @@ class GPT(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm)
-        exponents = torch.arange(0, config.head_width, 2).float() / config.head_width
-        frequencies = config.rope_theta**-exponents  # (D / 2,)
-        angles = torch.outer(torch.arange(config.block_size).float(), frequencies)[:, None]
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, 1, D / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.norm = RMSNorm(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.recompute = False  # gradient checkpointing: keep no layer's inside, compute it again
+        self.set_rotary()
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:  # GPT-2's init: what adds to the stream starts smaller
                 adds = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / (2 * config.n_layer) ** 0.5 if adds else 0.02
                 nn.init.normal_(parameter, std=std)
+
+    def set_rotary(self):
+        """Make the tables of rotary positions, always in fp32: (block_size, 1, D / 2)."""
+        positions = torch.arange(self.config.block_size).float()
+        angles = torch.outer(positions, rotary_frequencies(self.config))[:, None]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
 
     @property
     def device(self):
@@ -228,13 +259,17 @@ class GPT(nn.Module):
         positions = Positions(self.cos[start:end], self.sin[start:end], prefix, cache, maps)
         branch = None
         for layer in self.layers:
-            x, branch = layer(x, branch, positions)
+            if self.recompute and torch.is_grad_enabled():
+                x, branch = checkpoint(layer, x, branch, positions, use_reentrant=False)
+            else:
+                x, branch = layer(x, branch, positions)
         if cache is not None:
             cache.length = end
         return self.norm.add(x, branch)[1]
 
     def head(self, hidden):
-        return F.linear(hidden, self.embed_tokens.weight)  # tied: (..., C) -> (..., V)
+        weight = self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+        return F.linear(hidden, weight)  # (..., C) -> (..., V)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,7 +308,8 @@ class BabyLLaVA(nn.Module):
     """A GPT and, if given, a projector and a tower (see vision.py for what a tower promises).
 
     image_token: the placeholder's id; select_layer, keep_cls: what is taken from the tower;
-    image_attention: "causal", or "full" where leading images may see the whole of themselves."""
+    image_attention: "causal", or "full" where leading images may see the whole of themselves;
+    tiled: pictures come in tiles too (see tiles.py), with a learnt newline after each row."""
 
     def __init__(
         self,
@@ -284,11 +320,15 @@ class BabyLLaVA(nn.Module):
         select_layer=-1,
         keep_cls=False,
         image_attention="causal",
+        tiled=False,
     ):
         super().__init__()
         self.gpt, self.projector, self.tower = gpt, projector, tower
         self.image_token, self.select_layer = image_token, select_layer
-        self.keep_cls, self.image_attention = keep_cls, image_attention
+        self.keep_cls, self.image_attention, self.tiled = keep_cls, image_attention, tiled
+        if tiled:
+            width = gpt.config.n_embd
+            self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
 
     def image_tokens(self, size):
         """P, of an image of size x size pixels."""
@@ -298,36 +338,55 @@ class BabyLLaVA(nn.Module):
         """What the tower makes of pixels (N, 3, S, S): (N, P, E), CLS first if it is kept."""
         return self.tower(pixels, self.select_layer)[:, 0 if self.keep_cls else 1 :]
 
-    def embed(self, tokens, images=None):
-        """Token embeddings with the placeholders overwritten, in order, by projected features.
+    def project(self, images, arrangement=None):
+        """The embeddings (M, C) that the placeholders get, one after the other.
 
-        tokens (B, T); images: features (N, P, E), pixels (N, 3, S, S) or None -> (B, T, C). The
-        caller sees to it that there are exactly N * P placeholders (checking here would stall a
-        GPU at each step)."""
-        x = self.gpt.embed(tokens)
-        if images is None:
-            return x
+        images: pixels (N, 3, S, S), features (N, P, E), or what this method made of them. Without
+        an arrangement M = N * P, all in order; else (index (M, k), weight (M, k)) of tiles.py."""
+        if images.ndim == 2:
+            return images
         features = self.encode_images(images) if images.ndim == 4 else images
         projected = self.projector(features.to(self.gpt.embed_tokens.weight.dtype)).flatten(0, 1)
+        if arrangement is None:
+            return projected
+        index, weight = arrangement
+        newline = self.image_newline[None].to(projected.dtype)
+        table = torch.cat([projected, newline])  # (N * P + 1, C): index -1 is the newline
+        if index.shape[1] == 1:
+            return table[index[:, 0]]
+        return (table[index] * weight[..., None].to(table.dtype)).sum(1)
+
+    def embed(self, tokens, image_embeds=None):
+        """Token embeddings with the placeholders overwritten, in order, by project()'s (M, C).
+
+        tokens (B, T) -> (B, T, C). The caller sees to it that there are exactly M placeholders
+        (checking here would stall a GPU at each step)."""
+        x = self.gpt.embed(tokens)
+        if image_embeds is None:
+            return x
         is_image = tokens == self.image_token
-        order = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # which of the N * P stands here
-        placed = projected[order.view_as(tokens)].to(x.dtype)  # (B, T, C)
+        order = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # which of the M stands here
+        placed = image_embeds[order.view_as(tokens)].to(x.dtype)  # (B, T, C)
         return torch.where(is_image[..., None], placed, x)
 
-    def prefix(self, tokens, images):
+    def prefix(self, tokens, image_embeds):
         """How many leading positions all may see: the images', where they attend in full."""
-        if self.image_attention == "causal" or images is None:
+        if self.image_attention == "causal" or image_embeds is None:
             return 0
-        P = images.shape[1] if images.ndim == 3 else self.image_tokens(images.shape[-1])
-        return len(images) // len(tokens) * P
+        return len(image_embeds) // len(tokens)
 
-    def forward(self, tokens, targets=None, positions=None, images=None):
+    def hidden_states(self, tokens, images=None, arrangement=None, cache=None, maps=None):
+        """What the GPT makes of tokens (B, T) and images, see project(): (B, T, C)."""
+        seen = None if images is None else self.project(images, arrangement)
+        return self.gpt(self.embed(tokens, seen), self.prefix(tokens, seen), cache, maps)
+
+    def forward(self, tokens, targets=None, positions=None, images=None, arrangement=None):
         """(logits, mean loss over the targets that are not -100, or None).
 
         positions (K,): the places in the flattened (B * T) whose logits (K, V) are wanted, with
         targets (K,); None: all, logits (B, T, V), targets (B, T) or flat. Where few positions
         have a target, the head on all of them would be the most expensive layer."""
-        hidden = self.gpt(self.embed(tokens, images), self.prefix(tokens, images))
+        hidden = self.hidden_states(tokens, images, arrangement)
         if positions is not None:
             hidden = hidden.flatten(0, 1)[positions]  # (B, T, C) -> (K, C)
         logits = self.gpt.head(hidden)
@@ -355,36 +414,40 @@ class BabyLLaVA(nn.Module):
         max_new_tokens=50,
         temperature=0.0,
         top_k=0,
-        stop=None,
+        stop=(),
         generator=None,
+        cache=None,
     ):
-        """Yield the next token of each row, (B,), until all rows have said `stop` or had enough.
+        """Yield the next token of each row, (B,), until all rows have said a token of `stop` or had
+        enough.
 
-        tokens (B, T) begins the text; images fill its placeholders. temperature 0 is greedy;
-        top_k keeps the k likeliest, 0 all. A row that has stopped goes on yielding `stop`.
-        Keys and values are cached: after the prompt each step costs one position.
-        Raises ValueError when placeholders and features do not match or the prompt is empty."""
-        images = self.encode_images(images) if images is not None and images.ndim == 4 else images
-        placeholders = (
-            int((tokens == self.image_token).sum()) if self.image_token is not None else 0
-        )
-        given = 0 if images is None else images.shape[0] * images.shape[1]
+        tokens (B, T) begins the text; images, see project(), fill its placeholders. temperature 0
+        is greedy; top_k keeps the k likeliest, 0 all. A row that has stopped goes on yielding the
+        token it stopped with. Keys and values are cached: after the prompt each step costs one
+        position. A `cache` that is given holds what came before, and keeps what comes.
+        Raises ValueError when placeholders and images do not match or the prompt is empty."""
+        seen = None if images is None else self.project(images)
+        has_images = self.image_token is not None
+        placeholders = int((tokens == self.image_token).sum()) if has_images else 0
+        given = 0 if seen is None else len(seen)
         if placeholders != given or not tokens.shape[1]:
             raise ValueError(
                 f"{tokens.shape[1]} tokens with {placeholders} image placeholders for "
-                f"{given} image features: they must match, and the text not be empty"
+                f"{given} image embeddings: they must match, and the text not be empty"
             )
         config = self.gpt.config
-        room = min(config.block_size, tokens.shape[1] + max_new_tokens)
-        x, prefix = self.embed(tokens, images), self.prefix(tokens, images)
-        cache = KVCache(config, x, len(x), room)
-        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        for _ in range(room - tokens.shape[1]):
+        x, prefix = self.embed(tokens, seen), self.prefix(tokens, seen)
+        if cache is None:
+            room = min(config.block_size, tokens.shape[1] + max_new_tokens)
+            cache = KVCache(config, x, len(x), room)
+        room = cache.room - cache.length - tokens.shape[1]
+        done, token = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device), None
+        for _ in range(min(room, max_new_tokens)):
             logits = self.gpt.head(self.gpt(x, prefix, cache)[:, -1]).float()  # (B, V)
-            token = choose_token(logits, temperature, top_k, generator)
-            if stop is not None:
-                token = token.masked_fill(done, stop)
-                done |= token == stop
+            chosen = choose_token(logits, temperature, top_k, generator)
+            token = chosen if token is None else torch.where(done, token, chosen)
+            for end in stop:
+                done |= token == end
             yield token
             if done.all():
                 return
@@ -394,7 +457,7 @@ class BabyLLaVA(nn.Module):
     def attention_maps(self, tokens, images):
         """What each position attends to, mean over layers and heads: (B, T, T), rows sum to 1."""
         maps = []
-        self.gpt(self.embed(tokens, images), self.prefix(tokens, images), maps=maps)
+        self.hidden_states(tokens, images, maps=maps)
         return torch.stack(maps).mean((0, 2))
 
 

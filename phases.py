@@ -358,3 +358,41 @@ def check_backends(settings, model, device):
             model.gpt.backends(compute_dtype(settings, device))
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving a run, a train.Run
+
+
+def check_finite(tensors, run, step):
+    """A run that has gone to NaN stops before it is saved over a good one."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise UserError(
+            f"{run.name} step {step}: the loss or a weight is not finite; lower {run.name}_lr. "
+            f"{run.path} holds the last good step, if any"
+        )
+
+
+def save(run, step):
+    """Write the checkpoint of a run; see checkpoint.py for what is in it."""
+    if not run.processes.is_first:
+        return
+    check_finite(run.learning, run, step)
+    is_dino, model = isinstance(run.raw_model, DINO), run.raw_model
+    if is_dino:
+        model = BabyLLaVA(None, tower=run.raw_model.teacher["backbone"])
+    contents = checkpoint.describe(
+        run.settings,
+        run.name,
+        run.dataset,
+        model,
+        step,
+        done=step == run.steps,
+        parents={name: parent["digest"] for name, parent in run.parents.items()},
+        decided=run.decided,
+    )
+    if is_dino:
+        contents["dino"] = run.raw_model.state_dict()
+    if run.optimizer:
+        contents["optimizer"] = run.optimizer.state_dict()
+    checkpoint.save(run.path, contents)

@@ -1,5 +1,6 @@
 """
-What people look at after a run: tables, the contact sheet, report.html. Knows results, no models.
+What people look at: tables, the contact sheet, where each word looked, report.html. Knows results,
+no models.
 """
 
 import base64
@@ -70,6 +71,26 @@ def contact_sheet(entries, columns=6):
             lines = text[:30] + "\n" + text[30:60]
             draw.text((x, y + 132 + 22 * k), lines, ink, font_size=9, spacing=0)
     return page
+
+
+def attention_sheet(frames, words, maps):
+    """A PIL picture with a row for each of frames (N, S, S, 3): the frame, then for each word the
+    frame lit where that word looked. maps (words, N, side, side), at least 0."""
+    scale, height = 128, 128 + 14
+    sheet = Image.new("RGB", (scale * (1 + len(words)), height * len(frames)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, frame in enumerate(frames):
+        picture = Image.fromarray(frame).resize((scale, scale))
+        dark = picture.point(lambda value: value // 4)
+        sheet.paste(picture, (0, i * height))
+        for j, word in enumerate(words):
+            light = maps[j][i] / max(maps[j][i].max(), 1e-9)
+            light = Image.fromarray((light * 255).astype(np.uint8))
+            light = light.resize((scale, scale), Image.Resampling.BICUBIC)
+            x, y = (j + 1) * scale, i * height
+            sheet.paste(Image.composite(picture, dark, light), (x, y))
+            draw.text((x + 4, y + scale + 1), word, "black")
+    return sheet
 
 
 def loss_curve(phase, points):

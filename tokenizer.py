@@ -1,9 +1,7 @@
 """
 Text to tokens and back: byte-pair encoding learnt from a corpus, or a fixed vocabulary of words;
-and the template that makes a caption a sample.
-
-A change of how a sample is worded (a chat template, say) is made here and only here: ids and the
-mask of what is learnt are made together, so that they cannot fall apart.
+and how a caption becomes a sample. Conversations: templates.py; other people's vocabularies:
+tokenizer_json.py.
 """
 
 import base64
@@ -99,12 +97,16 @@ class Tokenizer:
 
     def __init__(self, ranks, kind="bpe"):
         self.ranks, self.kind = ranks, kind
-        specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-        self.pad, self.eos, self.image = specials.values()
-        self.vocab_size = len(ranks) + len(specials)
+        self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+        self.pad, self.eos, self.image = self.specials.values()
+        self.bos, self.stops = None, (self.eos,)
+        self.vocab_size = len(ranks) + len(self.specials)
         if kind == "bpe":
             self.encoding = tiktoken.Encoding(
-                "nanobabyllava", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials
+                "nanobabyllava",
+                pat_str=PATTERN,
+                mergeable_ranks=ranks,
+                special_tokens=self.specials,
             )
         else:
             self.words = {token.decode("utf-8"): i for token, i in ranks.items()}
@@ -116,6 +118,11 @@ class Tokenizer:
             return self.encoding.encode_ordinary(" " + text) if text else []
         unknown = self.words["<unk>"]
         return [self.words.get(word, unknown) for word in text.split()]
+
+    def encode_exactly(self, text, begins="text"):
+        """The ids of a stretch of a template, no space put before it. begins: "text" at the very
+        start, True after a special, False elsewhere; some vocabularies make a difference."""
+        return self.encoding.encode_ordinary(text) if self.kind == "bpe" else self.encode(text)
 
     def pieces(self, tokens):
         """Yield the text that each token adds, "" for one that ends within a character or is a
@@ -176,7 +183,7 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------
-# Templates
+# A sample
 
 
 def caption_sample(tokenizer, caption, images=1):

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
 import config
 import data
 import eval as evaluation
@@ -29,7 +28,6 @@ import phases
 import watch
 from batches import ClipBatches, SampleBatches, TextBatches
 from config import UserError, knob
-from dino import DINO
 from files import only_one, trim_log
 from model import BabyLLaVA
 from phases import Phase, Processes
@@ -346,7 +344,7 @@ def loop(run):
             processes.print(f"{run.name} step {step}: {values}")
             clock, units = time.perf_counter(), 0
         if is_last or (step > run.start and step % settings.save_every == 0):
-            save(run, step)
+            phases.save(run, step)
         if is_last:
             break
         loss = take_step(run, step)
@@ -356,46 +354,12 @@ def loop(run):
         if step % settings.log_every == 0:
             if processes.world > 1:
                 dist.all_reduce(loss)
-            check_finite([loss], run, step)
+            phases.check_finite([loss], run, step)
             speed = {PHASES[run.name].unit: round(units / (time.perf_counter() - clock))}
             progress.set_postfix(loss=f"{float(loss):.3f}", **speed)
             entry = {"loss": round(float(loss), 5), "lr": run.optimizer.param_groups[0]["lr"]}
             processes.record(log, phase=run.name, step=step, **entry, **speed)
     progress.close()
-
-
-def check_finite(tensors, run, step):
-    """A run that has gone to NaN stops before it is saved over a good one."""
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise UserError(
-            f"{run.name} step {step}: the loss or a weight is not finite; lower {run.name}_lr. "
-            f"{run.path} holds the last good step, if any"
-        )
-
-
-def save(run, step):
-    """Write the checkpoint of a run; see checkpoint.py for what is in it."""
-    if not run.processes.is_first:
-        return
-    check_finite(run.learning, run, step)
-    is_dino, model = isinstance(run.raw_model, DINO), run.raw_model
-    if is_dino:
-        model = BabyLLaVA(None, tower=run.raw_model.teacher["backbone"])
-    contents = checkpoint.describe(
-        run.settings,
-        run.name,
-        run.dataset,
-        model,
-        step,
-        done=step == run.steps,
-        parents={name: parent["digest"] for name, parent in run.parents.items()},
-        decided=run.decided,
-    )
-    if is_dino:
-        contents["dino"] = run.raw_model.state_dict()
-    if run.optimizer:
-        contents["optimizer"] = run.optimizer.state_dict()
-    checkpoint.save(run.path, contents)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """
-Towers: the networks that turn a picture into vectors. DINO's ViT (with DINOv2's additions), and
-the ResNeXt of BabyLLaVA's published models.
+Towers: the networks that turn a picture into vectors. The vision transformers of DINO, DINOv2, CLIP
+and SigLIP here, those that convolve in convnets.py.
 
 What every tower promises, and all that the rest of the code knows of it:
 
@@ -18,22 +18,24 @@ that checkpoints load strictly. Knows nothing of files and argv.
 Letters: N images, S side, P places, E width, H heads, D = E / H.
 """
 
+import functools
 import hashlib
-import json
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from convnets import ConvNeXt, ResNeXt
+
 # ---------------------------------------------------------------------------------------------
 # The vision transformer
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch, width):
+    def __init__(self, patch, width, bias):
         super().__init__()
-        self.proj = nn.Conv2d(3, width, patch, patch)
+        self.proj = nn.Conv2d(3, width, patch, patch, bias=bias)
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)  # (N, 3, S, S) -> (N, P, E)
@@ -50,20 +52,33 @@ class Attention(nn.Module):
         N, T, E = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.heads, E // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D)
+        dtype = v.dtype
         if x.device.type == "cpu":  # there, SDPA's bf16 backward takes five times fp32's time
             q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v).to(dtype)
         return self.proj(y.transpose(1, 2).reshape(N, T, E))
 
 
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
+
+
 class MLP(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, hidden, activation):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -76,13 +91,13 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, scaled):
+    def __init__(self, width, heads, hidden, activation, eps, scaled):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width) if scaled else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, hidden, activation)
         self.ls2 = LayerScale(width) if scaled else nn.Identity()
 
     def forward(self, x):
@@ -91,11 +106,13 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """DINO's vision transformer (Caron et al. 2021, arXiv 2104.14294).
+    """DINO's vision transformer (Caron et al. 2021, arXiv 2104.14294), and its relatives.
 
     DINOv2's also scale each layer's output (`scaled`) and have `registers`, tokens that see and
-    are seen but are not handed on. `offset` and `antialias`: see position_embeddings.
-    Raises ValueError where a division leaves a rest."""
+    are seen but are not handed on. `offset` and `antialias`: see position_embeddings. CLIP's have a
+    norm before the first block and none for the places after the last; SigLIP's have no CLS either:
+    in its place stands the mean of the places. hidden 0: 4 * width.
+    Raises ValueError where the heads do not divide the width."""
 
     def __init__(
         self,
@@ -108,34 +125,37 @@ class ViT(nn.Module):
         registers=0,
         offset=0.1,
         antialias=False,
+        hidden=0,
+        activation="gelu",
+        eps=1e-6,
+        patch_bias=True,
+        cls=True,
+        first_norm=False,
+        final_norm=True,
     ):
+        arguments = {name: value for name, value in locals().items() if name != "self"}
         super().__init__()
-        self.arguments = {
-            "size": size,
-            "patch": patch,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "scaled": scaled,
-            "registers": registers,
-            "offset": offset,
-            "antialias": antialias,
-        }
-        if size % patch or width % heads:
+        self.arguments = {k: v for k, v in arguments.items() if k != "__class__"}
+        if width % heads or size < patch:
             raise ValueError(
-                f"a ViT of {size} pixels in patches of {patch}, {width} wide with "
-                f"{heads} heads: neither division may leave a rest"
+                f"a ViT of {size} pixels in patches of {patch}, {width} wide with {heads} heads: "
+                "heads must divide the width, and a patch fit in"
             )
         self.patch, self.width, self.registers = patch, width, registers
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, width))
-        self.patch_embed = PatchEmbed(patch, width)
+        if cls:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, cls + (size // patch) ** 2, width))
+        self.patch_embed = PatchEmbed(patch, width, patch_bias)
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
-        self.blocks = nn.ModuleList(Block(width, heads, scaled) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        for parameter in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
+        self.norm_pre = nn.LayerNorm(width, eps) if first_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(width, heads, hidden or 4 * width, activation, eps, scaled) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps) if final_norm else nn.Identity()
+        for name, parameter in self.named_parameters():
+            if name in ("cls_token", "pos_embed"):
+                nn.init.trunc_normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -158,17 +178,18 @@ class ViT(nn.Module):
         Another size than the trained one is reached by bicubic interpolation, as the code that
         published the weights does it: DINO adds 0.1 to the target, lest rounding lose a row;
         Hugging Face's does not, nor DINOv2's with registers, which smooths when it shrinks."""
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        cls = self.arguments["cls"]
+        side = math.isqrt(self.pos_embed.shape[1] - cls)
         if (height, width) == (side, side):
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = self.pos_embed[:, cls:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         offset, antialias = self.arguments["offset"], self.arguments["antialias"]
         if offset:
             to = {"scale_factor": ((height + offset) / side, (width + offset) / side)}
         else:
             to = {"size": (height, width)}
         grid = F.interpolate(grid, **to, mode="bicubic", antialias=antialias)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([self.pos_embed[:, :cls], grid.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, x, select_layer=-1):
         """select_layer -1: the last block, after the final norm (DINO's own output). -2, -3, ...:
@@ -176,94 +197,27 @@ class ViT(nn.Module):
         if self.fault(min(x.shape[2:]), select_layer):
             raise ValueError(self.fault(min(x.shape[2:]), select_layer))
         height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
+        x = self.patch_embed(x)  # (N, P, E)
+        if self.arguments["cls"]:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self.position_embeddings(height, width)  # (N, 1 + P, E)
         if self.registers:  # after CLS, without positions
             registers = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+        x = self.norm_pre(x)
         for block in self.blocks[: len(self.blocks) + 1 + select_layer]:
             x = block(x)
         if self.registers:
             x = torch.cat([x[:, :1], x[:, 1 + self.registers :]], dim=1)
-        return self.norm(x) if select_layer == -1 else x
-
-
-# ---------------------------------------------------------------------------------------------
-# The residual network
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, inputs, middle, outputs, groups, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, middle, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(middle)
-        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, groups=groups, bias=False)
-        self.bn2 = nn.BatchNorm2d(middle)
-        self.conv3 = nn.Conv2d(middle, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample = None
-        if stride != 1 or inputs != outputs:
-            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class ResNeXt(nn.Module):
-    """ResNet and ResNeXt (Xie et al. 2017, arXiv 1611.05431) under torchvision's names. Its CLS is
-    the mean of the last map.
-
-    Always in eval mode: BatchNorm keeps the statistics that it was trained with."""
-
-    patch = 32  # pixels a side that become one place: five halvings
-
-    def __init__(self, depths=(3, 4, 6, 3), middle=128, groups=32):
-        super().__init__()
-        self.arguments = {"depths": list(depths), "middle": middle, "groups": groups}
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        inputs = 64
-        for i, depth in enumerate(depths):
-            layer = nn.Sequential()
-            for k in range(depth):
-                stride = 2 if i > 0 and k == 0 else 1
-                layer.append(Bottleneck(inputs, middle << i, 256 << i, groups, stride))
-                inputs = 256 << i
-            self.add_module(f"layer{i + 1}", layer)
-        self.width = inputs
-
-    def train(self, mode=True):
-        return super().train(False)
-
-    def num_patches(self, size):
-        return (size // self.patch) ** 2
-
-    def fault(self, size, select_layer):
-        if select_layer != -1 or size % self.patch:
-            return (
-                f"a ResNeXt gives its last map, select_layer -1 and not {select_layer}, of "
-                f"sides that divide by 32, not {size}"
-            )
-        return ""
-
-    def forward(self, x, select_layer=-1):
-        for size in x.shape[2:]:
-            if self.fault(size, select_layer):
-                raise ValueError(self.fault(size, select_layer))
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, E, S / 32, S / 32)
-        x = x.flatten(2).transpose(1, 2)  # (N, P, E)
-        return torch.cat([x.mean(1, keepdim=True), x], 1)
+        x = self.norm(x) if select_layer == -1 else x
+        return x if self.arguments["cls"] else torch.cat([x.mean(1, keepdim=True), x], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------
 # What is common to all
 
 
-TOWERS = {"vit": ViT, "resnext": ResNeXt}
+TOWERS = {"vit": ViT, "resnext": ResNeXt, "convnext": ConvNeXt}
 
 
 def describe(tower):
@@ -284,10 +238,3 @@ def weights_digest(weights):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def fingerprint(tower, select_layer=-1, keep_cls=False):
-    """What tells the features of one tower from another's: weights, architecture (heads, registers
-    and the way of interpolating are in no weight), layer, and whether CLS is among them."""
-    how = json.dumps([describe(tower), select_layer, keep_cls], sort_keys=True)
-    return hashlib.sha256((how + weights_digest(tower.state_dict())).encode()).hexdigest()

@@ -21,7 +21,7 @@ from tokenizer import Tokenizer, caption_sample
 
 @dataclass
 class Captioned:
-    """A picture and what is said over it: where it is (see images.Places), the clip it belongs
+    """A picture and what is said over it: where it is (see places.Places), the clip it belongs
     to, its captions, and what to put before a complaint about it."""
 
     location: object
@@ -67,24 +67,23 @@ def read_images(part, locations, clips, labels, max_skipped):
     """Read pictures on all cores and add them to `part`, a data.SplitWriter; yield each one's
     number, None for one that cannot be read. What a run that was killed has read is not read again.
 
-    locations: as images.Places finds them; labels: a line's beginning that says where a
+    locations: as places.Places finds them; labels: a line's beginning that says where a
     location was named. Raises UserError above a share of `max_skipped` unreadable ones."""
     log_path = part.path("reading.log")
-    done, skipped = find_resume(part, log_path, locations, labels)
+    done, skipped, frames_of = find_resume(part, log_path, locations, labels)
     with ExitStack() as stack:
         log = stack.enter_context(open(log_path, "a", encoding="utf-8", buffering=1))
         number = 0
         for row in range(done):
-            part.bin("clips").put([] if row in skipped else clips[row])
             yield None if row in skipped else number
             if row not in skipped:
+                part.bin("clips").put([clips[row]] * frames_of[number])
                 number += 1
         results = stack.enter_context(closing(read_all(locations[done:], part.writer.image_format)))
         bar = tqdm(results, f"{part.name} images", len(locations), initial=done, unit="image")
         for row, result in enumerate(bar, done):
             if not isinstance(result, str):
-                frame, original = result
-                number = part.image(frame, clips[row], original)
+                number = part.image(result, clips[row])
                 for kind in ("images", "frames"):  # what a kill must not take
                     part.bins[kind].file.flush()
                 yield number
@@ -101,8 +100,9 @@ def read_images(part, locations, clips, labels, max_skipped):
 
 
 def find_resume(part, log_path, locations, labels):
-    """(rows done, {row: why} of those skipped) of a killed run that read the same pictures in
-    the same way; else (0, {}), and a new log. The log's first line says which pictures."""
+    """(rows done, {row: why} of those skipped, frames of each picture) of a killed run that read
+    the same pictures in the same way; else (0, {}, []), and a new log. The log's first line says
+    which pictures."""
     key = hashlib.sha256(repr(part.writer.image_format).encode())
     for location, label in zip(locations, labels):
         key.update(f"{location!r} {label}\n".encode())
@@ -112,18 +112,19 @@ def find_resume(part, log_path, locations, labels):
             part.path(f"{kind}.partial").unlink(missing_ok=True)
         with writing(log_path) as file:
             file.write(f"{key.hexdigest()}\n".encode())
-        return 0, {}
+        return 0, {}, []
     entries = [line.partition("\t") for line in lines[1:]]
     skipped = {int(row): why for row, tab, why in entries if tab}
-    kept = min(part.rows_on_disk(kind) for kind in ("frames", "images"))
-    done, left = 0, kept
-    while done < len(locations) and (left or done in skipped):
+    images = part.whole_images()
+    frames_of = (1 + images[:, 1] * images[:, 2]).tolist()  # the whole, and tiles
+    done, kept = 0, 0
+    while done < len(locations) and (kept < len(images) or done in skipped):
         if done not in skipped:
-            left -= 1
+            kept += 1
         done += 1
-    for kind in ("frames", "images"):
-        part.bin(kind, keep_rows=kept - left)
-    return done, {row: why for row, why in skipped.items() if row < done}
+    part.bin("images", keep_rows=kept)
+    part.bin("frames", keep_rows=sum(frames_of[:kept]))
+    return done, {row: why for row, why in skipped.items() if row < done}, frames_of
 
 
 def write_captioned(writer, split, text, pictures, max_skipped):

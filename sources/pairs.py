@@ -17,7 +17,8 @@ from pathlib import Path
 import config
 from config import UserError, knob
 from files import read_csv
-from images import FITS, RESAMPLING, ImageFormat, Places
+from images import FITS, RESAMPLING, ImageFormat
+from places import Places
 from sources import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
 
 

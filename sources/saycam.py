@@ -22,7 +22,8 @@ import numpy as np
 
 import config
 from config import UserError, knob
-from images import FITS, RESAMPLING, ImageFormat, Places
+from images import FITS, RESAMPLING, ImageFormat
+from places import Places
 from sources import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
 
 SPLIT_WORDS = {

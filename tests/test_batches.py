@@ -139,7 +139,7 @@ def test_logits_at_positions_are_the_head_on_all_of_them(mixed):
     found = SampleBatches(mixed, "train", 8, 1, model)
     for step in range(4):
         batch = found.read(*found.plan(step))
-        tokens, targets, positions, images = batch.to("cpu", mixed.image_format)
+        tokens, targets, positions, images, _ = batch.to("cpu", mixed.image_format)
         logits, loss = model(tokens, targets, positions, images)
         everywhere = torch.full((tokens.numel(),), -100)
         everywhere[positions[: batch.count]] = targets[: batch.count]
@@ -176,8 +176,8 @@ def test_full_image_attention_wants_leading_images_alike(mixed, tmp_path):
     dataset = Data(tmp_path)
     model = make_model(dataset, image_attention="full")
     found = SampleBatches(dataset, "train", 4, 1, model)
-    tokens, _, _, images = found.read(*found.plan(0)).to("cpu", dataset.image_format)
-    assert model.prefix(tokens, images) == 4
+    tokens, _, _, images, _ = found.read(*found.plan(0)).to("cpu", dataset.image_format)
+    assert model.prefix(tokens, model.project(images)) == 4
 
 
 def test_text_rows_predict_the_next_token(world):

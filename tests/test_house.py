@@ -22,13 +22,15 @@ LESSON = "config images tokenizer data batches model vision train sample".split(
 # Imports run downwards only: a file may import any of a row above its own, and none of its own.
 FLOORS = [
     {"config", "kernels"},
-    {"images", "tokenizer", "model", "vision", "files", "scores"},
+    {"places", "files", "scores", "tokenizer", "templates", "tiles", "convnets", "model"},
+    {"images", "vision", "tokenizer_json", "tensors"},
     {"data", "report", "dino"},
     {"batches", "features"},
     {"sources", "checkpoint"},
-    {"toy", "pairs", "saycam"},
-    {"weights", "watch"},
-    {"sample", "phases"},
+    {"toy", "pairs", "saycam", "towers"},
+    {"huggingface", "watch", "chat", "inference"},
+    {"weights"},
+    {"sample", "phases", "babyvlm"},
     {"eval"},
     {"train"},
 ]

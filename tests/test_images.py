@@ -10,7 +10,8 @@ from PIL import Image
 
 import images
 from config import UserError
-from images import ImageFormat, Places, read_image
+from images import ImageFormat, read_image
+from places import Places
 
 SMALL = ImageFormat(8)
 
@@ -60,8 +61,8 @@ def test_a_turned_picture_is_turned_upright(tmp_path):
 def test_a_picture_becomes_a_square_as_its_format_says():
     wide = Image.new("RGB", (40, 20), "red")
     wide.paste("blue", (0, 0, 10, 20))
-    squashed, padded, cropped = (
-        images.to_frame(wide, ImageFormat(8, fit, "bilinear")) for fit in images.FITS
+    squashed, padded, cropped, centre = (
+        images.to_picture(wide, ImageFormat(8, fit, "bilinear")).frames[0] for fit in images.FITS
     )
     assert (squashed[:, 0] == (0, 0, 255)).all() and (squashed[:, -1] == (255, 0, 0)).all()
     grey = [int(255 * mean) for mean in images.IMAGENET_MEAN]
@@ -180,7 +181,7 @@ def test_all_are_read_in_order_and_failures_are_lines(tmp_path):
     locations[7] = str(tmp_path / "none.png")
     answers = list(images.read_all(locations, SMALL, window=8))
     assert "no such image" in answers[7]
-    assert [a[1] for i, a in enumerate(answers) if i != 7] == [
+    assert [(a.width, a.height) for i, a in enumerate(answers) if i != 7] == [
         (10 + i, 10) for i in range(20) if i != 7
     ]
 

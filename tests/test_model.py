@@ -115,10 +115,10 @@ def test_generation_stops_at_eos_and_at_the_context():
     model, (tokens, features) = tiny(), with_image()
     first = next(model.generate(tokens, features))
     stop = int(first[0])
-    steps = torch.stack(list(model.generate(tokens, features, 99, stop=stop)), 1)
+    steps = torch.stack(list(model.generate(tokens, features, 99, stop=(stop,))), 1)
     assert (steps[0] == stop).all()  # row 0 goes on saying stop while row 1 speaks
     assert tokens.shape[1] + steps.shape[1] <= 40
-    alone = list(model.generate(tokens[:1], features[:1], 99, stop=stop))
+    alone = list(model.generate(tokens[:1], features[:1], 99, stop=(stop,)))
     assert len(alone) == 1
     assert len(list(model.generate(tokens, features, 99))) == 40 - tokens.shape[1]
 
@@ -139,11 +139,11 @@ def test_sampling_keeps_to_top_k_and_to_its_seed():
 
 def test_features_fill_the_placeholders_in_order():
     model, (tokens, features) = tiny(), with_image()
-    x = model.embed(tokens, features)
+    x = model.embed(tokens, model.project(features))
     assert torch.allclose(x[:, :5], model.projector(features), atol=1e-6)
     assert torch.equal(x[:, 5:], model.gpt.embed_tokens(tokens[:, 5:]))
     scattered = torch.tensor([[49, 3, 49, 49, 7, 49, 49]])  # two images of 2 and 3 rows
-    y = model.embed(scattered, features[:1])
+    y = model.embed(scattered, model.project(features[:1]))
     assert torch.allclose(y[0, [0, 2, 3, 5, 6]], model.projector(features)[0], atol=1e-6)
     with pytest.raises(ValueError, match="5 image placeholders for 10"):
         next(model.generate(scattered, features))

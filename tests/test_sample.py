@@ -10,6 +10,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import inference
 import sample
 from config import UserError
 from images import read_image
@@ -33,8 +34,8 @@ def test_the_shipped_model_captions_the_shipped_picture(tmp_path):
 
 def test_captions_end_with_eos_not_with_the_limit():
     loaded = checkpoint.load(ROOT / "assets/toy.pt")
-    frame = read_image(ROOT / "assets/scene.png", loaded.image_format)
-    assert 1 < len(sample.caption(loaded, frame[None], 60)[0].split()) < 30
+    embeds = inference.see(loaded, inference.read(loaded, [ROOT / "assets/scene.png"]))
+    assert 1 < len(inference.caption(loaded, embeds, 60)[0].split()) < 30
 
 
 def test_prompt_samples_and_several_pictures(recipe, home, picture, capsys):
@@ -80,7 +81,7 @@ def test_a_picture_means_the_same_in_sampling_as_in_training(recipe, home):
     dataset = data.Data("data/tiny")
     Image.fromarray(dataset.open("train", "frames")[3]).save("frame3.png")
     loaded = checkpoint.load("out/full/phase2.pt")
-    seen = sample.encode_frames(loaded, read_image("frame3.png", loaded.image_format)[None])[0]
+    seen = inference.encode_frames(loaded, read_image("frame3.png", loaded.image_format)[None])[0]
     stored = np.array(features.open_stored(dataset, "train", loaded.model)[3], np.float32)
     assert (seen - torch.tensor(stored)).abs().max() < 1e-2
 
@@ -99,7 +100,7 @@ def test_the_same_words_from_stored_features_and_from_frames(recipe, home):
             )
         )
     )
-    assert torch.equal(speak(stored.float()), speak(sample.encode_frames(loaded, frames)))
+    assert torch.equal(speak(stored.float()), speak(inference.encode_frames(loaded, frames)))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def rows(dataset, split):
 
 def read(content, size=32):
     with Image.open(io.BytesIO(content)) as image:
-        return images.to_frame(image.convert("RGB"), ImageFormat(size))
+        return np.array(images.to_square(image.convert("RGB"), ImageFormat(size)))
 
 
 def test_each_frame_is_paired_with_what_was_said(fake):

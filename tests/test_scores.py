@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import scores
-from eval import WINOGROUND
+from babyvlm import WINOGROUND
 from scores import names_in
 
 

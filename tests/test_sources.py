@@ -5,7 +5,8 @@ from PIL import Image
 
 import sources
 from data import Data, Writer
-from images import ImageFormat, Places
+from images import ImageFormat
+from places import Places
 from sources import hold_out, keep_out, read_images
 from tokenizer import Tokenizer
 

@@ -17,6 +17,7 @@ import checkpoint
 import config
 import data
 import features
+import inference
 import kernels
 import phases
 import sample
@@ -24,7 +25,6 @@ import train
 import vision
 from config import UserError
 from files import read_log
-from images import read_image
 
 LEARNING_TOWER = ["--phase2_learn", "projector", "gpt", "tower=5e-4"]
 
@@ -117,11 +117,8 @@ def test_phase_2_with_the_tower_learning(recipe, home):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("blocks.0.attn" in name for name in moved) and len(moved) > 20
     loaded = checkpoint.load(folder / "phase2.pt")
-    frame = read_image(
-        "data/tiny/eval/images/vtwt/" + os.listdir("data/tiny/eval/images/vtwt")[0],
-        loaded.image_format,
-    )
-    assert sample.caption(loaded, frame[None], 5)
+    name = "data/tiny/eval/images/vtwt/" + os.listdir("data/tiny/eval/images/vtwt")[0]
+    assert inference.caption(loaded, inference.see(loaded, inference.read(loaded, [name])), 5)
 
 
 def test_live_features_train_as_stored_ones_do(recipe, home):
@@ -564,9 +561,11 @@ def test_a_tower_of_another_size_sees_the_frames_as_they_are(home):
     dataset = data.Data("data/tiny")
     assert features.open_stored(dataset, "train", loaded.model).shape == (24, 4, 192)
     frames = dataset.open("train", "frames")[:3]
-    assert sample.encode_frames(loaded, frames).shape == (3, 4, 192)
+    assert inference.encode_frames(loaded, frames).shape == (3, 4, 192)
     Image.fromarray(frames[0]).save("frame0.png")
-    assert sample.begin(loaded, ["frame0.png"], "")[1].shape == (1, 4, 192)
+    embeds = inference.see(loaded, inference.read(loaded, ["frame0.png"]))
+    assert embeds[0].shape == (4, loaded.model.gpt.config.n_embd)
+    assert sample.begin(loaded, embeds, "") == [loaded.tokenizer.image] * 4
 
 
 def test_two_towers_on_one_corpus_keep_to_their_own_features(recipe, home):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import features
 import vision
 from vision import ViT
 
@@ -58,7 +59,7 @@ def test_every_tower_keeps_the_promise(net):
     assert y.shape == (2, 1 + net.num_patches(64), net.width)
     again = vision.build(vision.describe(net))
     again.load_state_dict(net.state_dict())
-    assert vision.fingerprint(again) == vision.fingerprint(net)
+    assert features.fingerprint(again) == features.fingerprint(net)
     assert net.fault(64, -1) == "" and net.fault(64, -99) and net.fault(4, -1)
     with pytest.raises(ValueError, match="select_layer"):
         net(torch.randn(1, 3, 64, 64), -99)
@@ -66,11 +67,11 @@ def test_every_tower_keeps_the_promise(net):
 
 def test_a_fingerprint_knows_what_no_weight_knows():
     prints = {
-        vision.fingerprint(tower()),
-        vision.fingerprint(tower(1)),
-        vision.fingerprint(tower(heads=2)),
-        vision.fingerprint(tower(offset=0.0)),
-        vision.fingerprint(tower(), -2),
-        vision.fingerprint(tower(), -1, True),
+        features.fingerprint(tower()),
+        features.fingerprint(tower(1)),
+        features.fingerprint(tower(heads=2)),
+        features.fingerprint(tower(offset=0.0)),
+        features.fingerprint(tower(), -2),
+        features.fingerprint(tower(), -1, True),
     }
-    assert len(prints) == 6 and vision.fingerprint(tower()) == vision.fingerprint(tower())
+    assert len(prints) == 6 and features.fingerprint(tower()) == features.fingerprint(tower())

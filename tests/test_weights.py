@@ -8,8 +8,9 @@ from conftest import one_line
 
 import vision
 from config import UserError
+from towers import DoesNotFit, read_file, tower_of
 from vision import ViT
-from weights import DoesNotFit, load_tower, read_file, tower_of
+from weights import load_tower
 
 
 def tower(seed=0, **shape):
@@ -173,7 +174,7 @@ def test_checkpoints_load_whatever_their_wrapping(wrap):
         (lambda s: s.pop("blocks.1.mlp.fc2.bias"), "1 keys missing: blocks.1.mlp.fc2.bias"),
         (lambda s: s.update(extra=s["norm.bias"]), "1 keys left over: extra"),
         (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"norm.bias \(3,\) for \(64,\)"),
-        (lambda s: s.pop("pos_embed"), "neither a DINO ViT nor a ResNeXt"),
+        (lambda s: s.pop("pos_embed"), "no ViT, ResNeXt or ConvNeXt"),
     ],
 )
 def test_a_tower_is_never_half_loaded(break_it, message):
@@ -214,7 +215,7 @@ def test_the_heads_of_an_unpublished_width_are_not_guessed(tmp_path):
     with pytest.raises(DoesNotFit, match="do not say how many heads"):
         tower_of(tower(heads=4).state_dict())
     torch.save(tower(heads=4).state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="bare.pth: a ViT 64 wide.*give a vision.pt") as error:
+    with pytest.raises(UserError, match="bare.pth: a ViT 64 wide.*or a vision.pt") as error:
         load_tower(tmp_path / "bare.pth")
     assert one_line(error)
     published = ViT(16, 8, 192, 1, 3)

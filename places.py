@@ -1,0 +1,149 @@
+"""
+Where pictures lie: in folders and zips, each found by its path inside one of them; and all cores,
+to read many.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import threading
+import zipfile
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from config import UserError
+
+
+@dataclass(frozen=True)
+class ZipEntry:
+    """Where a picture lies in a zip: enough to read it without opening the zip's index again."""
+
+    archive: str
+    name: str
+    offset: int
+    length: int
+    method: int
+    crc: int
+
+
+def clean(name):
+    """A picture's name as a path with forward slashes and without a leading ./"""
+    return os.path.normpath(name.replace("\\", "/")).replace("\\", "/")
+
+
+class Places:
+    """Folders and zips that pictures lie in. Raises UserError for a path that is neither."""
+
+    def __init__(self, paths):
+        self.paths = [str(path) for path in paths]
+        self.by_base_name = None  # {base name: [(path in its place, location)]}, when first needed
+        self.zips = {path: self.read_zip(path) for path in self.paths if not os.path.isdir(path)}
+
+    @staticmethod
+    def read_zip(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                infos = archive.infolist()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: neither a folder nor a whole zip ({error})") from None
+        return {
+            clean(info.filename): ZipEntry(
+                path,
+                info.filename,
+                info.header_offset,
+                info.compress_size,
+                info.compress_type,
+                info.CRC,
+            )
+            for info in infos
+            if not info.is_dir()
+        }
+
+    def index(self):
+        found = defaultdict(list)
+        for path in self.paths:
+            for name, entry in self.zips.get(path, {}).items():
+                found[name.rpartition("/")[2]].append((name, entry))
+            if path not in self.zips:
+                for folder, _, names in sorted(os.walk(path)):
+                    for name in names:
+                        location = os.path.join(folder, name)
+                        found[name].append((clean(os.path.relpath(location, path)), location))
+        return found
+
+    def find(self, name):
+        """Where a picture is, a path or a ZipEntry: by its whole path in one of the places, else
+        by a path that ends with it. None where there is none.
+
+        Raises UserError where several match: base names alone are not enough to tell apart
+        a/1.jpg and b/1.jpg."""
+        name = clean(name)
+        whole = [entries[name] for entries in self.zips.values() if name in entries]
+        for path in self.paths:
+            location = os.path.join(path, name)
+            if path not in self.zips and os.path.isfile(location):
+                whole.append(location)
+        if not whole:
+            if self.by_base_name is None:
+                self.by_base_name = self.index()
+            candidates = self.by_base_name.get(name.rpartition("/")[2], [])
+            whole = [place for path, place in candidates if path.endswith("/" + name)]
+        whole = list(dict.fromkeys(whole))  # an absolute path is in every place
+        if len(whole) > 1:
+            one, two = (getattr(place, "name", place) for place in whole[:2])
+            raise UserError(
+                f"{name}: {len(whole)} pictures could be meant, {one} and {two} among "
+                "them: write more of the path, or give fewer places"
+            )
+        return whole[0] if whole else None
+
+
+def read_entry(entry):
+    """The bytes of a picture in a zip. Raises UserError when they are damaged."""
+    with open(entry.archive, "rb") as file:
+        file.seek(entry.offset + 26)  # the local header: 30 bytes, of which the last are lengths
+        name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+        file.seek(name_length + extra_length, os.SEEK_CUR)
+        content = file.read(entry.length)
+    if entry.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"{entry.name}: packed in a way not read here; zip it stored or deflated")
+    try:
+        if entry.method == zipfile.ZIP_DEFLATED:
+            content = zlib.decompress(content, -15)
+    except zlib.error as error:
+        raise UserError(f"{entry.name}: {error}") from None
+    if zlib.crc32(content) != entry.crc:
+        raise UserError(f"{entry.name}: damaged in {entry.archive} (its checksum differs)")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------
+# All cores
+
+
+def begin_worker():
+    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def on_all_cores(work, jobs, window=512):
+    """Yield work(job) for each job, in order, worked on by all cores.
+
+    At most `window` results are in memory at a time."""
+    workers = concurrent.futures.ProcessPoolExecutor(
+        os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
+        initializer=begin_worker,
+    )
+    with workers:
+        for start in range(0, len(jobs), window):
+            yield from workers.map(work, jobs[start : start + window], chunksize=8)
