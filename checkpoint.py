@@ -16,6 +16,8 @@ What a run saves and loads. A checkpoint is one self-contained file, a dict of t
     parts       {"tower": vision.describe(), "gpt": sizes, "projector": Projector's arguments,
                 "seeing": BabyLLaVA's other arguments}: those there are
     weights     the state dict of a model.BabyLLaVA of these parts
+    template    {"name", "system"} of the conversations it learnt; None, or absent, before phase 3
+    lora        {name: factor}, where only these learnt: `weights` has them merged
     dino        the state dict of a dino.DINO: vision alone, to go on from
     optimizer   the optimizer's, to go on from; step and seed give all else: no state of random
                 numbers and no position of a loader needs saving
@@ -58,6 +60,12 @@ class Loaded:
     @property
     def dtype(self):
         return next(self.model.parameters()).dtype
+
+    def as_parent(self):
+        """The dict of a model that came from a folder, as a phase's parent."""
+        weights = self.model.state_dict()
+        digest = vision.weights_digest(weights)
+        return self.checkpoint | {"weights": weights, "digest": digest, "done": True}
 
     def choose_template(self, name="", system=""):
         """(name, system text) of the template to ask in: those given, else those it has learnt

@@ -153,7 +153,8 @@ class Writer:
         self.directory, self.source = Path(directory), source
         self.skipped, self.splits = [], {}
 
-    def start(self, tokenizer, image_format):
+    def start(self, tokenizer, image_format, template=None):
+        """Forget what was prepared before. template: {"name", "system"} of conversations."""
         self.tokenizer, self.image_format = tokenizer, image_format
         self.directory.mkdir(parents=True, exist_ok=True)
         self.refuse_another_source()
@@ -167,6 +168,7 @@ class Writer:
             "tokenizer_digest": tokenizer.digest(),
             "vocab_size": tokenizer.vocab_size,
             "images": asdict(image_format),
+            "template": template,
         }
 
     def refuse_another_source(self):
@@ -181,7 +183,9 @@ class Writer:
                 )
 
     def split(self, name):
-        self.splits[name] = SplitWriter(self, name)
+        """The SplitWriter of a split, begun where it is not there yet."""
+        if name not in self.splits:
+            self.splits[name] = SplitWriter(self, name)
         return self.splits[name]
 
     def finish(self):

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import babyvlm
 import checkpoint
+import choice
 import config
 import features
 import inference
@@ -40,6 +40,7 @@ from files import read_csv, read_log, write_json, writing
 from images import read_picture
 from places import Places
 from scores import accuracy
+from templates import TEMPLATES
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Config(config.Knobs):
     checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote
     data: str = ""  # the folder with eval/*.csv and val bins; empty: the one it was trained on
     task: str = ""  # one of TASKS alone; empty: all that the data folder has
-    csv: str = ""  # the task's file; empty: eval/<task>.csv of the data folder
+    csv: str = ""  # the task's file, of choice a JSON; empty: eval/<task>.csv of the data folder
+    template: str = knob("", choices=("", "plain", *TEMPLATES))  # of choice; empty: the model's
     images: tuple[str, ...] = ()  # folders or zips of its pictures; empty: eval/images
     ties: str = knob("fair", choices=("fair", "published"))  # published: as BabyVLM's own scorer
     zorro: str = ""  # a folder of Zorro's .txt files: odd line wrong, even line right
@@ -62,50 +64,19 @@ class Config(config.Knobs):
 # Asking a model
 
 
-@torch.no_grad()
 def phrase_nll(loaded, shown, phrases, batch=256):
     """Mean NLL per token of phrases[i] after the picture shown[i]: float64 (n,).
 
-    shown: as inference.see gives them, or None for words alone, which then follow an <eos>. No <eos>
-    is scored. Raises UserError where a phrase is too long or empty, or a score no finite number."""
-    model, tokenizer, device = loaded.model, loaded.tokenizer, loaded.device
-    scores = np.zeros(len(phrases))
-    for start in range(0, len(phrases), batch):
-        words = [tokenizer.encode(phrase) for phrase in phrases[start : start + batch]]
-        begins, embeds = [tokenizer.eos] if tokenizer.bos is None else [tokenizer.bos], None
-        befores = [begins] * len(words)
-        if shown is not None:
-            begins = begins if tokenizer.bos is not None else []
-            embeds = shown[start : start + batch]
-            befores = [begins + [tokenizer.image] * len(embed) for embed in embeds]
-            embeds = torch.cat(embeds).to(device)
-        streams = [before + phrase for before, phrase in zip(befores, words)]
-        T = max(map(len, streams)) - 1  # the last token is only ever a target
-        if model.gpt.config.block_size < T or not all(words):
-            longest = max(phrases[start : start + batch], key=len)
-            raise UserError(
-                f"a phrase makes no tokens, or {T} with what precedes it, over the model's "
-                f"{model.gpt.config.block_size}: {longest[:40]!r} ..."
-            )
-        tokens = torch.full((len(words), T), tokenizer.pad)
-        positions, targets, owners = [], [], []
-        for i, (stream, phrase) in enumerate(zip(streams, words)):
-            tokens[i, : len(stream) - 1] = torch.tensor(stream[:-1])
-            first = i * T + len(stream) - len(phrase) - 1  # the position that says the first word
-            positions += range(first, first + len(phrase))
-            targets += phrase
-            owners += [i] * len(phrase)
-        logits, _ = model(
-            tokens.to(device), positions=torch.tensor(positions, device=device), images=embeds
-        )
-        losses = F.cross_entropy(
-            logits.float(), torch.tensor(targets, device=device), reduction="none"
-        )
-        sums = np.bincount(owners, losses.cpu().double().numpy())
-        scores[start : start + batch] = sums / [len(phrase) for phrase in words]
-    if not np.isfinite(scores).all():
-        raise UserError("the model's scores are not finite numbers: its weights are broken")
-    return scores
+    shown: as inference.see gives them, or None for words alone, which then follow an <eos>. No
+    <eos> is scored. Raises UserError where a phrase is too long or empty, or a score no number."""
+    tokenizer = loaded.tokenizer
+    begins = [] if tokenizer.bos is None else [tokenizer.bos]
+    befores = [begins or [tokenizer.eos]] * len(phrases)
+    if shown is not None:
+        befores = [begins + [tokenizer.image] * len(embed) for embed in shown]
+    embeds = None if shown is None else [[embed] for embed in shown]
+    words = [tokenizer.encode(phrase) for phrase in phrases]
+    return inference.nll_after(loaded, befores, embeds, words, batch)
 
 
 class Subject:
@@ -161,6 +132,15 @@ class Task:
     rule: object
     published: bool = False
     speaks: bool = False  # its answers go onto a contact sheet, beside the column `text`
+    read: object = None  # read(path): the rows of a file that is no CSV; `columns` are in each
+
+    def rows(self, path):
+        return self.read(path) if self.read else read_csv(path, self.columns)
+
+    def pictures_in(self, row):
+        """The names of a row's pictures; a column may hold several."""
+        cells = [row[column] for column in self.pictures]
+        return [name for cell in cells for name in (cell if isinstance(cell, list) else [cell])]
 
 
 TASKS = {
@@ -186,15 +166,18 @@ TASKS = {
         ("image", "foil_image"),
         babyvlm.two_by_two,
     ),
+    "choice": Task(
+        ("image", "conversations", "choices", "answer"), ("image",), choice.score, read=choice.read
+    ),
 }
 
 
 def run_task(task, path, images, loaded, settings):
     """({subset: {measure: result}} of a test on the CSV at `path`, entries of a contact sheet)."""
     test = TASKS[task]
-    rows = read_csv(path, test.columns)
+    rows = test.rows(path)
     places = Places(images)
-    names = sorted({row[column] for row in rows for column in test.pictures})
+    names = sorted({name for row in rows for name in test.pictures_in(row)})
     locations = [places.find(name) for name in names]
     if None in locations:
         missing = names[locations.index(None)]
@@ -308,7 +291,8 @@ def evaluate(loaded, settings):
     if settings.task:
         tasks = [settings.task]
     for task in tasks:
-        path = Path(settings.csv or folder / "eval" / f"{task}.csv")
+        suffix = "json" if TASKS[task].read else "csv"
+        path = Path(settings.csv or folder / "eval" / f"{task}.{suffix}")
         if path.exists() or settings.task:
             images = settings.images or [path.parent / "images"]
             results["tasks"][task], more = run_task(task, path, images, loaded, settings)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from config import UserError
 from images import read_picture, to_pixels
@@ -51,6 +52,56 @@ def read(loaded, paths):
     return [read_picture(path, image_format) for path in paths]
 
 
+@torch.no_grad()
+def nll_after(loaded, befores, embeds, words, batch=256):
+    """Mean NLL per token of words[i], tokens, after befores[i], tokens in which each placeholder
+    stands for a row of embeds[i], a list of see()'s; embeds None: there are no pictures. float64
+    (n,). Raises UserError where words are too long or none, or a score is no finite number."""
+    model, tokenizer, device = loaded.model, loaded.tokenizer, loaded.device
+    scores = np.zeros(len(words))
+    for start in range(0, len(words), batch):
+        own = words[start : start + batch]
+        streams = [b + w for b, w in zip(befores[start : start + batch], own)]
+        T = max(map(len, streams)) - 1  # the last token is only ever a target
+        if model.gpt.config.block_size < T or not all(own):
+            longest = tokenizer.decode(max(own, key=len))
+            raise UserError(
+                f"a phrase makes no tokens, or {T} with what precedes it, over the model's "
+                f"{model.gpt.config.block_size}: {longest[:40]!r} ..."
+            )
+        tokens = torch.full((len(own), T), tokenizer.pad)
+        positions, targets, owners = [], [], []
+        for i, (stream, phrase) in enumerate(zip(streams, own)):
+            tokens[i, : len(stream) - 1] = torch.tensor(stream[:-1])
+            first = i * T + len(stream) - len(phrase) - 1  # the position that says the first word
+            positions += range(first, first + len(phrase))
+            targets += phrase
+            owners += [i] * len(phrase)
+        shown = [e for row in (embeds or [])[start : start + batch] for e in row]
+        logits, _ = model(
+            tokens.to(device),
+            positions=torch.tensor(positions, device=device),
+            images=torch.cat(shown).to(device) if shown else None,
+        )
+        losses = F.cross_entropy(
+            logits.float(), torch.tensor(targets, device=device), reduction="none"
+        )
+        sums = np.bincount(owners, losses.cpu().double().numpy())
+        scores[start : start + batch] = sums / [len(phrase) for phrase in own]
+    if not np.isfinite(scores).all():
+        raise UserError("the model's scores are not finite numbers: its weights are broken")
+    return scores
+
+
+def say(loaded, prompts, embeds, stop, max_new_tokens):
+    """What is said, greedily, after prompts of one length: a string each. embeds: as above."""
+    shown = [embed for row in embeds for embed in row]
+    tokens = torch.tensor(prompts, device=loaded.device)
+    images = torch.cat(shown).to(loaded.device) if shown else None
+    said = list(loaded.model.generate(tokens, images, max_new_tokens, stop=stop))
+    return [loaded.tokenizer.decode(row).strip() for row in torch.stack(said, 1).tolist()]
+
+
 def caption(loaded, embeds, max_new_tokens=50, batch=100):
     """Greedy captions of pictures, given as see() gives them, one string each."""
     captions = [None] * len(embeds)
@@ -58,10 +109,8 @@ def caption(loaded, embeds, max_new_tokens=50, batch=100):
         alike = [i for i, embed in enumerate(embeds) if len(embed) == count]
         for start in range(0, len(alike), batch):
             rows = alike[start : start + batch]
-            shown = torch.cat([embeds[i] for i in rows]).to(loaded.device)
-            tokens = torch.full((len(rows), count), loaded.tokenizer.image, device=loaded.device)
-            stop = (loaded.tokenizer.eos,)
-            said = list(loaded.model.generate(tokens, shown, max_new_tokens, stop=stop))
-            for i, row in zip(rows, torch.stack(said, 1).tolist()):  # (n, new tokens)
-                captions[i] = loaded.tokenizer.decode(row).strip()
+            prompts, stop = [[loaded.tokenizer.image] * count] * len(rows), loaded.tokenizer.stops
+            said = say(loaded, prompts, [[embeds[i]] for i in rows], stop, max_new_tokens)
+            for i, words in zip(rows, said):
+                captions[i] = words
     return captions

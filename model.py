@@ -327,7 +327,13 @@ class BabyLLaVA(nn.Module):
         self.image_token, self.select_layer = image_token, select_layer
         self.keep_cls, self.image_attention, self.tiled = keep_cls, image_attention, tiled
         if tiled:
-            width = gpt.config.n_embd
+            self.use_tiles()
+
+    def use_tiles(self):
+        """Take pictures in tiles from now on, with a newline vector that is still random."""
+        self.tiled = True
+        if not hasattr(self, "image_newline"):
+            width = self.gpt.config.n_embd
             self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
 
     def image_tokens(self, size):

@@ -1,15 +1,14 @@
 """
-How a phase is made ready: its model, what it starts from, what of it learns.
+How a phase is made ready: its model, what of it learns, how it is saved. What it starts from:
+parents.py.
 
 Which phases there are is a table in train.py; this file knows by name only the two that every model
 with eyes and words is put together from.
 """
 
-import hashlib
 import math
 import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,14 +17,16 @@ from tqdm import tqdm
 
 import checkpoint
 import features
+import lora
 import vision
-import weights
 from batches import SampleBatches
 from config import UserError
 from dino import DINO
 from files import append_log
 from model import GPT, BabyLLaVA, GPTConfig, Projector, projector_fault
 
+# knobs that concern phases 2 and 3
+LATER_KNOBS = ("init", "lora_rank", "lora_alpha")
 # knobs that concern all of them
 EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype")
 
@@ -93,15 +94,25 @@ def find_processes(settings):
 # How each model is made
 
 
-def new_dino(settings, dataset, parents):
+def new_tower(settings, size):
+    """A ViT, or with conv_stages a ConvNeXt, for frames of size x size pixels."""
+    if settings.conv_stages:
+        tower = vision.ConvNeXt(settings.conv_stages, settings.vision_width, settings.patch)
+        if tower.fault(size, -1):
+            raise UserError(tower.fault(size, -1))
+        return tower
     sizes = (settings.patch, settings.vision_width, settings.vision_depth, settings.vision_heads)
-    if dataset.image_format.size % settings.patch or settings.vision_width % settings.vision_heads:
+    if size % settings.patch or settings.vision_width % settings.vision_heads:
         raise UserError(
-            f"frames of {dataset.image_format.size} pixels in patches of {settings.patch}, "
+            f"frames of {size} pixels in patches of {settings.patch}, "
             f"vision_width {settings.vision_width} over vision_heads {settings.vision_heads}: "
             "neither division may leave a rest"
         )
-    student, teacher = (vision.ViT(dataset.image_format.size, *sizes) for _ in range(2))
+    return vision.ViT(size, *sizes)
+
+
+def new_dino(settings, dataset, parents):
+    student, teacher = (new_tower(settings, dataset.image_format.size) for _ in range(2))
     return DINO(
         student,
         teacher,
@@ -133,8 +144,11 @@ def new_gpt(settings, dataset, parents):
 def new_projector(settings, dataset, parents):
     """Tower and GPT of the phases before, and a new projector between them."""
     backends = {"attention": settings.attention, "norm": settings.norm}
-    gpt = checkpoint.build(parents["phase0"], **backends).model.gpt
+    parent = with_gpt(parents["phase0"], block_size=settings.block_size)
+    gpt = checkpoint.build(parent, **backends).model.gpt
     tower = checkpoint.build(parents["vision"]).model.tower
+    if settings.extra_stage:
+        tower = with_extra_stage(tower, settings.extra_stage)
     if tower.fault(dataset.image_format.size, settings.select_layer):
         raise UserError(tower.fault(dataset.image_format.size, settings.select_layer))
     fault = projector_fault(settings.projector, tower.width, gpt.config.n_embd)
@@ -148,122 +162,59 @@ def new_projector(settings, dataset, parents):
         settings.select_layer,
         settings.keep_cls,
         settings.image_attention,
+        tiled=bool(dataset.image_format.canvases),
     )
+
+
+def with_extra_stage(tower, depth):
+    """A ConvNeXt with one more stage, random, on top: ConvLLaVA's fifth."""
+    if not isinstance(tower, vision.ConvNeXt):
+        raise UserError("extra_stage: only a ConvNeXt has stages")
+    arguments = tower.arguments | {"depths": [*tower.arguments["depths"], depth]}
+    larger = vision.ConvNeXt(**arguments)
+    larger.load_state_dict(larger.state_dict() | tower.state_dict())
+    return larger
+
+
+def with_gpt(parent, **sizes):
+    """A checkpoint's dict with some of its GPT's sizes replaced."""
+    gpt = parent["parts"]["gpt"] | sizes
+    return parent | {"parts": parent["parts"] | {"gpt": gpt}}
 
 
 def from_phase_before(settings, dataset, parents):
     """The model of the phase before, with this phase's dropout."""
     (parent,) = parents.values()
-    gpt = parent["parts"]["gpt"] | {"dropout": settings.dropout}
-    parent = parent | {"parts": parent["parts"] | {"gpt": gpt}}
-    return checkpoint.build(parent, attention=settings.attention, norm=settings.norm).model
+    own = {"dropout": settings.dropout}
+    if "block_size" in parent["decided"]:  # else it is another's, and keeps its own
+        own["block_size"] = settings.block_size
+    parent = with_gpt(parent, **own)
+    model = checkpoint.build(parent, attention=settings.attention, norm=settings.norm).model
+    if dataset.image_format.canvases:
+        model.use_tiles()
+    return model
 
 
-# ---------------------------------------------------------------------------------------------
-# What a phase starts from
+def make_model(settings, phase, dataset, parents):
+    """The model of a phase, before anything of it was trained."""
+    make = from_phase_before if list(parents) == ["init"] else phase.make
+    model = make(settings, dataset, parents)
+    rank = getattr(settings, "lora_rank", 0) if "lora_rank" in phase.knobs else 0
+    if rank:
+        lora.add(model.gpt, rank, settings.lora_alpha)
+    if isinstance(model, BabyLLaVA):
+        model.gpt.recompute = settings.recompute
+    return model
 
 
-def find_parents(settings, phase, dataset):
-    """{name: finished checkpoint} that a phase starts from, on data that fits them."""
-    parents = {}
-    for name in phase.starts_from:
-        path = Path(settings.out) / f"{name}.pt"
-        how = "0 --tower vision" if name == "vision" else name.removeprefix("phase")
-        found = checkpoint.read(path) if path.exists() else None
-        if not found or not found["done"]:
-            state = f"is at step {found['step']}" if found else "does not exist"
-            raise UserError(f"{path} {state}: finish it first with --phase {how}")
-        check_data(path, found, dataset)
-        parents[name] = found
-    return parents
-
-
-def check_data(path, found, dataset):
-    """Refuse data with another vocabulary or other pictures than a checkpoint was trained on."""
-    if checkpoint.has_other_vocabulary(found, dataset):
-        raise UserError(
-            f"{path} speaks another vocabulary than {dataset.directory}: train phase 0 on the "
-            "data you use in later phases, or prepare that data as it was"
-        )
-    if checkpoint.has_other_images(found, dataset):
-        raise UserError(
-            f"{path} was trained on pictures made as {found['images']}, {dataset.directory} has "
-            f"{asdict(dataset.image_format)}: prepare it as it was, or train from phase 0"
-        )
-
-
-def inherit(settings, parents):
-    """Set the knobs that earlier phases have decided; returns all that is decided now but for this
-    phase's own. Raises UserError where one was given here and says something else."""
-    decided = {}
-    for parent, found in parents.items():
-        for name, value in found["decided"].items():
-            wanted = getattr(settings, name)
-            if name in settings.given and wanted != value:
-                has = "whose tower came from a file" if value is None else f"which has {value!r}"
-                raise UserError(
-                    f"{settings.given[name]}: {name} {wanted!r} contradicts "
-                    f"{settings.out}/{parent}.pt, {has}: leave it out, or give another --out"
-                )
-            setattr(settings, name, value)
-            decided[name] = value
-    return decided
-
-
-def find_resume(settings, name, phase, dataset, parents, report):
-    """This phase's own checkpoint, to go on from or to leave alone; None where there is none, or
-    where it started from others than there are now.
-
-    Raises UserError where it was made with other knobs or on other data."""
-    path = Path(settings.out) / f"{name}.pt"
-    if not path.exists():
-        return None
-    found = checkpoint.read(path)
-    for own in phase.own_knobs(name):
-        before, now = found["settings"].get(own), getattr(settings, own)
-        if before != now:
-            raise UserError(
-                f"{path} was made with {own}={before}, now it is {now}: give another --out, or "
-                "delete the file to train it again"
-            )
-    if found["corpus"] != dataset.meta["corpus"]:
-        raise UserError(
-            f"{path} was trained on other data: {dataset.directory} was prepared anew since "
-            f"({found['corpus'][:12]}, now {dataset.meta['corpus'][:12]}): give another --out, or "
-            "delete the file to train it again"
-        )
-    if found["parents"] != {parent: p["digest"] for parent, p in parents.items()}:
-        report(
-            f"{name}: {path} started from other checkpoints than there are now: training it again"
-        )
-        return None
-    return found
-
-
-def import_tower(settings, phase, dataset, processes):
-    """Phase 0 for a tower that comes from a file: save it as it is, unless it is there already."""
-    path, source = Path(settings.out) / "vision.pt", Path(settings.vision_weights)
-    tower = weights.load_tower(source)  # complains if there is none
-    with open(source, "rb") as file:
-        parents = {"vision_weights": hashlib.file_digest(file, "sha256").hexdigest()}
-    found = checkpoint.read(path) if path.exists() else None
-    if found and "vision_weights" not in found["parents"]:
-        raise UserError(
-            f"{path} is a tower that was trained: give another --out, or delete the file to use "
-            f"{source} instead"
-        )
-    if found and found["parents"] == parents and not checkpoint.has_other_images(found, dataset):
-        processes.print(f"vision: the tower of {source}, as it was, {path}")
-        return
-    if processes.is_first:
-        # the other knobs of shape did not make this tower: None contradicts them all
-        decided = dict.fromkeys(phase.inherited) | {"vision_weights": str(source)}
-        model = BabyLLaVA(None, tower=tower)
-        contents = checkpoint.describe(
-            settings, "vision", dataset, model, step=0, done=True, parents=parents, decided=decided
-        )
-        checkpoint.save(path, contents)
-        processes.print(f"vision: the tower of {source}, as it is")
+def restore(model, resume):
+    """Give a model what a killed run of its phase had learnt."""
+    if lora.is_in(model):  # the weights in the file have the factors merged: keep those before
+        kept = lora.merged_into(model)
+        state = {n: w for n, w in resume["weights"].items() if n not in kept} | resume["lora"]
+        model.load_state_dict(model.state_dict() | state)
+    else:
+        model.load_state_dict(resume.get("dino") or resume["weights"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,10 +241,14 @@ def parse_part(entry, lr):
 def set_learning(model, learns, lr):
     """Let the parts in `learns` learn and freeze all else. Returns [(parameters, rate)]."""
     model.requires_grad_(False).eval()  # frozen means frozen: no dropout there either
-    modules, groups = dict(model.named_modules()), []
+    modules, groups, with_lora = dict(model.named_modules()), [], lora.is_in(model)
     for entry in learns:
         part, rate = parse_part(entry, lr)
         named = {n: p for n, p in model.named_parameters() if (n + ".").startswith(part + ".")}
+        if part == "projector" and getattr(model, "tiled", False):
+            named["image_newline"] = model.image_newline
+        if part == "gpt" and with_lora:
+            named = {n: p for n, p in named.items() if lora.is_factor(n)}
         if part not in modules and not named:
             parts = ", ".join(name for name in modules if name and name.count(".") < 2)
             raise UserError(f"learn {entry!r}: no such part; one of {parts}")
@@ -381,6 +336,8 @@ def save(run, step):
     is_dino, model = isinstance(run.raw_model, DINO), run.raw_model
     if is_dino:
         model = BabyLLaVA(None, tower=run.raw_model.teacher["backbone"])
+    if lora.is_in(model):
+        model, factors = lora.merge(model)
     contents = checkpoint.describe(
         run.settings,
         run.name,
@@ -391,8 +348,12 @@ def save(run, step):
         parents={name: parent["digest"] for name, parent in run.parents.items()},
         decided=run.decided,
     )
+    if run.name == "phase3":
+        contents["template"] = run.dataset.meta.get("template")
     if is_dino:
         contents["dino"] = run.raw_model.state_dict()
+    if model is not run.raw_model and not is_dino:
+        contents["lora"] = factors
     if run.optimizer:
         contents["optimizer"] = run.optimizer.state_dict()
     checkpoint.save(run.path, contents)

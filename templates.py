@@ -32,8 +32,9 @@ class Template:
 TEMPLATES = {
     # Vicuna's, of LLaVA-1.5
     "v1": Template("USER: {} ASSISTANT:", " {}", system="{} "),
-    # BabyLLaVA-V2's: the same, begun with the space that follows an empty system text
-    "baby_v1": Template("USER: {} ASSISTANT:", " {}", begin=" ", picture="<image> "),
+    # BabyLLaVA-V2's: the same without a system text and without a line's end after a picture. (The
+    # space before its first USER, what an empty system text leaves, our vocabularies put anyway.)
+    "baby_v1": Template("USER: {} ASSISTANT:", " {}", picture="<image>"),
     "llama3": Template(
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",

@@ -120,9 +120,11 @@ class Tokenizer:
         return [self.words.get(word, unknown) for word in text.split()]
 
     def encode_exactly(self, text, begins="text"):
-        """The ids of a stretch of a template, no space put before it. begins: "text" at the very
-        start, True after a special, False elsewhere; some vocabularies make a difference."""
-        return self.encoding.encode_ordinary(text) if self.kind == "bpe" else self.encode(text)
+        """The ids of a stretch of a conversation. begins: "text" at the very start, True after a
+        special, False elsewhere, where no space is put before it."""
+        if self.kind == "word":
+            return self.encode(text)
+        return self.encoding.encode_ordinary(" " + text if begins else text)
 
     def pieces(self, tokens):
         """Yield the text that each token adds, "" for one that ends within a character or is a

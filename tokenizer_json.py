@@ -312,3 +312,13 @@ def export(tokenizer):
             "merges": [[spell(left), spell(right)] for left, right in merges],
         },
     }
+
+
+def undo(content):
+    """The tokenizer of ours whose export() gave this content."""
+    model = content["model"]
+    if model["type"] == "WordLevel":
+        ranks = {word.encode("utf-8"): i for word, i in model["vocab"].items()}
+        return Tokenizer(ranks, "word")
+    ranks = {bytes(LETTERS[letter] for letter in token): i for token, i in model["vocab"].items()}
+    return Tokenizer(ranks)

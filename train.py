@@ -24,6 +24,7 @@ from tqdm import tqdm
 import config
 import data
 import eval as evaluation
+import parents as start
 import phases
 import watch
 from batches import ClipBatches, SampleBatches, TextBatches
@@ -39,12 +40,16 @@ class Config(config.Knobs):
     tower: str = knob("both", choices=("both", "vision", "language"))  # narrows phase 0
     data: str = "data/toy"  # a folder that data.py wrote; data/toy is drawn if it is not there
     out: str = "out/toy"  # where checkpoints, log.jsonl and results go
-    vision_weights: str = ""  # a tower to use as it is (.pth, .safetensors); empty, none: train one
+    init: str = ""  # where phases start whose parents are not in out: a run's folder, .pt or LLaVA
+    vision_weights: str = ""  # a tower to use as it is, a file or folder; empty, none: train one
+    language_weights: str = ""  # the folder of a language model to use as it is; empty: train one
     # the tower
     patch: int = knob(8, low=1, high=1024)  # pixels a side of a patch: P = (S / patch)^2
     vision_width: int = knob(128, low=1, high=1 << 16)  # E
     vision_depth: int = knob(4, low=1, high=1000)  # blocks
     vision_heads: int = knob(4, low=1, high=1 << 12)  # 128 / 4 = 32 wide each
+    conv_stages: tuple[int, ...] = ()  # blocks of each stage of a ConvNeXt; empty: a ViT
+    extra_stage: int = knob(0, low=0, high=100)  # blocks of one more, put on the trained ConvNeXt
     prototypes: int = knob(128, low=1, high=1 << 20)  # K, outputs of DINO's head
     local_views: int = knob(0, low=0, high=100)  # small crops, beside the two large ones
     teacher_temperature: float = knob(0.04, low=1e-4, high=10.0)  # sharpening; higher flattens
@@ -73,14 +78,18 @@ class Config(config.Knobs):
     phase1_steps: int = knob(100, low=1)  # projector
     phase1_lr: float = knob(3e-3, low=0.0)  # at its highest
     phase1_batch: int = knob(32, low=1, high=1 << 20)  # samples
-    phase2_steps: int = knob(2300, low=1)  # projector and GPT
+    phase1_learn: tuple[str, ...] = ()  # parts, as projector gpt tower=2e-4; empty: see PHASES
+    phase2_steps: int = knob(2300, low=0)  # projector and GPT; 0: leave this phase out
     phase2_lr: float = knob(2e-3, low=0.0)  # at its highest
     phase2_batch: int = knob(16, low=1, high=1 << 20)  # samples
-    phase2_learn: tuple[str, ...] = ()  # parts, as projector gpt tower=2e-4; empty: see PHASES
+    phase2_learn: tuple[str, ...] = ()  # as phase1_learn
     phase3_steps: int = knob(600, low=1)  # the same, on conversations
     phase3_lr: float = knob(1e-3, low=0.0)  # at its highest
     phase3_batch: int = knob(32, low=1, high=1 << 20)  # samples
-    phase3_learn: tuple[str, ...] = ()  # as phase2_learn
+    phase3_learn: tuple[str, ...] = ()  # as phase1_learn
+    lora_rank: int = knob(0, low=0, high=1 << 14)  # phases 2, 3: of the GPT only such factors learn
+    lora_alpha: float = knob(16.0, low=0.0)  # their product counts alpha / rank times
+    recompute: bool = False  # gradient checkpointing: less memory, a third more time
     grad_accum: int = knob(1, low=1, high=1 << 20)  # micro-batches of each process's share
     warmup: float = knob(0.03, low=0.0, high=1.0)  # share of the steps; then a cosine to 0
     weight_decay: float = knob(0.1, low=0.0, high=10.0)  # of matrices; vectors are not decayed
@@ -124,7 +133,15 @@ PHASES = {
         splits=("train",),
         make=phases.new_dino,
         watch=watch_tower,
-        inherited=("patch", "vision_width", "vision_depth", "vision_heads", "vision_weights"),
+        inherited=(
+            "patch",
+            "vision_width",
+            "vision_depth",
+            "vision_heads",
+            "vision_weights",
+            "conv_stages",
+            "extra_stage",
+        ),
         knobs=("prototypes", "local_views", "teacher_temperature", "momentum"),
         unit="frames/s",
     ),
@@ -134,7 +151,15 @@ PHASES = {
         splits=("train", "val"),
         make=phases.new_gpt,
         watch=watch_loss,
-        inherited=("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size"),
+        inherited=(
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "n_embd",
+            "n_hidden",
+            "block_size",
+            "language_weights",
+        ),
         knobs=("dropout",),
     ),
     "phase1": Phase(
@@ -145,6 +170,7 @@ PHASES = {
         watch=watch_loss,
         starts_from=("vision", "phase0"),
         inherited=("select_layer", "keep_cls", "projector", "image_attention"),
+        knobs=("phase1_learn", "init"),
     ),
     "phase2": Phase(
         learns=("projector", "gpt"),
@@ -153,9 +179,9 @@ PHASES = {
         make=phases.from_phase_before,
         watch=watch_loss,
         starts_from=("phase1",),
-        knobs=("dropout", "phase2_learn"),
+        knobs=("dropout", "phase2_learn", *phases.LATER_KNOBS),
     ),
-    # of conversations, in splits of their own; the sources here write none yet
+    # of conversations, in splits of their own
     "phase3": Phase(
         learns=("projector", "gpt"),
         batches=SampleBatches,
@@ -163,7 +189,7 @@ PHASES = {
         make=phases.from_phase_before,
         watch=watch_loss,
         starts_from=("phase2",),
-        knobs=("dropout", "phase3_learn"),
+        knobs=("dropout", "phase3_learn", *phases.LATER_KNOBS),
     ),
 }
 
@@ -182,6 +208,8 @@ def choose_phases(settings, dataset):
         name
         for name, phase in PHASES.items()
         if all(dataset.count(split, phase.batches.BIN) for split in phase.splits)
+        and getattr(settings, f"{name}_steps")
+        and (phase.starts_from or not start.is_done_elsewhere(settings, name))
     )
 
 
@@ -231,17 +259,17 @@ def set_up(settings, name, dataset, processes):
             f"{name}_batch {batch} does not divide into {processes.world} processes x "
             f"grad_accum {settings.grad_accum}"
         )
-    parents = phases.find_parents(settings, phase, dataset)
-    decided = phases.inherit(settings, parents)
+    parents = start.find_parents(settings, name, PHASES, dataset, processes.print)
+    decided = start.inherit(settings, parents)
     decided |= {own: getattr(settings, own) for own in phase.inherited}
-    resume = phases.find_resume(settings, name, phase, dataset, parents, processes.print)
+    resume = start.find_resume(settings, name, phase, dataset, parents, processes.print)
     if resume and resume["done"]:
         processes.print(f"{name}: done already, {settings.out}/{name}.pt")
         return None
     torch.manual_seed(settings.seed)
-    raw_model = phase.make(settings, dataset, parents)
+    raw_model = phases.make_model(settings, phase, dataset, parents)
     if resume:
-        raw_model.load_state_dict(resume.get("dino") or resume["weights"])
+        phases.restore(raw_model, resume)
     raw_model.to(device)
     phases.check_backends(settings, raw_model, device)
 
@@ -412,7 +440,9 @@ def train(settings, processes):
         # a phase changes what it inherits, and the next one must not take that for given
         own = copy.copy(settings)
         if name == "vision" and settings.vision_weights:
-            phases.import_tower(own, PHASES["vision"], dataset, processes)
+            start.import_tower(own, PHASES["vision"], dataset, processes)
+        elif name == "phase0" and settings.language_weights:
+            start.import_language(own, PHASES["phase0"], dataset, processes)
         else:
             train_phase(own, name, dataset, processes)
         processes.wait()  # the next phase reads what the first process has written

@@ -3,11 +3,15 @@ Other people's weights, in and out: where they are opened, whatever form they ar
 
     python train.py configs/phase0.py --vision_weights dino_deitsmall16_pretrain.pth
     python sample.py --image img.jpg --checkpoint DIR     # a LLaVA's folder, see huggingface.py
+    python weights.py export out/toy/phase2.pt DIR        # a folder that transformers opens
 """
 
+import json
 from pathlib import Path
 
 import checkpoint
+import config
+import export
 import huggingface
 from config import UserError
 from towers import DoesNotFit, read_file, tower_of
@@ -43,3 +47,22 @@ def open_model(path, device="cpu", dtype=""):
     if dtype:
         loaded.model.to(huggingface.choose_dtype(dtype, None))
     return loaded
+
+
+def main(argv):
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
+    if argv[0] != "export" or len(argv) != 3:
+        raise UserError("want: python weights.py export CHECKPOINT.pt DIR")
+    source, folder = Path(argv[1]), argv[2]
+    loaded, results = checkpoint.load(source), source.parent / "results.json"
+    scores = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+    if scores and scores["digest"] != loaded.checkpoint["digest"]:
+        scores = None  # of another checkpoint
+    export.export(loaded, folder, scores)
+    print(f"{folder}: {source}, as AutoModelForImageTextToText opens it")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from config import UserError
 from files import writing
 from images import read_all
+from templates import TEMPLATES, chat_sample
 from tokenizer import Tokenizer, caption_sample
 
 
@@ -27,6 +28,16 @@ class Captioned:
     location: object
     clip: int
     captions: list
+    label: str
+
+
+@dataclass
+class Talk:
+    """A conversation: where its pictures are, in the order of its <image>s, and its turns, each a
+    question and an answer."""
+
+    locations: list
+    turns: list
     label: str
 
 
@@ -139,3 +150,24 @@ def write_captioned(writer, split, text, pictures, max_skipped):
         if number is not None:
             for caption in picture.captions:
                 part.sample(*caption_sample(writer.tokenizer, caption), [number])
+
+
+def write_talks(writer, split, talks, template, system, max_skipped):
+    """Write a split of Talks. Each picture is read once; a conversation with one that cannot be
+    read is left out. template: a name in TEMPLATES, or "plain": captions, of which the questions'
+    words are left out."""
+    part = writer.split(split)
+    labels = {place: talk.label for talk in talks for place in talk.locations}
+    places = list(labels)
+    reading = read_images(part, places, range(len(places)), list(labels.values()), max_skipped)
+    numbers = dict(zip(places, reading, strict=True)) if places else {}
+    for talk in talks:
+        images = [numbers[place] for place in talk.locations]
+        if None in images:
+            continue
+        if template == "plain":
+            words = talk.turns[0][1]
+            part.sample(*caption_sample(writer.tokenizer, words, len(images)), images)
+        else:
+            sample = chat_sample(writer.tokenizer, TEMPLATES[template], talk.turns, system)
+            part.sample(*sample, images)

@@ -22,15 +22,16 @@ LESSON = "config images tokenizer data batches model vision train sample".split(
 # Imports run downwards only: a file may import any of a row above its own, and none of its own.
 FLOORS = [
     {"config", "kernels"},
-    {"places", "files", "scores", "tokenizer", "templates", "tiles", "convnets", "model"},
+    {"places", "files", "scores", "tokenizer", "templates", "tiles", "convnets", "model", "lora"},
     {"images", "vision", "tokenizer_json", "tensors"},
     {"data", "report", "dino"},
     {"batches", "features"},
     {"sources", "checkpoint"},
     {"toy", "pairs", "saycam", "towers"},
-    {"huggingface", "watch", "chat", "inference"},
-    {"weights"},
-    {"sample", "phases", "babyvlm"},
+    {"export", "hf_config", "watch", "chat", "inference"},
+    {"huggingface"},
+    {"weights", "llava"},
+    {"sample", "toy_chat", "phases", "babyvlm", "choice", "parents"},
     {"eval"},
     {"train"},
 ]
@@ -124,6 +125,15 @@ def test_there_is_a_test_file_for_each_module():
     for path in MODULES:
         together = {
             "features": "batches",
+            "parents": "train",
+            "lora": "train",
+            "towers": "weights",
+            "export": "huggingface",
+            "hf_config": "huggingface",
+            "convnets": "vision",
+            "babyvlm": "eval",
+            "places": "images",
+            "inference": "sample",
             "phases": "train",
             "watch": "eval",
         }  # tested where they are used

@@ -1,0 +1,19 @@
+"""
+LLaVA-1.5's recipe in miniature, after configs/toy.py: the layer before the last, patches only,
+mlp2x_gelu, pictures padded to a square; the projector on captions, then all but the tower on
+conversations.
+
+    python data.py toy_chat && python train.py configs/toy_llava15.py
+"""
+
+data = "data/toy_chat"
+out = "out/toy_llava15"
+init = "out/toy"  # its tower and GPT
+select_layer = -2
+projector = "mlp2x_gelu"
+block_size = 384  # two pictures of 64 tokens and four turns of some 50
+phase1_steps = 150
+phase2_steps = 0  # LLaVA-1.5 has two stages: from captions straight to conversations
+phase3_steps = 2400
+phase3_lr = 2e-3
+phase3_batch = 16

@@ -1,0 +1,497 @@
+"""
+A checkpoint of ours as a folder that Hugging Face's transformers opens, and that huggingface.py opens
+again to the same bits.
+
+    python weights.py export out/toy/phase2.pt DIR
+    AutoModelForImageTextToText.from_pretrained("DIR")     # then, with transformers
+
+The GPT becomes a Llama (a Qwen2, where it has biases), the tower a ViT, CLIP or SigLIP. One thing that
+transformers has no room for is written in what it has: our last layer is taken after the tower's
+final norm, a LLaVA of theirs before it (see norm_as_layer). What cannot be written is refused.
+Letters: E vision width, C model width.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import tensors
+import tokenizer_json
+from config import UserError
+from files import write_json, writing
+from images import RESAMPLING
+from templates import TEMPLATES
+
+LEFT_OUT = ("weights", "optimizer", "dino", "lora", "tokenizer")  # of a checkpoint's dict
+K = 256.0  # see norm_as_layer; a power of two, so that dividing by it and back loses nothing
+VIT = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+VIT_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+CLIP = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding.weight",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm_pre": "pre_layrnorm",
+}
+CLIP_BLOCK = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.proj": "self_attn.out_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The tower
+
+
+def unscaled(tower):
+    """The state dict of a ViT with DINOv2's layer scales taken into the linears before them."""
+    state = dict(tower.state_dict())
+    for name in [name for name in state if name.endswith(".gamma")]:
+        gamma = state.pop(name)
+        linear = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        state[f"{linear}.weight"] = state[f"{linear}.weight"] * gamma[:, None]
+        state[f"{linear}.bias"] = state[f"{linear}.bias"] * gamma
+    return state
+
+
+def norm_as_layer(tower, state, depth):
+    """One more block, {our name: weight}, that adds K times the final norm's output to its input x.
+
+    Its attention says nothing; its MLP is fc2(gelu(fc1(norm(x)))) with fc1 = [I; -I; 0] and fc2 =
+    K [I, -I, 0], and gelu(a) - gelu(-a) = a. A projector that is given x and x + K norm(x) side by
+    side and whose first matrix is [-W, W] / K then computes W norm(x)."""
+    E, hidden = tower.width, tower.blocks[0].mlp.fc1.out_features
+    eye, block = torch.eye(E), f"blocks.{depth}."
+    more = {
+        "norm1.weight": torch.ones(E),
+        "norm1.bias": torch.zeros(E),
+        "attn.qkv.weight": torch.zeros(3 * E, E),
+        "attn.qkv.bias": torch.zeros(3 * E),
+        "attn.proj.weight": torch.zeros(E, E),
+        "attn.proj.bias": torch.zeros(E),
+        "norm2.weight": state["norm.weight"],
+        "norm2.bias": state["norm.bias"],
+        "mlp.fc1.weight": torch.cat([eye, -eye, torch.zeros(hidden - 2 * E, E)]),
+        "mlp.fc1.bias": torch.zeros(hidden),
+        "mlp.fc2.weight": torch.cat([K * eye, -K * eye, torch.zeros(E, hidden - 2 * E)], 1),
+        "mlp.fc2.bias": torch.zeros(E),
+    }
+    return {block + name: value for name, value in more.items()}
+
+
+def tower_files(model, image_format):
+    """(vision_config, {their name: weight}, whether the final norm became a layer)."""
+    tower = model.tower
+    if type(tower).__name__ != "ViT":
+        raise UserError(
+            f"a {type(tower).__name__} is no tower that a LLaVA of transformers can have: only a "
+            "model with a ViT is exported"
+        )
+    arguments, state, depth = tower.arguments, unscaled(tower), len(tower.blocks)
+    if arguments["registers"]:
+        raise UserError("a tower with registers is none that transformers' ViT can hold")
+    side = image_format.size // tower.patch
+    with torch.no_grad():
+        state["pos_embed"] = tower.position_embeddings(side, side).clone()
+    after_norm = model.select_layer == -1 and arguments["final_norm"]
+    is_clip = arguments["first_norm"] or not arguments["cls"]
+    if after_norm and is_clip:
+        raise UserError("a CLIP tower with a final norm is none that transformers has")
+    if after_norm:
+        state |= norm_as_layer(tower, state, depth)
+        depth += 1
+    names, block = (CLIP, CLIP_BLOCK) if is_clip else (VIT, VIT_BLOCK)
+    layer = "encoder.layers" if is_clip else "encoder.layer"
+    prefix = "vision_tower.vision_model." if is_clip else "vision_tower."
+    written = {}
+    for name, value in with_qkv_apart(state):
+        kind, _, last = name.rpartition(".")
+        if name.startswith("blocks."):
+            _, number, rest = kind.split(".", 2)
+            theirs = f"{layer}.{number}.{block[rest]}.{last}"
+        else:
+            theirs = (
+                names.get(name) or f"{names[kind]}.{last}"
+                if kind in names or name in names
+                else None
+            )
+        if theirs:
+            written[prefix + theirs] = value
+    kinds = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    kind = "vit"
+    if is_clip:
+        kind = "clip_vision_model" if arguments["cls"] else "siglip_vision_model"
+        written |= clip_shapes(written, prefix, tower)
+    else:
+        E = tower.width
+        written[prefix + "pooler.dense.weight"] = torch.zeros(E, E)
+        written[prefix + "pooler.dense.bias"] = torch.zeros(E)
+    return (
+        {
+            "model_type": kind,
+            "hidden_size": tower.width,
+            "intermediate_size": tower.blocks[0].mlp.fc1.out_features,
+            "num_hidden_layers": depth,
+            "num_attention_heads": arguments["heads"],
+            "image_size": image_format.size // tower.patch * tower.patch,
+            "patch_size": tower.patch,
+            "hidden_act": kinds[arguments["activation"]],
+            "layer_norm_eps": arguments["eps"],
+            "qkv_bias": True,
+        },
+        written,
+        after_norm,
+    )
+
+
+def with_qkv_apart(state):
+    for name, value in state.items():
+        if ".attn.qkv." in name:
+            for part, third in zip("qkv", value.chunk(3)):
+                yield name.replace("qkv", part), third
+        else:
+            yield name, value
+
+
+def clip_shapes(written, prefix, tower):
+    """What CLIP and SigLIP have in another shape, and a norm of the pooled vector, unused here."""
+    E = tower.width
+    more = {
+        f"{prefix}embeddings.position_embedding.weight": written[
+            f"{prefix}embeddings.position_embedding.weight"
+        ][0],
+        f"{prefix}post_layernorm.weight": torch.ones(E),
+        f"{prefix}post_layernorm.bias": torch.zeros(E),
+    }
+    if tower.arguments["cls"]:
+        name = f"{prefix}embeddings.class_embedding"
+        more[name] = written[name].flatten()
+    return more
+
+
+# ---------------------------------------------------------------------------------------------
+# The rest of the model
+
+
+def language_files(gpt, tokenizer):
+    """(text_config, {their name: weight})."""
+    config, state = gpt.config, {}
+    kv = config.n_kv_head * config.head_width
+    sizes = [config.n_head * config.head_width, kv, kv]
+    for name, value in gpt.state_dict().items():
+        if name == "lm_head.weight":
+            state["language_model.lm_head.weight"] = value
+        elif ".qkv_proj." in name:
+            for part, rows in zip("qkv", value.split(sizes)):
+                state["language_model.model." + name.replace("qkv_proj", f"{part}_proj")] = rows
+        elif ".gate_up_proj." in name:
+            for part, rows in zip(("gate", "up"), value.chunk(2)):
+                theirs = name.replace("gate_up_proj", f"{part}_proj")
+                state[f"language_model.model.{theirs}"] = rows
+        else:
+            state[f"language_model.model.{name}"] = value
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if len(config.rope_scaling) == 1:
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling[0]}
+    elif config.rope_scaling:
+        names = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+        rope |= {"rope_type": "llama3"} | dict(zip(names, config.rope_scaling))
+    text = {
+        "model_type": "qwen2" if config.qkv_bias else "llama",
+        "architectures": ["Qwen2ForCausalLM" if config.qkv_bias else "LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_hidden,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_width,
+        "max_position_embeddings": config.block_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope,
+        "rope_scaling": rope if config.rope_scaling else None,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+    }
+    if config.qkv_bias:
+        text["use_sliding_window"] = False
+        del text["head_dim"]
+    return text, state
+
+
+def projector_files(model, kind, after_norm):
+    """(activation's name, {their name: weight}) of a projector of two linears."""
+    state, C = model.projector.state_dict(), model.gpt.config.n_embd
+    if kind == "mlp2x_gelu":
+        first, act = (state["0.weight"], state["0.bias"]), "gelu"
+        second = state["2.weight"], state["2.bias"]
+    elif kind in ("linear", "identity"):
+        eye, act = (torch.eye(C), torch.zeros(C)), "linear"
+        first = (state["weight"], state["bias"]) if kind == "linear" else eye
+        second = eye
+    else:
+        raise UserError(f"a projector {kind}: transformers' LLaVA has two linears, or what fits in")
+    W = first[0]
+    if after_norm:
+        W = torch.cat([-W, W], 1) / K
+    names = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+    values = (W, first[1], *second)
+    return act, {f"multi_modal_projector.{name}": value for name, value in zip(names, values)}
+
+
+def write_tokenizer(loaded, folder, template):
+    tokenizer = loaded.tokenizer
+    content = tokenizer.content if tokenizer.kind == "json" else tokenizer_json.export(tokenizer)
+    name_of = {i: name for name, i in tokenizer.specials.items()}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": loaded.model.gpt.config.block_size,
+        "padding_side": "left",
+        "eos_token": name_of.get(tokenizer.eos),
+        "pad_token": name_of.get(tokenizer.pad),
+        "image_token": "<image>",
+        "extra_special_tokens": {"image_token": "<image>"},
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    if tokenizer.bos is not None:
+        settings["bos_token"] = name_of[tokenizer.bos]
+    if tokenizer.kind == "word":
+        settings["unk_token"] = "<unk>"
+    if template:
+        settings["chat_template"] = chat_template(TEMPLATES[template["name"]], settings)
+        with writing(folder / "chat_template.jinja") as file:
+            file.write(settings["chat_template"].encode("utf-8"))
+    write_json(folder / "tokenizer.json", content)
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def chat_template(template, settings):
+    """A template of ours in the language of transformers' chat templates."""
+    marks = {"{bos}": settings.get("bos_token", ""), "{eos}": settings["eos_token"]}
+
+    def quoted(text):
+        for mark, token in marks.items():
+            text = text.replace(mark, token or "")
+        return "{{ " + json.dumps(text) + " }}" if text else ""
+
+    picture = json.dumps(template.picture)
+    (user, after), (system, system_end), (answer, answer_end) = (
+        part.split("{}") if part else ("", "")
+        for part in (template.user, template.system, template.answer)
+    )
+    parts = "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ " + picture
+    parts += " }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    words = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    words += parts + "{% endif %}"
+    return (
+        quoted(template.begin)
+        + "{% for message in messages %}{% if message['role'] == 'system' %}"
+        + quoted(system)
+        + words
+        + quoted(system_end)
+        + "{% elif message['role'] == 'user' %}"
+        + quoted(user)
+        + words
+        + quoted(after)
+        + "{% else %}"
+        + quoted(answer)
+        + words
+        + quoted(answer_end + template.end + template.between)
+        + "{% endif %}{% endfor %}"
+    )
+
+
+def processor_settings(loaded, kind):
+    """(preprocessor_config.json, processor_config.json)."""
+    form, tower = loaded.image_format, loaded.model.tower
+    side = {"height": form.size, "width": form.size}
+    pictures = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": side,
+        "do_resize": True,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(form.mean),
+        "image_std": list(form.std),
+        "resample": int(RESAMPLING[form.resample]),
+    }
+    if form.fit == "pad":
+        pictures |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    elif form.fit == "centre":
+        more = {"do_center_crop": True, "crop_size": side, "size": {"shortest_edge": form.size}}
+        pictures |= {"image_processor_type": "CLIPImageProcessor"} | more
+    elif form.fit == "crop":
+        raise UserError("pictures cropped before they are resized: transformers crops after")
+    if kind == "llava_next":
+        pinpoints = [[height, width] for width, height in form.canvases]
+        more = {"image_grid_pinpoints": pinpoints, "size": {"shortest_edge": form.size}}
+        pictures |= {"image_processor_type": "LlavaNextImageProcessor", "crop_size": side} | more
+    processor = {
+        "processor_class": "LlavaNextProcessor" if kind == "llava_next" else "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": tower.patch,
+        "num_additional_image_tokens": int(tower.arguments["cls"]),
+        "vision_feature_select_strategy": strategy_of(loaded.model),
+    }
+    return pictures | {"processor_class": processor["processor_class"]}, processor
+
+
+def strategy_of(model):
+    return "default" if model.tower.arguments["cls"] and not model.keep_cls else "full"
+
+
+# ---------------------------------------------------------------------------------------------
+# All of it
+
+
+def parts_as_written(parts, image_format):
+    """The parts of a checkpoint, the tower's scales folded and its positions interpolated."""
+    tower = parts["tower"]
+    arguments = tower["arguments"] | {"scaled": False, "size": image_format.size}
+    return parts | {"tower": tower | {"arguments": arguments}}
+
+
+def undo(saved, state, content):
+    """The checkpoint's dict of an exported folder: saved, what config.json keeps of it; state, the
+    weights under our names; content, of tokenizer.json."""
+    parts = saved["parts"]
+    E, kind = parts["tower"]["arguments"]["width"], parts["projector"]["kind"]
+    depth = parts["tower"]["arguments"]["depth"]
+    state = {n: w for n, w in state.items() if not n.startswith(f"tower.blocks.{depth}.")}
+    W = state["projector.0.weight"]
+    if W.shape[1] == 2 * E:
+        state["projector.0.weight"] = W[:, E:] * K
+    if kind != "mlp2x_gelu":
+        del state["projector.2.weight"], state["projector.2.bias"]
+        first = [state.pop(f"projector.0.{name}") for name in ("weight", "bias")]
+        if kind == "linear":
+            state |= dict(zip(("projector.weight", "projector.bias"), first))
+    for name in ("cls_token", "pos_embed"):
+        if f"tower.{name}" in state:
+            state[f"tower.{name}"] = state[f"tower.{name}"].reshape(1, -1, E)
+    written = tokenizer_json.undo(content)
+    return saved | {"weights": state, "tokenizer": {"kind": written.kind, "ranks": written.dump()}}
+
+
+def check(loaded):
+    """Refuse what there is no way to write."""
+    model, saved = loaded.model, loaded.checkpoint
+    if model.projector is None:
+        raise UserError(
+            "only a model that sees and speaks is exported: give one of phase 1 or later"
+        )
+    if model.image_attention != "causal":
+        raise UserError("image_attention=full: transformers' LLaVA has causal attention alone")
+    if loaded.image_format.max_tiles or (saved.get("phase") == "folder"):
+        raise UserError("only checkpoints of train.py are exported")
+
+
+def export(loaded, folder, scores=None):
+    """Write the folder of a checkpoint.Loaded. scores: eval.py's results, for the model card."""
+    check(loaded)
+    folder, model, saved = Path(folder), loaded.model, loaded.checkpoint
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: there is something in it; give a folder that is new or empty")
+    kind = "llava_next" if model.tiled else "llava"
+    seen, weights, after_norm = tower_files(model, loaded.image_format)
+    text, language = language_files(model.gpt, loaded.tokenizer)
+    act, projector = projector_files(model, saved["parts"]["projector"]["kind"], after_norm)
+    weights |= language | projector
+    if model.tiled:
+        weights["image_newline"] = model.image_newline
+    if model.tiled and after_norm:
+        raise UserError("tiles of the last layer, after its norm: select_layer -2 or before")
+    template = saved.get("template")
+    config = {
+        "model_type": kind,
+        "architectures": [
+            "LlavaNextForConditionalGeneration" if model.tiled else "LlavaForConditionalGeneration"
+        ],
+        "text_config": text,
+        "vision_config": seen,
+        "image_token_index": loaded.tokenizer.image,
+        "image_seq_length": model.image_tokens(loaded.image_format.size),
+        "vision_feature_layer": [-2, -1] if after_norm else model.select_layer,
+        "vision_feature_select_strategy": strategy_of(model),
+        "projector_hidden_act": act,
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": model.gpt.config.tied,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "nanobabyllava": {name: value for name, value in saved.items() if name not in LEFT_OUT}
+        | {"parts": parts_as_written(saved["parts"], loaded.image_format)},
+    }
+    if model.tiled:
+        config["image_grid_pinpoints"] = [[h, w] for w, h in loaded.image_format.canvases]
+    pictures, processor = processor_settings(loaded, kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(loaded, folder, template)
+    write_json(folder / "preprocessor_config.json", pictures)
+    write_json(folder / "processor_config.json", processor)
+    ids = {"eos_token_id": loaded.tokenizer.eos, "pad_token_id": loaded.tokenizer.pad}
+    write_json(folder / "generation_config.json", ids)
+    with writing(folder / "README.md") as file:
+        file.write(model_card(loaded, scores).encode("utf-8"))
+    tensors.write(folder / "model.safetensors", weights)
+    write_json(folder / "config.json", config)
+
+
+def model_card(loaded, scores):
+    """README.md: what the model was trained on, and its scores."""
+    saved, count = loaded.checkpoint, sum(p.numel() for p in loaded.model.parameters())
+    world = "the toy world, drawn pictures and a grammar: nothing of SAYCam"
+    source = world if saved["source"].startswith("toy") else f"data of the kind `{saved['source']}`"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "---",
+        "# A nanoBabyLLaVA",
+        "",
+        f"{count:,} parameters, {saved['phase']}, {saved['step']} steps, trained on {source}",
+        f"(corpus {saved['corpus'][:12]}, seed {saved['settings']['seed']}).",
+        "",
+    ]
+    if not scores:
+        lines.append("It was not scored.")
+    else:
+        lines += [
+            f"Scores on {scores['source']}:",
+            "",
+            "| test | measure | subset | score | chance | n |",
+        ]
+        lines.append("|---|---|---|---|---|---|")
+        for task, subsets in scores["tasks"].items():
+            for subset, measures in subsets.items():
+                for measure, one in measures.items():
+                    chance = "" if one["chance"] is None else f"{one['chance']:.3f}"
+                    cells = (task, measure, subset, f"{one['score']:.3f}", chance, str(one["n"]))
+                    lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,156 @@
+"""
+Conversations about pictures in LLaVA's form, for phase 3; or its captions, for phases 1 and 2.
+
+    python data.py llava --json chat.json --images DIR                         # conversations
+    python data.py llava --json pretrain.json --images DIR --template plain    # captions
+    python data.py llava --json chat.json --images DIR --like DIR2             # for a LLaVA folder
+
+A JSON is a list of {"image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": "human", "value":
+"<image>\\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}, ...]}: any number of turns, and as
+many <image> in the human's words, anywhere, as there are pictures, which may be none. --like takes
+vocabulary, template and form of pictures from a model (.pt, or a folder) or from prepared data.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoint
+import config
+import huggingface
+from config import UserError, knob
+from data import Data
+from images import FITS, NORMS, RESAMPLING, ImageFormat
+from places import Places
+from sources import Talk, hold_out, write_talks
+from templates import TEMPLATES
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Config(config.Knobs):
+    name: str = ""  # write to data/<name>; empty: llava
+    json: tuple[str, ...] = ()  # files of conversations
+    val: tuple[str, ...] = ()  # files to validate on; empty: every tenth stretch of the others
+    images: tuple[str, ...] = (".",)  # folders or zips that the pictures are in
+    like: str = ""  # a model or prepared data: its vocabulary, template and form of pictures
+    template: str = knob("", choices=("", "plain", *TEMPLATES))  # empty: that of --like, or baby_v1
+    system: str = ""  # what is said before each conversation
+    size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
+    fit: str = knob("pad", choices=FITS)  # how a picture becomes a square
+    resample: str = knob("bicubic", choices=tuple(RESAMPLING))  # how it is resized
+    norm: str = knob("imagenet", choices=tuple(NORMS))  # mean and deviation that the tower wants
+    canvases: tuple[str, ...] = ()  # as 448x448 224x672, several: tiles (anyres); empty: none
+    vocab_size: int = knob(6000, low=260, high=1 << 20)  # BPE tokens, specials included
+    max_skipped: float = knob(0.01, low=0.0, high=1.0)  # the largest share of unreadable pictures
+
+
+def read_turns(conversations):
+    """[(question, answer)] of a list of {"from", "value"}. Raises ValueError."""
+    said = [(turn["from"], turn["value"]) for turn in conversations]
+    unknown = [who for who, _ in said if who not in ("human", "gpt")]
+    if unknown:
+        raise ValueError(f"nobody is called {unknown[0]!r}: want human and gpt")
+    if [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
+        raise ValueError("want human and gpt in turn, the human first and gpt last")
+    turns = [
+        (question, answer.strip()) for (_, question), (_, answer) in zip(said[::2], said[1::2])
+    ]
+    if not turns or not all(answer for _, answer in turns):
+        raise ValueError("an answer is empty: nothing to learn")
+    return turns
+
+
+def read_item(item, places, label):
+    """The Talk of an item. Raises ValueError, KeyError or TypeError."""
+    names, turns = item.get("image") or [], read_turns(item["conversations"])
+    names = [names] if isinstance(names, str) else list(names)
+    if any("<image>" in answer for _, answer in turns):
+        raise ValueError("an <image> in an answer")
+    asked = sum(question.count("<image>") for question, _ in turns)
+    if asked != len(names):
+        raise ValueError(f"{asked} <image> for {len(names)} pictures")
+    locations = [places.find(name) or str(Path(places.paths[0]) / name) for name in names]
+    return Talk(locations, turns, label)
+
+
+def read_file(path, places):
+    """The Talks of a JSON file."""
+    try:
+        items = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(items, list) or not items:
+        raise UserError(f"{path}: want a list of conversations")
+    talks = []
+    for i, item in enumerate(items):
+        try:
+            talks.append(read_item(item, places, f"{path}: item {i}: "))
+        except (KeyError, TypeError, AttributeError) as error:
+            why = f'no {{"image", "conversations": [{{"from", "value"}}]}} ({error!r})'
+            raise UserError(f"{path}: item {i}: {why}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: item {i}: {error}") from None
+    return talks
+
+
+def read_like(path):
+    """(tokenizer, ImageFormat or None, {"name", "system"} or None) of a model or prepared data."""
+    folder = Path(path)
+    if (folder / "meta.json").exists():
+        dataset = Data(folder)
+        return dataset.tokenizer, dataset.image_format, dataset.meta.get("template")
+    if (folder / "config.json").exists():
+        if huggingface.read_config(folder)["model_type"] in huggingface.LLAVA:
+            loaded = huggingface.load(folder)
+            return loaded.tokenizer, loaded.image_format, loaded.checkpoint["template"]
+        return huggingface.language_tokenizer(folder), None, None
+    loaded = checkpoint.load(path)
+    if loaded.tokenizer is None:
+        raise UserError(f"--like {path}: a tower alone, it knows no words")
+    return loaded.tokenizer, loaded.image_format, loaded.checkpoint.get("template")
+
+
+def image_format(settings):
+    """The ImageFormat that the knobs describe. Raises UserError for canvases of no whole tiles."""
+    canvases = []
+    for canvas in settings.canvases:
+        width, _, height = canvas.partition("x")
+        whole = width.isdigit() and height.isdigit()
+        if not whole or any(int(n) % settings.size or not int(n) for n in (width, height)):
+            raise UserError(f"--canvases {canvas}: want WIDTHxHEIGHT in whole tiles of --size")
+        canvases.append((int(width), int(height)))
+    look = settings.size, settings.fit, settings.resample, *NORMS[settings.norm]
+    return ImageFormat(*look, tuple(canvases))
+
+
+def prepare(settings, writer):
+    if not settings.json:
+        raise UserError("llava: give --json FILE --images DIR")
+    places = Places(settings.images)
+    talks = [talk for path in settings.json for talk in read_file(path, places)]
+    parts = {"train": talks, "val": [t for path in settings.val for t in read_file(path, places)]}
+    if not settings.val:
+        parts = hold_out(talks, key=lambda talk: tuple(talk.locations) or talk.label)
+    if not parts["val"]:
+        raise UserError(f"llava: {len(talks)} conversations; need at least 10, or files for --val")
+    template, pictures, tokenizer = {"name": "baby_v1", "system": ""}, None, None
+    if settings.like:
+        tokenizer, pictures, learnt = read_like(settings.like)
+        template = learnt or template
+    if "size" in settings.given or "canvases" in settings.given or pictures is None:
+        pictures = image_format(settings)
+    name = settings.template or template["name"]
+    system = settings.system or template["system"]
+    if tokenizer is None:
+        words = (text for talk in parts["train"] for turn in talk.turns for text in turn)
+        tokenizer = Tokenizer.train(
+            (text.replace("<image>", " ") for text in words), settings.vocab_size
+        )
+    is_plain = name == "plain"
+    writer.start(tokenizer, pictures, None if is_plain else {"name": name, "system": system})
+    for split, part in parts.items():
+        if is_plain:
+            writer.split(split).text(talk.turns[0][1] for talk in part)
+        whole = split if is_plain else f"chat_{split}"
+        write_talks(writer, whole, part, name, system, settings.max_skipped)
