@@ -7,15 +7,15 @@ the only teacher. Nothing is downloaded, no other model has a say.
 
 What, what colour, how many, where, which of two pictures, is there a ... (and no, there is not), and
 what the little thing in the corner of a large picture is, three turns or more each time. The pairs of
-colour and thing that the toy world holds out are held out here too, in pictures and in words. With
-the seed of data/toy it has that world's tokens, so that what was trained there can go on here. Beside
-conversations it writes captions, for the phases before, and eval/choice.json: the same questions and
-pictures whatever the form of the pictures in training.
+colour and thing that the toy world holds out are held out here too, in pictures and in words. Beside
+conversations it writes captions and speech, for the phases before, and eval/choice.json: the same
+questions and pictures whatever the form of the pictures in training.
 """
 
 import json
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -42,9 +42,9 @@ class Config(config.Knobs):
     canvases: tuple[str, ...] = ()  # as 128x64 128x128, several: tiles; empty: none
     template: str = knob("baby_v1", choices=tuple(TEMPLATES))  # how conversations are written
     vocab_size: int = knob(512, low=260, high=1 << 20)  # BPE tokens, specials included
-    seed: int = knob(1, low=0, high=2**32 - 1)  # of the world; data/toy has the same
+    seed: int = knob(1, low=0, high=2**32 - 1)  # the same seed draws and says the same
     talks: int = knob(8000, low=1, high=10**8)  # conversations to train on; a tenth to validate
-    lines: int = knob(20000, low=10, high=10**8)  # speech of data/toy, from which its tokens are
+    lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     questions: int = knob(100, low=1, high=10**6)  # of each kind in eval/choice.json
 
 
@@ -352,9 +352,17 @@ def write_questions(settings, directory):
         file.write(json.dumps(items, indent=1).encode())
 
 
+def written(settings, talks=2000):
+    """Yield conversations as they are written, so that what a template repeats becomes few tokens."""
+    rng, template = np.random.RandomState([settings.seed, 6]), TEMPLATES[settings.template]
+    for _ in range(talks):
+        for question, answer in talk_about(random_view(rng), rng):
+            yield template.user.format(question) + template.answer.format(answer)
+
+
 def prepare(settings, writer):
     """Draw, ask and answer."""
-    words = toy.speech(settings, "train", THINGS)
+    words = chain(toy.speech(settings, "train", THINGS), written(settings))
     tokenizer = Tokenizer.train(words, settings.vocab_size)
     template = {"name": settings.template, "system": ""}
     writer.start(tokenizer, image_format(settings), template)

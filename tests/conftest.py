@@ -58,11 +58,11 @@ def home(world, monkeypatch):
     return world
 
 
-def shell(*args, cwd, **env):
+def shell(*args, cwd, input=None, **env):
     """Run a script as a user would."""
     env = {**os.environ, "PYTHONPATH": "", **env}
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
+    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, input=input)
 
 
 def one_line(error):

@@ -1,0 +1,462 @@
+"""LLaVA folders in and out, against transformers' own code with random weights."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, one_line, same, shell
+from PIL import Image
+
+import chat
+import checkpoint
+import export
+import huggingface
+import inference
+import sample
+import train
+import weights
+from config import UserError
+from images import to_picture
+from templates import TEMPLATES, chat_sample
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+import fake_llava  # noqa: E402
+
+SIZES = [(28, 28), (50, 33), (33, 50), (100, 20), (20, 90), (61, 60), (300, 301)]
+LLAVAS = [
+    {},
+    {"text": "mistral", "layer": -1, "strategy": "full"},
+    {"tower": "siglip", "text": "qwen2", "layer": -1, "strategy": "full"},
+    {"tower": "siglip", "strategy": "full"},
+    {"tower": "vit"},
+    {"tower": "vit", "text": "qwen2", "layer": -1},
+    {"tower": "dinov2", "layer": -1, "strategy": "full"},
+]
+TILED = [
+    {"kind": "llava_next"},
+    {"kind": "llava_next", "text": "mistral"},
+    {
+        "kind": "llava_onevision",
+        "tower": "siglip",
+        "text": "qwen2",
+        "layer": -1,
+        "strategy": "full",
+    },
+]
+name_of = lambda how: "-".join(map(str, how.values())) or "plain"
+
+
+def noise(width, height, seed=0):
+    shape = (height, width, 3)
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, shape, np.uint8))
+
+
+def ask_both(model, processor, loaded, pictures):
+    """(their logits, ours) of a text with these pictures in it."""
+    inputs = processor(pictures, return_tensors="pt")
+    embeds = inference.see(loaded, [to_picture(p, loaded.image_format) for p in pictures])
+    tokens = [5, 6]
+    for embed in embeds:
+        tokens += [loaded.tokenizer.image] * len(embed) + [7, 8]
+    tokens = torch.tensor([tokens])
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **inputs).logits
+        ours = loaded.model(tokens, images=torch.cat(embeds))[0]
+        other = loaded.model(tokens, images=torch.cat(embeds).flip(0))[0]
+    assert (ours - other).abs().max() > 0.1  # pictures matter
+    return theirs, ours
+
+
+# ---- in
+
+
+@pytest.mark.parametrize("how", LLAVAS + TILED, ids=name_of)
+def test_logits_are_transformers_own(tmp_path, how):
+    model, processor = fake_llava.make(tmp_path, **how)
+    loaded = huggingface.load(tmp_path)
+    for size in SIZES:
+        theirs, ours = ask_both(model, processor, loaded, [noise(*size)])
+        assert (theirs - ours).abs().max() < 1e-4
+    if how.get("kind") != "llava_onevision":
+        theirs, ours = ask_both(model, processor, loaded, [noise(40, 30), noise(28, 99, 1)])
+        assert (theirs - ours).abs().max() < 1e-4
+
+
+def test_onevision_shrinks_what_is_of_more_than_nine_tiles(tmp_path, monkeypatch):
+    many = [[28 * rows, 28 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+    monkeypatch.setattr(fake_llava, "PINPOINTS", many)
+    model, processor = fake_llava.make(tmp_path, **TILED[2])
+    loaded = huggingface.load(tmp_path)
+    for size in [(168, 168), (168, 90), (60, 168), (150, 140), (99, 130)]:
+        theirs, ours = ask_both(model, processor, loaded, [noise(*size)])
+        assert (theirs - ours).abs().max() < 1e-4
+
+
+def test_several_pictures_of_onevision_have_no_tiles(tmp_path):
+    model, processor = fake_llava.make(tmp_path, **TILED[2])
+    loaded = huggingface.load(tmp_path)
+    paths = []
+    for i, size in enumerate([(40, 30), (28, 99)]):
+        paths.append(str(tmp_path / f"{i}.png"))
+        noise(*size, i).save(paths[-1])
+    pictures = [[Image.open(path) for path in paths]]
+    inputs = processor(pictures, return_tensors="pt")
+    embeds = inference.see(loaded, inference.read(loaded, paths))
+    tokens = torch.tensor([[5] + [699] * len(embeds[0]) + [6] + [699] * len(embeds[1]) + [7]])
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **inputs).logits
+        ours = loaded.model(tokens, images=torch.cat(embeds))[0]
+    assert (theirs - ours).abs().max() < 1e-4
+
+
+def test_padding_on_the_left_or_right_changes_nothing(tmp_path):
+    """Their batch of two lengths, padded on the left, against ours one by one, and on the right."""
+    model, processor = fake_llava.make(tmp_path)
+    loaded = huggingface.load(tmp_path)
+    inputs = processor([noise(28, 28), noise(60, 30)], return_tensors="pt")
+    embeds = torch.cat(
+        inference.see(
+            loaded, [to_picture(noise(*s), loaded.image_format) for s in [(28, 28), (60, 30)]]
+        )
+    )
+    rows = [[1] + [699] * 16 + [5, 6, 7, 8], [1] + [699] * 16 + [9]]
+    left = torch.tensor([rows[0], [0] * 3 + rows[1]])
+    right = torch.tensor([rows[0], rows[1] + [0] * 3])
+    with torch.no_grad():
+        theirs = model(input_ids=left, attention_mask=(left != 0).long(), **inputs).logits
+        ours = loaded.model(right, images=embeds)[0]
+    assert (theirs[0] - ours[0]).abs().max() < 1e-4
+    assert (theirs[1, 3:] - ours[1, :-3]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("how", [LLAVAS[0], LLAVAS[2], TILED[0]], ids=name_of)
+def test_greedy_words_are_transformers_own(tmp_path, how):
+    model, processor = fake_llava.make(tmp_path, **how)
+    loaded = huggingface.load(tmp_path)
+    picture = noise(50, 33)
+    embeds = inference.see(loaded, [to_picture(picture, loaded.image_format)])
+    tokens = torch.tensor([[5] + [699] * len(embeds[0]) + [7]])
+    inputs = processor(picture, return_tensors="pt")
+    theirs = model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        **inputs,
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    ours = [int(token) for token in loaded.model.generate(tokens, embeds[0], 20)]
+    assert ours == theirs[0, tokens.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("scaling", ["linear", "llama3"])
+def test_rotary_scaling_is_transformers_own(tmp_path, scaling):
+    rope = {"rope_type": scaling, "factor": 4.0, "rope_theta": 5e5}
+    if scaling == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope["original_max_position_embeddings"] = 64
+    model, processor = fake_llava.make(tmp_path, rope_parameters=rope)
+    loaded = huggingface.load(tmp_path)
+    theirs, ours = ask_both(model, processor, loaded, [noise(28, 28, i) for i in range(6)])
+    assert (theirs - ours).abs().max() < 1e-4
+
+
+def rename_as_before(name):
+    """The names that transformers 4 wrote."""
+    old = [
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.", ""),
+    ]
+    for new, before in old:
+        if name.startswith(new):
+            return before + name.removeprefix(new)
+    return name
+
+
+def test_old_names_and_shards_are_the_same_model(tmp_path):
+    import safetensors.torch
+
+    fake_llava.make(tmp_path)
+    new = huggingface.load(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    state = {rename_as_before(name): value for name, value in state.items()}
+    names = sorted(state)
+    index = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        safetensors.torch.save_file({n: state[n].contiguous() for n in part}, tmp_path / file)
+        index |= dict.fromkeys(part, file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    old = huggingface.load(tmp_path)
+    assert same(old.model.state_dict(), new.model.state_dict())
+
+
+def test_weights_are_used_where_they_lie(tmp_path):
+    """What need not be stacked is the file itself, not a copy; and writing does not change it."""
+    fake_llava.make(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = huggingface.load(tmp_path).model
+    mapped = [p for p in model.parameters() if not p.untyped_storage().resizable()]
+    assert sum(p.numel() for p in mapped) > 0.5 * sum(p.numel() for p in model.parameters())
+    model.gpt.embed_tokens.weight.data.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_bfloat16_is_that_everywhere_but_in_the_positions(tmp_path):
+    fake_llava.make(tmp_path)
+    loaded = huggingface.load(tmp_path, dtype="bfloat16")
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.model.gpt.cos.dtype == torch.float32
+    embeds = inference.see(loaded, [to_picture(noise(40, 30), loaded.image_format)])
+    assert inference.caption(loaded, embeds, 5)
+
+
+# ---- a folder from the command line
+
+
+@pytest.fixture
+def folder(tmp_path):
+    fake_llava.make(tmp_path / "llava")
+    noise(40, 30).save(tmp_path / "a.png")
+    noise(30, 50, 1).save(tmp_path / "b.png")
+    return tmp_path
+
+
+def test_a_folder_is_asked_in_its_own_template(folder, capsys):
+    flags = [f"--checkpoint={folder}/llava", f"--image={folder}/a.png", "--max_new_tokens=5"]
+    sample.main([*flags, "--prompt=what is this ?"])
+    asked = capsys.readouterr().out
+    loaded = huggingface.load(folder / "llava")
+    assert loaded.choose_template() == ("v1", "")
+    embeds = inference.see(loaded, inference.read(loaded, [str(folder / "a.png")]))
+    tokens = sample.begin(loaded, embeds, "what is this ?", "v1")
+    said = loaded.model.generate(torch.tensor([tokens]), embeds[0], 5, stop=loaded.tokenizer.stops)
+    words = loaded.tokenizer.decode([int(token) for token in said])
+    assert words in asked
+    sample.main([*flags, "--prompt=what is this ?", "--template=mistral"])
+    assert sample.begin(loaded, embeds, "what is this ?", "mistral") != tokens
+    sample.main([*flags, "--template=plain"])
+
+
+@pytest.mark.parametrize(
+    "sign, template",
+    [
+        ("<|start_header_id|>", "llama3"),
+        ("<|im_start|>", "chatml"),
+        ("[INST]", "mistral"),
+        ("USER: ASSISTANT:", "v1"),
+    ],
+)
+def test_the_template_is_known_by_its_signs(folder, sign, template):
+    (folder / "llava/chat_template.jinja").write_text("{% for m in messages %}" + sign)
+    assert huggingface.find_template(folder / "llava", "llama") == template
+
+
+SPOILT = [
+    ("config.json", None, "config.json: No such file"),
+    ("config.json", "{", "not JSON"),
+    ("config.json", "[]", "not an object"),
+    ("config.json", {"model_type": None}, "model_type None"),
+    ("config.json", {"model_type": "blip"}, "model_type 'blip' is none of llava"),
+    ("config.json", {"vision_feature_layer": [-2, -5]}, "several layers"),
+    ("config.json", {"vision_feature_layer": -9}, "and a tower of 3 blocks"),
+    ("config.json", {"projector_hidden_act": "relu"}, "projector"),
+    ("config.json", {"text_config": {"model_type": "gemma"}}, "text model 'gemma'"),
+    (
+        "config.json",
+        {"text_config": {"rope_parameters": {"rope_type": "yarn"}}},
+        "rope_type 'yarn'",
+    ),
+    ("config.json", {"text_config": {"attention_bias": True}}, "attention_bias True"),
+    ("config.json", {"text_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
+    ("config.json", {"text_config": {"num_hidden_layers": 3}}, "weights missing"),
+    ("config.json", {"text_config": {"num_hidden_layers": 1}}, "weights left over"),
+    ("config.json", {"text_config": {"vocab_size": 32000}}, "of another shape"),
+    ("config.json", {"vision_config": {"model_type": "dinov3"}}, "tower 'dinov3'"),
+    ("model.safetensors", None, "no model.safetensors"),
+    ("model.safetensors", "xxxxxxxxxx", "not a checkpoint, or cut short"),
+    ("model.safetensors.index.json", {"weight_map": {"a": "b.safetensors"}}, "not there"),
+    ("tokenizer.json", None, "there is none"),
+    ("tokenizer.json", {"model": {"type": "Unigram"}}, "the model"),
+    ("tokenizer_config.json", "{}", "name an eos token"),
+    ("preprocessor_config.json", None, "preprocessor_config.json: No such file"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", SPOILT, ids=lambda x: str(x)[:30])
+def test_a_spoilt_folder_is_one_clear_line(folder, name, content, message):
+    path = folder / "llava" / name
+    if content is None:
+        path.unlink()
+    elif isinstance(content, str):
+        path.write_text(content)
+    else:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        for key, value in content.items():
+            found[key] = found[key] | value if isinstance(found.get(key), dict) else value
+        path.write_text(json.dumps(found))
+    if name == "tokenizer_config.json":
+        (folder / "llava/generation_config.json").unlink()
+        found = json.loads((folder / "llava/config.json").read_text())
+        found["text_config"].pop("eos_token_id", None)
+        (folder / "llava/config.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match=message) as error:
+        try:
+            sample.main([f"--checkpoint={folder}/llava", f"--image={folder}/a.png"])
+        except OSError as error:
+            raise UserError(str(error)) from None
+    assert one_line(error)
+
+
+# ---- out
+
+
+def opened_by_transformers(path):
+    return (
+        transformers.AutoModelForImageTextToText.from_pretrained(path).eval(),
+        transformers.AutoProcessor.from_pretrained(path),
+    )
+
+
+def agree(source, folder, picture):
+    """transformers opens the folder and says what we say; back here it is the same to the bit."""
+    model, processor = opened_by_transformers(folder)
+    loaded = checkpoint.load(source)
+    embeds = inference.see(loaded, inference.read(loaded, [str(picture)]))
+    inputs = processor(
+        images=Image.open(picture).convert("RGB"), text="<image>", return_tensors="pt"
+    )
+    tokens = torch.tensor([[loaded.tokenizer.image] * len(embeds[0])])
+    assert inputs["input_ids"].tolist() == tokens.tolist()
+    with torch.no_grad():
+        theirs, ours = model(**inputs).logits, loaded.model(tokens, images=embeds[0])[0]
+    assert (theirs - ours).abs().max() < 1e-4
+    said = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, tokens.shape[1] :]
+    stop = loaded.tokenizer.stops
+    ours = [int(t) for t in loaded.model.generate(tokens, embeds[0], 12, stop=stop)]
+    assert said.tolist() == ours
+    back = weights.open_model(folder)
+    assert same(back.model.state_dict(), loaded.model.state_dict())
+    assert back.tokenizer.dump() == loaded.tokenizer.dump()
+    assert back.image_format == loaded.image_format
+    return loaded, ours
+
+
+def test_the_shipped_model_goes_there_and_back(tmp_path):
+    weights.main(["export", str(ROOT / "assets/toy.pt"), str(tmp_path / "toy")])
+    loaded, said = agree(ROOT / "assets/toy.pt", tmp_path / "toy", ROOT / "assets/scene.png")
+    assert said[-1] == loaded.tokenizer.eos and len(said) > 3  # it stops by itself
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy")
+    for text in ("look , a red ball !", "it 's an Ünknown\nword", "  two  spaces"):
+        ids = loaded.tokenizer.encode(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == loaded.tokenizer.decode(ids)
+    card = (tmp_path / "toy/README.md").read_text()
+    assert "toy world" in card and "nothing of SAYCam" in card
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--select_layer=-2"], ["--projector=linear", "--keep_cls"], ["--projector=identity"]],
+    ids=lambda flags: flags[0],
+)
+def test_other_shapes_go_there_and_back(recipe, home, tmp_path, flags):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("vision", "phase0"):
+        shutil.copy(recipe / f"{name}.pt", out)
+    train.main(["--data=data/tiny", f"--out={out}", *SMALL, "--phase=1", *flags])
+    weights.main(["export", str(out / "phase1.pt"), str(tmp_path / "there")])
+    Image.open("data/tiny/eval/images/" + first_picture(home)).save(tmp_path / "x.png")
+    agree(out / "phase1.pt", tmp_path / "there", tmp_path / "x.png")
+
+
+def first_picture(home):
+    images = home / "data/tiny/eval/images"
+    return str(sorted(images.rglob("*.png"))[0].relative_to(images))
+
+
+def test_what_cannot_be_written_is_refused(recipe, tmp_path):
+    loaded = checkpoint.load(recipe / "phase2.pt")
+    for change, message in [
+        (lambda: setattr(loaded.model, "image_attention", "full"), "causal attention alone"),
+        (lambda: setattr(loaded.model, "projector", None), "phase 1 or later"),
+    ]:
+        change()
+        with pytest.raises(UserError, match=message) as error:
+            export.export(loaded, tmp_path / "no")
+        assert one_line(error) and not (tmp_path / "no").exists()
+        loaded = checkpoint.load(recipe / "phase2.pt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("")
+    with pytest.raises(UserError, match="new or empty"):
+        export.export(loaded, tmp_path / "full")
+    with pytest.raises(UserError, match="want: python weights.py export"):
+        weights.main(["import"])
+
+
+# ---- conversations
+
+
+def test_a_conversation_is_what_one_long_prompt_says(folder):
+    """With its cache, turn by turn, the same answers as from the whole text at once."""
+    loaded = huggingface.load(folder / "llava")
+    talk = chat.Conversation(loaded, "v1")
+    paths = [str(folder / name) for name in ("a.png", "b.png")]
+    one, two = (inference.see(loaded, inference.read(loaded, [path]))[0] for path in paths)
+    shown, turns = [], []
+    for words, new in [("what ?", [one]), ("where ?", []), ("and now ?", [two]), ("why ?", [])]:
+        shown += new
+        question = TEMPLATES["v1"].picture * len(new) + words
+        tokens, _ = chat_sample(loaded.tokenizer, TEMPLATES["v1"], [*turns, (question, None)])
+        counts = [len(embed) for embed in shown]
+        from templates import expand
+
+        tokens = expand(tokens, loaded.tokenizer.image, counts)
+        whole = loaded.model.generate(torch.tensor([tokens]), torch.cat(shown), 6, stop=talk.stop)
+        whole = [int(token) for token in whole]
+        answer = list(talk.ask(words, new, max_new_tokens=6))
+        assert answer == whole
+        turns.append((question, loaded.tokenizer.decode(answer).strip()))
+
+
+def test_chat_from_the_command_line(folder):
+    lines = "what is this ?\n/image b.png\nand this ?\n/image none.png\n/what\n/reset\nhello\n"
+    done = shell(
+        ROOT / "sample.py",
+        *["--checkpoint", "llava", "--image", "a.png", "--chat", "--max_new_tokens=4"],
+        cwd=folder,
+        input=lines,
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert "none.png: no such image" in done.stdout and "/reset forgets" in done.stdout
+    assert done.stdout.count("stopped at the limit") + done.stdout.count("\n") > 6
+
+
+def test_a_long_conversation_stays_within_the_context_or_says_so(folder):
+    """20 turns with 3 pictures; then many more."""
+    loaded = huggingface.load(folder / "llava")
+    talk, full = chat.Conversation(loaded, "v1"), None
+    picture = inference.see(loaded, inference.read(loaded, [str(folder / "a.png")]))[0]
+    for turn in range(60):
+        try:
+            list(talk.ask("what ?", [picture] if turn < 3 else [], max_new_tokens=5))
+        except UserError as error:
+            full = str(error)
+            break
+        assert len(talk.written) <= 512
+    assert turn > 5 and "the context is full" in full and "/reset" in full
+    talk.reset()
+    assert list(talk.ask("what ?", max_new_tokens=5))
+
+
+def test_a_model_without_conversations_says_so(recipe):
+    with pytest.raises(UserError, match="learnt no conversations"):
+        sample.main([f"--checkpoint={recipe}/phase2.pt", "--chat"])
