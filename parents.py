@@ -79,7 +79,8 @@ def inherit(settings, parents):
     for parent, found in parents.items():
         for name, value in found["decided"].items():
             wanted = getattr(settings, name)
-            if name == "block_size" and name in settings.given and wanted > value:
+            may_grow = name == "block_size" and value is not None
+            if may_grow and name in settings.given and wanted > value:
                 value = wanted  # rotary positions have nothing to learn: a context may grow
             if name in settings.given and wanted != value:
                 has = "whose tower came from a file" if value is None else f"which has {value!r}"

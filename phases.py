@@ -177,8 +177,9 @@ def with_extra_stage(tower, depth):
 
 
 def with_gpt(parent, **sizes):
-    """A checkpoint's dict with some of its GPT's sizes replaced."""
-    gpt = parent["parts"]["gpt"] | sizes
+    """A checkpoint's dict with some of its GPT's sizes replaced, those that are not None: such a
+    knob did not decide it."""
+    gpt = parent["parts"]["gpt"] | {k: v for k, v in sizes.items() if v is not None}
     return parent | {"parts": parent["parts"] | {"gpt": gpt}}
 
 

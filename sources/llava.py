@@ -133,7 +133,9 @@ def prepare(settings, writer):
     if not settings.val:
         parts = hold_out(talks, key=lambda talk: tuple(talk.locations) or talk.label)
     if not parts["val"]:
-        raise UserError(f"llava: {len(talks)} conversations; need at least 10, or files for --val")
+        raise UserError(
+            f"llava: {len(talks)} conversations about fewer than 10 pictures; want more, or --val"
+        )
     template, pictures, tokenizer = {"name": "baby_v1", "system": ""}, None, None
     if settings.like:
         tokenizer, pictures, learnt = read_like(settings.like)

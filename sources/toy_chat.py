@@ -43,7 +43,7 @@ class Config(config.Knobs):
     template: str = knob("baby_v1", choices=tuple(TEMPLATES))  # how conversations are written
     vocab_size: int = knob(512, low=260, high=1 << 20)  # BPE tokens, specials included
     seed: int = knob(1, low=0, high=2**32 - 1)  # the same seed draws and says the same
-    talks: int = knob(8000, low=1, high=10**8)  # conversations to train on; a tenth to validate
+    talks: int = knob(12000, low=1, high=10**8)  # conversations to train on; a tenth to validate
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     questions: int = knob(100, low=1, high=10**6)  # of each kind in eval/choice.json
 
@@ -126,15 +126,17 @@ def absent(view, rng):
 
 
 def what(view, rng):
+    """What is this? A ball. What do you see? A red ball."""
     if len(view.things) > 1:
         return None
+    question = pick(rng, ["what is this ?", "what do you see ?", "tell me what this is ."])
+    name = lambda thing: thing.kind if question == "what is this ?" else thing.name
     thing, others = view.things[0], []
     while len(others) < 3:
-        other = f"{article(random_thing(rng, THINGS, but=[thing.kind]).name)} ."
+        other = f"{article(name(random_thing(rng, THINGS, but=[thing.kind])))} ."
         if other not in others:
             others.append(other)
-    question = pick(rng, ["what is this ?", "what do you see ?", "tell me what this is ."])
-    return question, f"{article(thing.name)} .", others
+    return question, f"{article(name(thing))} .", others
 
 
 def everything(view, rng):
@@ -229,18 +231,19 @@ def which(views, rng):
 
 
 def talk_about(view, rng):
-    """Three or four different questions about a view, [(question, answer)]; of two scenes in three
-    the second is asked of what was just named: what colour is it?"""
-    turns, kinds = [], list(rng.permutation(list(QUESTIONS)))
-    if view.little:  # what only large pictures are asked
-        kinds.sort(key=lambda kind: kind != "little")
-    if len(view.things) == 1 and not view.little and rng.randint(3):
+    """Three to five different questions about a view, [(question, answer)]. One time in three, where
+    there is one thing, the second is about what was just named: what colour is it?"""
+    turns = []
+    if len(view.things) == 1 and not view.little and rng.randint(3) == 0:
         thing = view.things[0]
         turns = [("what is this ?", f"{article(thing.kind)} .")]
         turns.append(("what colour is it ?", f"{thing.colour} ."))
+    kinds = list(rng.permutation([*QUESTIONS, "there_is", "is_it", "false_premise"]))
+    if view.little:  # what only large pictures are asked
+        kinds.sort(key=lambda kind: kind != "little")
     for kind in kinds:
         asked = QUESTIONS[kind](view, rng)
-        if asked and len(turns) < 4 and asked[0] not in [question for question, _ in turns]:
+        if asked and len(turns) < 5 and asked[0] not in [question for question, _ in turns]:
             turns.append(asked[:2])
     return turns
 

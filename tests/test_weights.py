@@ -1,6 +1,7 @@
 """Other people's weights, against transformers' own code; nothing is half loaded."""
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -84,6 +85,87 @@ def test_a_hugging_face_tower_gives_their_codes_output(kind, rename):
     again = vision.build(vision.describe(ours))
     again.load_state_dict(ours.state_dict())
     assert torch.equal(again(x), ours(x))
+
+
+def timm_names(state):
+    """A transformers ConvNext's state dict under the names of timm and open_clip."""
+    pairs = [
+        ("embeddings.patch_embeddings", "visual.trunk.stem.0"),
+        ("embeddings.layernorm", "visual.trunk.stem.1"),
+        ("encoder.", "visual.trunk."),
+        ("downsampling_layer", "downsample"),
+        (".layers.", ".blocks."),
+        ("dwconv", "conv_dw"),
+        (".layernorm.", ".norm."),
+        ("pwconv", "mlp.fc"),
+        ("layer_scale_parameter", "gamma"),
+        ("layernorm.", "visual.trunk.head.norm."),
+    ]
+    for old, new in pairs:
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
+
+
+def facebook_names(state):
+    """The same under the names of facebookresearch/ConvNeXt."""
+    state = {key.removeprefix("visual.trunk."): value for key, value in timm_names(state).items()}
+    pairs = [("stem.", "downsample_layers.0."), ("conv_dw", "dwconv"), ("mlp.fc", "pwconv")]
+    for old, new in [*pairs, (".blocks.", "."), ("head.norm.", "norm.")]:
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return {
+        re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key): value
+        for key, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("rename", [dict, timm_names, facebook_names])
+def test_a_convnext_is_transformers_own(rename):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ConvNextConfig(depths=[1, 2, 2, 1], hidden_sizes=[8, 16, 32, 64])
+    theirs = randomised(transformers.ConvNextModel(config))
+    ours = tower_of(rename(theirs.state_dict()))
+    assert ours.arguments == {"depths": [1, 2, 2, 1], "width": 8, "stem": 4, "eps": 1e-6}
+    ours.arguments["eps"] = 1e-12
+    again = vision.build(vision.describe(ours)).eval()  # ConvNextModel's default
+    again.load_state_dict(ours.state_dict())
+    for size in (64, 96):
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            y = theirs(x).last_hidden_state
+            assert y.shape[1:] == (64, size // 32, size // 32)
+            assert (again(x)[:, 1:] - y.flatten(2).transpose(1, 2)).abs().max() < 1e-4
+            assert (again(x)[:, 0] - y.mean((2, 3))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size, tokens", [(768, 144), (1024, 256), (1536, 576)])
+def test_convllavas_fifth_stage(size, tokens):
+    """Its published numbers of tokens, and widths 192 to 3072."""
+    with torch.device("meta"):
+        net = vision.ConvNeXt((3, 3, 27, 3, 6))
+    assert net.num_patches(size) == tokens and net.width == 3072 and not net.fault(size, -1)
+    assert net.fault(800, -1) and net.fault(768, -2)
+
+
+@pytest.mark.parametrize("kind", ["CLIPVision", "SiglipVision"])
+def test_clip_and_siglip_are_transformers_own(kind, tmp_path):
+    """From a folder, with its config.json, and from a bare state dict of a published width."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, intermediate_size=96, image_size=32, patch_size=10
+    )
+    theirs = randomised(getattr(transformers, f"{kind}Model")(config))
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        states = theirs(x, output_hidden_states=True).hidden_states
+    for ours in (load_tower(tmp_path), tower_of(theirs.state_dict(), heads=2)):
+        for layer in (-1, -2):
+            with torch.no_grad():
+                y = ours(x, layer)
+                y = y if kind == "CLIPVision" else y[:, 1:]
+                assert (y - states[layer]).abs().max() < 1e-4
+        assert ours.num_patches(32) == 9
 
 
 def test_facebooks_names_tell_dinov2_and_its_registers():

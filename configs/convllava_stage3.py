@@ -1,0 +1,18 @@
+"""
+ConvLLaVA, stage 3, at its published rates: projector and GPT on conversations, the tower frozen.
+
+    python data.py llava --name convllava_chat --json llava_v1_5_mix665k.json --images DIR \\
+        --like vicuna-7b-v1.5 --template v1 --size 768 --norm clip
+    torchrun --nproc_per_node=8 train.py configs/convllava_stage3.py
+"""
+
+phase = "3"
+data = "data/convllava_chat"
+out = "out/convllava"
+phase3_lr = 2e-5
+phase3_batch = 128
+phase3_steps = 665298 // 128  # one pass: 5,197
+warmup = 0.03
+weight_decay = 0.0
+beta2 = 0.999
+recompute = True

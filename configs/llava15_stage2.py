@@ -1,0 +1,25 @@
+"""
+LLaVA-1.5, stage 2, at its published rates: projector and GPT, on 665,298 conversations.
+
+    python data.py llava --name llava15_chat --json llava_v1_5_mix665k.json --images DIR \\
+        --like vicuna-7b-v1.5 --template v1 --size 336 --fit pad --norm clip \\
+        --system "A chat between a curious user and an artificial intelligence assistant. The \\
+    assistant gives helpful, detailed, and polite answers to the user's questions."
+    torchrun --nproc_per_node=8 train.py configs/llava15_stage2.py
+
+With LoRA, as its authors' second script has it, add: --lora_rank 128 --lora_alpha 256
+--phase3_lr 2e-4 --phase3_learn projector=2e-5 gpt. All 7B parameters with AdamW take 112 GB a GPU
+here (nothing is sharded); with LoRA about 30.
+"""
+
+phase = "3"
+data = "data/llava15_chat"
+out = "out/llava15"
+init = "out/llava15/phase1.pt"  # what stage 1 made, of pictures of the same form
+phase3_lr = 2e-5
+phase3_batch = 128
+phase3_steps = 665298 // 128  # one pass: 5,197
+warmup = 0.03
+weight_decay = 0.0
+beta2 = 0.999
+recompute = True

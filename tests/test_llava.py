@@ -1,0 +1,301 @@
+"""Conversations in LLaVA's form, from a JSON to a trained model that holds them."""
+
+import json
+
+import fake_llava
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, furthest, one_line, same, weights
+from PIL import Image
+
+import checkpoint
+import data
+import inference
+import sample
+import train
+from config import UserError
+from data import Data
+
+TALK = [{"from": "human", "value": "<image>\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}]
+
+
+def item(images=("0.png",), said=TALK):
+    return {"image": list(images), "conversations": said}
+
+
+def many(count=20):
+    """Conversations of no, one and two pictures, of one turn and of three."""
+    items = []
+    for i in range(count):
+        more = [
+            {"from": "human", "value": f"and number {i} ?"},
+            {"from": "gpt", "value": "a cup ."},
+        ]
+        both = [
+            {"from": "human", "value": "<image> or <image> ?"},
+            {"from": "gpt", "value": "both ."},
+        ]
+        kinds = [
+            item([f"{i % 20}.png"], TALK + more * 2),
+            item([f"{i % 20}.png", f"{(i + 1) % 20}.png"], both),
+            item([], more),
+        ]
+        items.append(kinds[i % 3])
+    return items
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for i in range(20):
+        noise = np.random.RandomState(i).randint(0, 256, (20 + i, 40, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"pictures/{i}.png")
+    return tmp_path
+
+
+def prepare(items, *flags, name="llava", size="--size=16"):
+    with open("chat.json", "w") as file:
+        json.dump(items, file)
+    flags = ["--json=chat.json", "--images=pictures", size, "--vocab_size=300", *flags]
+    data.main(["llava", f"--name={name}", *flags])
+    return Data(f"data/{name}")
+
+
+def test_conversations_are_samples_with_their_pictures(place):
+    dataset = prepare(many(40))
+    assert dataset.meta["template"] == {"name": "baby_v1", "system": ""}
+    samples, shown = dataset.open("chat_train", "samples"), dataset.open("chat_train", "shown")
+    tokens, learn = dataset.open("chat_train", "tokens"), dataset.open("chat_train", "learn")
+    assert len(samples) + dataset.count("chat_val", "samples") == 40
+    for first, length, first_shown, images in samples.astype(int).tolist():
+        own = tokens[first : first + length].tolist()
+        assert own.count(dataset.tokenizer.image) == images <= 2
+        learnt = [t for t, flag in zip(own, learn[first : first + length]) if flag]
+        words = dataset.tokenizer.decode(learnt)
+        assert words in ("a ball . a cup . a cup .", "both .", "a cup .")
+        assert learnt.count(dataset.tokenizer.eos) == len(words.split(".")) - 1
+    assert len(shown) == samples[:, 3].sum()
+
+
+def test_plain_is_captions(place):
+    said = [
+        {"from": "human", "value": "describe it\n<image>"},
+        {"from": "gpt", "value": "a ball ."},
+    ]
+    dataset = prepare([item([f"{i % 20}.png"], said) for i in range(20)], "--template=plain")
+    tokens = dataset.open("train", "tokens")[: dataset.open("train", "samples")[0, 1]]
+    assert tokens[0] == dataset.tokenizer.image and tokens[-1] == dataset.tokenizer.eos
+    assert dataset.tokenizer.decode(tokens) == "a ball ."
+    assert dataset.count("train", "text") and not dataset.count("chat_train", "samples")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (item(["0.png", "1.png"]), "item 3: 1 <image> for 2 pictures"),
+        (item([]), "item 3: 1 <image> for 0 pictures"),
+        (item(said=TALK[:1]), "item 3: want human and gpt in turn"),
+        (item(said=TALK[::-1]), "item 3: want human and gpt in turn"),
+        (item(said=[]), "item 3: an answer is empty"),
+        (item(said=[TALK[0], {"from": "gpt", "value": " "}]), "item 3: an answer is empty"),
+        (item(said=[TALK[0], {"from": "cat", "value": "meow"}]), "nobody is called 'cat'"),
+        (item(said=[TALK[0], {"from": "gpt", "value": "<image>"}]), "an <image> in an answer"),
+        ({"image": "0.png"}, "item 3: no {"),
+        ("words", "item 3: no {"),
+        (item(said=[{"from": "human"}, TALK[1]]), "item 3: no {"),
+    ],
+    ids=str,
+)
+def test_a_spoilt_item_is_an_error_with_its_place(place, spoil, message):
+    with pytest.raises(UserError, match=message) as error:
+        prepare(many(3) + [spoil] + many(12))
+    assert one_line(error) and "chat.json" in str(error.value)
+    assert not (place / "data/llava/meta.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "give --json FILE"),
+        (["--json=none.json"], "none.json"),
+        (["--json=few.json", "--images=pictures"], "fewer than 10 pictures"),
+        (["--json=few.json", "--canvases=33x32"], "want WIDTHxHEIGHT in whole tiles"),
+        (["--json=few.json", "--like=none.pt"], "no such checkpoint"),
+        (["--json=few.json", "--template=v9"], "is not allowed"),
+        (["--json=bad.json"], "not JSON"),
+    ],
+)
+def test_a_mistaken_command_is_one_clear_line(place, flags, message):
+    (place / "few.json").write_text(json.dumps([item()] * 3))
+    (place / "bad.json").write_text("{")
+    if "--canvases=33x32" in flags or "--like=none.pt" in flags:
+        (place / "few.json").write_text(json.dumps(many(30)))
+    with pytest.raises((UserError, OSError), match=message) as error:
+        data.main(["llava", "--images=pictures", *flags])
+    assert one_line(error)
+
+
+def test_a_picture_that_cannot_be_read_takes_its_conversation_along(place):
+    (place / "pictures/0.png").write_bytes(b"no picture")
+    dataset = prepare([item([f"{i % 20}.png"]) for i in range(40)], "--max_skipped=0.5")
+    assert dataset.count("chat_train", "samples") + dataset.count("chat_val", "samples") == 38
+
+
+def test_tiles_on_disk(place):
+    dataset = prepare(many(30), "--canvases", "32x16", "16x32", "32x32", name="tiled")
+    images = dataset.open("chat_train", "images").astype(int)
+    assert (images[:, 1] * images[:, 2] > 0).all() and (images[:, 3] == 40).all()
+    ends = images[:, 0] + 1 + images[:, 1] * images[:, 2]
+    assert (ends[:-1] == images[1:, 0]).all() and ends[-1] == dataset.count("chat_train", "frames")
+    assert dataset.count("chat_train", "clips") == dataset.count("chat_train", "frames")
+    assert dataset.image_format.canvases == ((32, 16), (16, 32), (32, 32))
+
+
+# ---- trained on
+
+
+@pytest.fixture
+def trained(place, recipe):
+    """data/llava in the words of the recipe, and out/chat: its phase 3, after phase 2."""
+    prepare(many(40), f"--like={recipe}/phase2.pt")
+    flags = ["--data=data/llava", f"--init={recipe}/phase2.pt", "--block_size=200", *SMALL]
+    run = [flag for flag in flags if flag not in SMALL or "block_size" not in flag]
+    train.main([*run, "--phase=3", "--out=out/chat", "--phase3_steps=8"])
+    return run
+
+
+def test_conversations_are_trained_on_and_held(trained, capsys):
+    loaded = checkpoint.load("out/chat/phase3.pt")
+    assert loaded.choose_template() == ("baby_v1", "")
+    sample.main(["--checkpoint=out/chat/phase3.pt", "--image=pictures/0.png", "--prompt=what ?"])
+    assert capsys.readouterr().out
+    assert loaded.model.gpt.config.block_size == 200  # longer than the recipe's 48
+
+
+def test_lora_learns_its_factors_alone_is_merged_and_goes_on(trained, recipe):
+    lora = [*trained, "--phase=3", "--lora_rank=2", "--phase3_steps=8", "--save_every=3"]
+    train.main([*lora, "--out=out/lora"])
+    before, after = weights(recipe / "phase2.pt"), weights("out/lora/phase3.pt")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    linears = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")
+    assert all(name.endswith(linears) or name.startswith("projector") for name in moved)
+    assert any("qkv_proj" in name for name in moved)
+    difference = (
+        after["gpt.layers.0.mlp.down_proj.weight"] - before["gpt.layers.0.mlp.down_proj.weight"]
+    )
+    assert torch.linalg.matrix_rank(difference, rtol=1e-4) <= 2
+    assert inference.caption(checkpoint.load("out/lora/phase3.pt"), []) == []
+
+    def stop_at_6(*args, **kwargs):
+        if args[1] == 6:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    import phases
+
+    original = phases.save
+    phases.save = stop_at_6
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*lora, "--out=out/killed"])
+    finally:
+        phases.save = original
+    assert checkpoint.read("out/killed/phase3.pt")["step"] == 3
+    train.main([*lora, "--out=out/killed"])
+    assert same(weights("out/killed/phase3.pt"), after)
+
+
+def test_gradient_checkpointing_changes_no_bit(trained):
+    train.main([*trained, "--phase=3", "--out=out/again", "--phase3_steps=8", "--recompute"])
+    assert same(weights("out/again/phase3.pt"), weights("out/chat/phase3.pt"))
+
+
+def test_tiles_are_trained_on_with_the_tower_at_its_own_rate(trained, recipe):
+    prepare(many(40), f"--like={recipe}/phase2.pt", "--canvases", "32x16", "16x32", name="tiled")
+    flags = [flag for flag in trained if "--data" not in flag]
+    learn = ["--phase3_learn", "projector", "gpt", "tower=1e-2"]
+    train.main([*flags, "--data=data/tiled", "--phase=3", "--out=out/tiled", *learn])
+    after, before = weights("out/tiled/phase3.pt"), weights(recipe / "phase2.pt")
+    assert set(after) - set(before) == {"image_newline"}
+    assert not torch.equal(
+        after["tower.patch_embed.proj.weight"], before["tower.patch_embed.proj.weight"]
+    )
+    loaded = checkpoint.load("out/tiled/phase3.pt")
+    embeds = inference.see(loaded, inference.read(loaded, ["pictures/0.png"]))
+    assert len(embeds[0]) == 4 + 2 * (4 + 1)  # 2 x 2 patches, then two rows of 4 and a newline
+    resumed = [*flags, "--data=data/tiled", "--phase=3", "--out=out/tiled", *learn]
+    train.main(resumed)  # done already
+    frozen = [*flags, "--data=data/tiled", "--phase=3", "--out=out/frozen"]
+    train.main(frozen)
+    train.main([*frozen[:-1], "--out=out/live", "--features=live"])
+    assert furthest(weights("out/live/phase3.pt"), weights("out/frozen/phase3.pt")) < 1e-3
+
+
+# ---- folders to start from
+
+
+def test_training_goes_on_from_a_folder(place):
+    """In its own tokens, template and form of pictures; out again as a checkpoint of ours."""
+    fake_llava.make(place / "vicuna")
+    dataset = prepare(many(40), "--like=vicuna", name="like", size="--fit=pad")
+    assert dataset.meta["template"]["name"] == "v1" and dataset.meta["tokenizer"] == "json"
+    flags = ["--data=data/like", "--init=vicuna", "--out=out/on", "--phase=3", "--phase3_lr=1e-2"]
+    steps = ["--phase3_steps=6", "--phase3_batch=4", "--eval_every=3", "--device=cpu"]
+    train.main([*flags, *steps])
+    loaded = checkpoint.load("out/on/phase3.pt")
+    assert loaded.tokenizer.dump() == dataset.tokenizer.dump()
+    assert loaded.choose_template() == ("v1", "")
+    log = [json.loads(line) for line in open("out/on/log.jsonl")]
+    losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
+    assert losses[-1] < losses[0]
+    with pytest.raises(UserError, match="another vocabulary"):
+        prepare(many(40), name="other")
+        train.main(["--data=data/other", "--init=vicuna", "--out=out/no", "--phase=3", *steps])
+
+
+def test_a_tower_and_a_language_model_from_folders(place):
+    """LLaVA-1.5's stage 1: CLIP and a Llama as they are, and a projector between them."""
+    import transformers
+
+    torch.manual_seed(0)
+    said = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=600,
+        max_position_embeddings=256,
+    )
+    fake_llava.randomise(transformers.LlamaForCausalLM(said)).save_pretrained(place / "llama")
+    fake_llava.sentence_piece(False).save(str(place / "llama/tokenizer.json"))
+    words = {"eos_token": "</s>", "bos_token": "<s>"}
+    (place / "llama/tokenizer_config.json").write_text(json.dumps(words))
+    seen = fake_llava.towers(transformers)["clip"](
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+    )
+    clip = fake_llava.randomise(transformers.CLIPVisionModel(seen))
+    clip.save_pretrained(place / "clip")
+    said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a ball ."}]
+    pairs = [item([f"{i % 20}.png"], said) for i in range(40)]
+    prepare(pairs, "--like=llama", "--template=plain", "--size=28", "--norm=clip", name="pairs")
+    parts = ["--vision_weights=clip", "--language_weights=llama", "--select_layer=-2"]
+    steps = ["--phase1_steps=3", "--phase1_batch=4", "--phase2_steps=3", "--phase2_batch=4"]
+    flags = ["--data=data/pairs", "--out=out/stage1", "--device=cpu", "--evaluate=False"]
+    train.main([*flags, *parts, *steps])
+    loaded = checkpoint.load("out/stage1/phase1.pt")
+    assert loaded.model.gpt.config.vocab_size == 640 and loaded.tokenizer.image == 600
+    pixels = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        theirs = clip(pixels, output_hidden_states=True).hidden_states[-2]
+        assert (loaded.model.encode_images(pixels) - theirs[:, 1:]).abs().max() < 1e-4
+    with pytest.raises(UserError, match="not in the tokens of llama"):
+        prepare(pairs, "--template=plain", "--size=28", name="other")
+        train.main(["--data=data/other", "--out=out/no", "--device=cpu", *parts, "--phase=0"])
