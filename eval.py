@@ -234,7 +234,8 @@ def losses(loaded, dataset):
     line where its vocabulary or its pictures are not the checkpoint's."""
     model, saved = loaded.model, loaded.checkpoint
     blind = model.projector is None
-    if not dataset.count("val", "text" if blind else "samples"):
+    split = "chat_val" if saved["phase"] == "phase3" else "val"
+    if not dataset.count(split, "text" if blind else "samples"):
         print(f"no validation loss: {dataset.directory} has nothing to validate this model on")
         return {}
     other_pictures = not blind and checkpoint.has_other_images(saved, dataset)
@@ -251,8 +252,8 @@ def losses(loaded, dataset):
         tokens_a_character = counts["text"] / counts["characters"]
         # nats a token, times tokens a character, are nats a character; over ln 2, bits
         return {"val_loss": loss, "bits_per_character": loss * tokens_a_character / math.log(2)}
-    stored = features.open_stored(dataset, "val", model)
-    batches = SampleBatches(dataset, "val", 64, 0, model, stored)
+    stored = features.open_stored(dataset, split, model)
+    batches = SampleBatches(dataset, split, 64, 0, model, stored)
     return {"val_loss": watch.val_loss(model, batches, dataset.image_format)}
 
 

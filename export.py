@@ -326,7 +326,7 @@ def chat_template(template, settings):
     )
 
 
-def processor_settings(loaded, kind):
+def processor_settings(loaded, kind, strategy):
     """(preprocessor_config.json, processor_config.json)."""
     form, tower = loaded.image_format, loaded.model.tower
     side = {"height": form.size, "width": form.size}
@@ -358,13 +358,9 @@ def processor_settings(loaded, kind):
         "image_token": "<image>",
         "patch_size": tower.patch,
         "num_additional_image_tokens": int(tower.arguments["cls"]),
-        "vision_feature_select_strategy": strategy_of(loaded.model),
+        "vision_feature_select_strategy": strategy,
     }
     return pictures | {"processor_class": processor["processor_class"]}, processor
-
-
-def strategy_of(model):
-    return "default" if model.tower.arguments["cls"] and not model.keep_cls else "full"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -409,6 +405,12 @@ def check(loaded):
         )
     if model.image_attention != "causal":
         raise UserError("image_attention=full: transformers' LLaVA has causal attention alone")
+    after_norm = model.select_layer == -1 and model.tower.arguments.get("final_norm")
+    if model.tiled and (after_norm or loaded.image_format.fit != "squash"):
+        raise UserError(
+            "of pictures in tiles transformers takes the whole squashed, and a layer before the "
+            "tower's final norm: select_layer -2 or before"
+        )
     if loaded.image_format.max_tiles or (saved.get("phase") == "folder"):
         raise UserError("only checkpoints of train.py are exported")
 
@@ -426,9 +428,9 @@ def export(loaded, folder, scores=None):
     weights |= language | projector
     if model.tiled:
         weights["image_newline"] = model.image_newline
-    if model.tiled and after_norm:
-        raise UserError("tiles of the last layer, after its norm: select_layer -2 or before")
     template = saved.get("template")
+    has_cls = model.tower.arguments["cls"]
+    strategy = "default" if has_cls and not model.keep_cls else "full"
     config = {
         "model_type": kind,
         "architectures": [
@@ -439,7 +441,7 @@ def export(loaded, folder, scores=None):
         "image_token_index": loaded.tokenizer.image,
         "image_seq_length": model.image_tokens(loaded.image_format.size),
         "vision_feature_layer": [-2, -1] if after_norm else model.select_layer,
-        "vision_feature_select_strategy": strategy_of(model),
+        "vision_feature_select_strategy": strategy,
         "projector_hidden_act": act,
         "multimodal_projector_bias": True,
         "tie_word_embeddings": model.gpt.config.tied,
@@ -450,7 +452,7 @@ def export(loaded, folder, scores=None):
     }
     if model.tiled:
         config["image_grid_pinpoints"] = [[h, w] for w, h in loaded.image_format.canvases]
-    pictures, processor = processor_settings(loaded, kind)
+    pictures, processor = processor_settings(loaded, kind, strategy)
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(loaded, folder, template)
     write_json(folder / "preprocessor_config.json", pictures)

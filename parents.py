@@ -83,10 +83,11 @@ def inherit(settings, parents):
             if may_grow and name in settings.given and wanted > value:
                 value = wanted  # rotary positions have nothing to learn: a context may grow
             if name in settings.given and wanted != value:
-                has = "whose tower came from a file" if value is None else f"which has {value!r}"
+                path = settings.init if parent == "init" else f"{settings.out}/{parent}.pt"
+                has = f"which has {value!r}" if value is not None else "a part of which came ready"
                 raise UserError(
-                    f"{settings.given[name]}: {name} {wanted!r} contradicts "
-                    f"{settings.out}/{parent}.pt, {has}: leave it out, or give another --out"
+                    f"{settings.given[name]}: {name} {wanted!r} contradicts {path}, {has}: leave "
+                    "it out, or give another --out"
                 )
             setattr(settings, name, value)
             decided[name] = value

@@ -50,6 +50,9 @@ TEMPLATES = {
         begin="",
     ),
     "mistral": Template("[INST] {} [/INST]", " {}"),
+    # the words alone: a question ends with its sign and an answer with <eos>, which is enough for
+    # the toy world, whose small vocabulary would spell USER and ASSISTANT letter by letter
+    "bare": Template("{}", " {}", begin="", picture="<image>"),
 }
 
 

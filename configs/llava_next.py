@@ -2,7 +2,7 @@
 LLaVA-NeXT with Llama 3 8B, its second stage, by the command on its model card.
 
     python data.py llava --name llava_next --json llava_1_6.json --images DIR --template llama3 \\
-        --like out/llava_next/phase1.pt --size 336 --fit squash --norm clip \\
+        --like out/llava_next/phase1.pt --size 336 --norm clip \\
         --canvases 672x336 336x672 672x672 336x1008 1008x336
     torchrun --nproc_per_node=8 train.py configs/llava_next.py
 

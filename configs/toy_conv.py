@@ -3,22 +3,24 @@ ConvLLaVA's recipe in miniature: a ConvNeXt, here trained by DINO, gets one more
 map again; first that stage and the projector learn, then the GPT and the tower from its third stage
 on, then, on conversations, all but the tower.
 
-    python data.py toy_chat --name toy_conv --size 128
-    python train.py configs/toy_conv.py
+    python data.py toy_chat --name toy_conv --size 128 && python train.py configs/toy_conv.py
 """
 
 data = "data/toy_conv"
 out = "out/toy_conv"
 conv_stages = (1, 1, 2, 1)  # ConvNeXt-L: 3, 3, 27, 3
 vision_width = 16  # 16, 32, 64, 128; the extra stage 256
-patch = 2  # pixels a side of the stem, so 2 * 2^4 = 32 a token: 16 tokens of 128 pixels
+patch = 2  # pixels a side of the stem: 2 * 2^4 = 32 a token, 16 tokens of 128 pixels
 extra_stage = 1
-vision_steps = 250
+vision_steps = 150
 vision_batch = 32
+block_size = 160  # two pictures of 16 tokens, five turns of some 15
 phase1_learn = ("projector", "tower.stages.4")
 phase1_steps = 150
+phase1_batch = 16
 phase2_learn = ("projector", "gpt", "tower.stages.2", "tower.stages.3", "tower.stages.4")
-phase2_steps = 600
-phase3_steps = 2000
+phase2_steps = 1200
+phase3_steps = 3000
+phase3_lr = 2e-3
 phase3_batch = 16
-eval_every = 500
+eval_every = 1000

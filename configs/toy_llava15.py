@@ -7,14 +7,13 @@ to a square; the projector on captions, then all but the tower on conversations.
 
 data = "data/toy_chat"
 out = "out/toy_llava15"
-vision_weights = "out/toy/vision.pt"
+init = "out/toy"  # its tower and its GPT as phase 0 left them
 select_layer = -2
 projector = "mlp2x_gelu"
-block_size = 256  # two pictures of 64 tokens and four turns of some 30
-phase0_batch = 8  # rows of 256 tokens
+block_size = 256  # two pictures of 64 tokens, five turns of some 15
 phase1_steps = 150
 phase2_steps = 0  # LLaVA-1.5 has two stages: from captions straight to conversations
-phase3_steps = 3000
+phase3_steps = 3300
 phase3_lr = 2e-3
 phase3_batch = 16
 eval_every = 1000

@@ -37,7 +37,7 @@ class Config(config.Knobs):
     template: str = knob("", choices=("", "plain", *TEMPLATES))  # empty: that of --like, or baby_v1
     system: str = ""  # what is said before each conversation
     size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
-    fit: str = knob("pad", choices=FITS)  # how a picture becomes a square
+    fit: str = knob("", choices=("", *FITS))  # to a square; empty: pad, or squash with canvases
     resample: str = knob("bicubic", choices=tuple(RESAMPLING))  # how it is resized
     norm: str = knob("imagenet", choices=tuple(NORMS))  # mean and deviation that the tower wants
     canvases: tuple[str, ...] = ()  # as 448x448 224x672, several: tiles (anyres); empty: none
@@ -120,7 +120,8 @@ def image_format(settings):
         if not whole or any(int(n) % settings.size or not int(n) for n in (width, height)):
             raise UserError(f"--canvases {canvas}: want WIDTHxHEIGHT in whole tiles of --size")
         canvases.append((int(width), int(height)))
-    look = settings.size, settings.fit, settings.resample, *NORMS[settings.norm]
+    fit = settings.fit or ("squash" if canvases else "pad")
+    look = settings.size, fit, settings.resample, *NORMS[settings.norm]
     return ImageFormat(*look, tuple(canvases))
 
 

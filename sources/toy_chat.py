@@ -3,11 +3,12 @@ The toy world asks and answers: conversations about drawn pictures, small and la
 the only teacher. Nothing is downloaded, no other model has a say.
 
     python data.py toy_chat                                   # pictures padded to a square
-    python data.py toy_chat --name toy_tiles --fit squash --canvases 128x64 64x128 128x128
+    python data.py toy_chat --name toy_tiles --canvases 128x64 64x128 128x128
 
 What, what colour, how many, where, which of two pictures, is there a ... (and no, there is not), and
 what the little thing in the corner of a large picture is, three turns or more each time. The pairs of
-colour and thing that the toy world holds out are held out here too, in pictures and in words. Beside
+colour and thing that the toy world holds out are held out here too, in pictures and in words. With
+the seed of data/toy it has that world's tokens, so that what was trained there can go on here. Beside
 conversations it writes captions and speech, for the phases before, and eval/choice.json: the same
 questions and pictures whatever the form of the pictures in training.
 """
@@ -15,7 +16,6 @@ questions and pictures whatever the form of the pictures in training.
 import json
 import shutil
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -36,13 +36,13 @@ from tokenizer import Tokenizer, caption_sample
 class Config(config.Knobs):
     name: str = ""  # write to data/<name>; empty: toy_chat
     size: int = knob(64, low=8, high=2048)  # S: frames are S x S pixels
-    fit: str = knob("pad", choices=FITS)  # how a picture becomes a square
+    fit: str = knob("", choices=("", *FITS))  # to a square; empty: pad, or squash with canvases
     resample: str = knob("bilinear", choices=tuple(RESAMPLING))  # how it is resized
     norm: str = knob("imagenet", choices=("imagenet", "clip", "half"))  # what the tower wants
     canvases: tuple[str, ...] = ()  # as 128x64 128x128, several: tiles; empty: none
-    template: str = knob("baby_v1", choices=tuple(TEMPLATES))  # how conversations are written
+    template: str = knob("bare", choices=tuple(TEMPLATES))  # how conversations are written
     vocab_size: int = knob(512, low=260, high=1 << 20)  # BPE tokens, specials included
-    seed: int = knob(1, low=0, high=2**32 - 1)  # the same seed draws and says the same
+    seed: int = knob(1, low=0, high=2**32 - 1)  # of the world; data/toy has the same
     talks: int = knob(12000, low=1, high=10**8)  # conversations to train on; a tenth to validate
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     questions: int = knob(100, low=1, high=10**6)  # of each kind in eval/choice.json
@@ -50,7 +50,7 @@ class Config(config.Knobs):
 
 NUMBERS = ("no", "one", "two", "three")
 SHAPES = ((128, 128), (128, 96), (128, 84), (128, 64), (96, 128), (84, 128), (64, 128))
-LITTLE = 20  # pixels a side of the little thing in a large picture
+LITTLE = 22  # pixels a side of the little thing in a large picture
 
 
 # ---------------------------------------------------------------------------------------------
@@ -70,8 +70,8 @@ class View:
 
 
 def random_view(rng, large=None):
-    """A large picture of one thing and a little one, one time in three, or a scene."""
-    if large or (large is None and rng.randint(3) == 0):
+    """A large picture of one thing and a little one, every other time, or a scene."""
+    if large or (large is None and rng.randint(2) == 0):
         thing = random_thing(rng, THINGS)
         little = random_thing(rng, THINGS, but=[thing.kind])
         return View(Scene(rng.randint(len(ROOMS)), (thing,)), little)
@@ -355,18 +355,10 @@ def write_questions(settings, directory):
         file.write(json.dumps(items, indent=1).encode())
 
 
-def written(settings, talks=2000):
-    """Yield conversations as they are written, so that what a template repeats becomes few tokens."""
-    rng, template = np.random.RandomState([settings.seed, 6]), TEMPLATES[settings.template]
-    for _ in range(talks):
-        for question, answer in talk_about(random_view(rng), rng):
-            yield template.user.format(question) + template.answer.format(answer)
-
-
 def prepare(settings, writer):
     """Draw, ask and answer."""
-    words = chain(toy.speech(settings, "train", THINGS), written(settings))
-    tokenizer = Tokenizer.train(words, settings.vocab_size)
+    speech = toy.speech(settings, "train", THINGS)
+    tokenizer = Tokenizer.train(speech, settings.vocab_size)  # that of data/toy
     template = {"name": settings.template, "system": ""}
     writer.start(tokenizer, image_format(settings), template)
     for split, (number, one_in) in toy.SPLITS.items():

@@ -14,6 +14,7 @@ import data
 import inference
 import sample
 import train
+import weights as weights_module
 from config import UserError
 from data import Data
 
@@ -299,3 +300,51 @@ def test_a_tower_and_a_language_model_from_folders(place):
     with pytest.raises(UserError, match="not in the tokens of llama"):
         prepare(pairs, "--template=plain", "--size=28", name="other")
         train.main(["--data=data/other", "--out=out/no", "--device=cpu", *parts, "--phase=0"])
+
+
+# ---- and out again
+
+
+def opened(folder):
+    import transformers
+
+    return (
+        transformers.AutoModelForImageTextToText.from_pretrained(folder).eval(),
+        transformers.AutoProcessor.from_pretrained(folder),
+    )
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_what_learnt_conversations_is_exported_with_its_template(trained, recipe, tiled):
+    """transformers' apply_chat_template writes our tokens, and its model has our logits."""
+    flags, source = [flag for flag in trained if "--data" not in flag], "out/chat/phase3.pt"
+    if tiled:
+        prepare(
+            many(40), f"--like={recipe}/phase2.pt", "--canvases", "32x16", "16x32", name="tiled"
+        )
+        said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a ball ."}]
+        pairs = [item([f"{i % 20}.png"], said) for i in range(40)]
+        prepare(pairs, f"--like={recipe}/phase2.pt", "--template=plain", name="captions")
+        flags = [flag for flag in flags if "--init" not in flag]
+        shape = ["--select_layer=-2", f"--init={recipe}"]
+        train.main([*flags, "--data=data/captions", "--phase=1", "--out=out/t1", *shape])
+        source = "out/t3/phase3.pt"
+        train.main(
+            [*flags, "--data=data/tiled", "--phase=3", "--init=out/t1/phase1.pt", "--out=out/t3"]
+        )
+    weights_module.main(["export", source, "there"])
+    theirs, processor = opened("there")
+    loaded = checkpoint.load(source)
+    embeds = inference.see(loaded, inference.read(loaded, ["pictures/3.png"]))
+    tokens = torch.tensor([sample.begin(loaded, embeds, "what is it ?", "baby_v1")])
+    content = [{"type": "image"}, {"type": "text", "text": "what is it ?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}])
+    picture = Image.open("pictures/3.png").convert("RGB")
+    inputs = processor(images=picture, text=text, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == tokens.tolist()
+    with torch.no_grad():
+        ours = loaded.model(tokens, images=embeds[0])[0]
+        assert (theirs(**inputs).logits - ours).abs().max() < 1e-4
+    back = weights_module.open_model("there")
+    assert same(back.model.state_dict(), loaded.model.state_dict())
+    assert back.choose_template() == ("baby_v1", "")

@@ -23,9 +23,7 @@ def made(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("chat"), os.getcwd()
     os.chdir(folder)
     data.main(["toy_chat", *FLAGS])
-    data.main(
-        ["toy_chat", "--name=tiles", *FLAGS, "--fit=squash", "--canvases", "128x64", "64x128"]
-    )
+    data.main(["toy_chat", "--name=tiles", *FLAGS, "--canvases", "128x64", "64x128"])
     os.chdir(before)
     return folder / "data"
 
