@@ -17,7 +17,7 @@ from model import BabyLLaVA
 
 def is_run(path):
     """Whether a path is a folder that train.py wrote to."""
-    return Path(path).is_dir() and not (Path(path) / "config.json").exists()
+    return bool(path) and Path(path).is_dir() and not (Path(path) / "config.json").exists()
 
 
 def is_done_elsewhere(settings, name):
@@ -32,10 +32,7 @@ def find_parents(settings, name, phases, dataset, report):
     phases: train.py's table. A parent that is left out (0 steps) is passed over for its own."""
     wanted = phases[name].starts_from
     if wanted and settings.init and not is_run(settings.init):
-        found = checkpoint.read(settings.init) if Path(settings.init).is_file() else None
-        found = found or huggingface.load(settings.init).as_parent()
-        if found["phase"] in ("vision", "phase0"):
-            raise UserError(f"--init {settings.init}: a {found['phase']}; give the run's folder")
+        found = read_init(settings.init)
         check_data(settings.init, found, dataset, report, is_new_start=True)
         return {"init": found}
     while len(wanted) == 1 and not getattr(settings, f"{wanted[0]}_steps"):
@@ -52,6 +49,20 @@ def find_parents(settings, name, phases, dataset, report):
         check_data(path, found, dataset, report, is_new_start=elsewhere or parent == "vision")
         parents[parent] = found
     return parents
+
+
+def read_init(path):
+    """The finished checkpoint, of a model that sees and speaks, in a file or folder that --init
+    names."""
+    if not Path(path).exists():
+        raise UserError(f"--init {path}: there is none; a run's folder, a .pt or a LLaVA's folder")
+    if Path(path).is_dir():
+        return huggingface.load(path).as_parent()
+    found = checkpoint.read(path)
+    if "projector" not in found["parts"] or not found["done"]:
+        state = f"{found['phase']} at step {found['step']}"
+        raise UserError(f"--init {path}: {state}; give a finished phase 1 or later, or the folder")
+    return found
 
 
 def check_data(path, found, dataset, report, is_new_start=False):

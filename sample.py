@@ -36,7 +36,7 @@ class Config(config.Knobs):
     image: tuple[str, ...] = ()  # a picture file, or several
     prompt: str = ""  # the caption begins with these words; or the question
     chat: bool = False  # hold a conversation: /image FILE, /reset, Ctrl-D
-    checkpoint: str = ""  # a .pt or a folder; empty: out/toy/phase2.pt, else assets/toy.pt
+    checkpoint: str = ""  # a .pt or a folder; empty: what configs/toy.py made, else assets/toy.pt
     template: str = knob("", choices=("", "plain", *TEMPLATES))  # of questions; empty: the model's
     system: str = ""  # what is said before all; empty: what the model has learnt with
     num_samples: int = knob(1, low=1, high=10**6)  # how many to say
@@ -121,7 +121,8 @@ def main(argv):
     if settings.attention and not settings.image:
         raise UserError("--attention needs an --image to look at")
     shipped = Path(__file__).parent / "assets" / "toy.pt"
-    default = "out/toy/phase2.pt" if Path("out/toy/phase2.pt").exists() else shipped
+    usual = Path("out/toy_llava15/phase3.pt" if settings.chat else "out/toy/phase2.pt")
+    default = usual if usual.exists() else shipped
     device = checkpoint.choose_device(settings.device)
     loaded = weights.open_model(settings.checkpoint or default, device, settings.dtype)
     if loaded.model.gpt is None:
