@@ -32,7 +32,7 @@ class Batch:
     """What a model is given: tokens (n, T), the positions in the flattened (n T) that have a
     target (None: all have), these targets (K,), and images (N, P, E) features, (N, S, S, 3)
     frames, or None. `count` targets are to be learnt, the others are padding, -100. arrangement:
-    where images come in tiles, see tiles.py, which of the tower's outputs stand for their tokens."""
+    where images come in tiles, see tiles.py, which of the tower's outputs are their tokens."""
 
     tokens: np.ndarray
     targets: np.ndarray

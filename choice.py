@@ -4,11 +4,11 @@ Questions with a choice of answers, about pictures: which answer is likeliest, a
     python eval.py --checkpoint out/toy_llava15/phase3.pt --task choice
     python eval.py --checkpoint DIR --task choice --csv mine.json --images DIR2
 
-A JSON is a list of {"image": [...], "conversations": [{"from": "human", "value": "<image> ..."}, ...],
-"choices": ["a ball .", "a cup ."], "answer": 0, "subset": "what"}: a conversation that ends with a
-question, the answers to choose from, and the number of the right one. Two measures: `likelihood`,
-under which the answer counts with the lowest mean NLL per token; `generation`, where the model speaks
-and its words must name the right answer and no other.
+A JSON is a list of {"image": [...], "conversations": [{"from": "human", "value": "<image> ..."},
+...], "choices": ["a ball .", "a cup ."], "answer": 0, "subset": "what"}: a conversation that ends
+with a question, the answers to choose from, and the number of the right one. Two measures:
+`likelihood`, under which the answer counts with the lowest mean NLL per token; `generation`, where
+the model speaks and its words must name the right answer and no other.
 """
 
 import json

@@ -1,14 +1,14 @@
 """
-A checkpoint of ours as a folder that Hugging Face's transformers opens, and that huggingface.py opens
-again to the same bits.
+A checkpoint of ours as a folder that Hugging Face's transformers opens, and that huggingface.py
+opens again to the same bits.
 
     python weights.py export out/toy/phase2.pt DIR
     AutoModelForImageTextToText.from_pretrained("DIR")     # then, with transformers
 
-The GPT becomes a Llama (a Qwen2, where it has biases), the tower a ViT, CLIP or SigLIP. One thing that
-transformers has no room for is written in what it has: our last layer is taken after the tower's
-final norm, a LLaVA of theirs before it (see norm_as_layer). What cannot be written is refused.
-Letters: E vision width, C model width.
+The GPT becomes a Llama (a Qwen2, where it has biases), the tower a ViT, CLIP or SigLIP. One thing
+that transformers has no room for is written in what it has: our last layer is taken after the
+tower's final norm, a LLaVA of theirs before it (see norm_as_layer). What cannot be written is
+refused. Letters: E vision width, C model width.
 """
 
 import json
@@ -137,31 +137,32 @@ def tower_files(model, image_format):
             )
         if theirs:
             written[prefix + theirs] = value
-    kinds = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-    kind = "vit"
     if is_clip:
-        kind = "clip_vision_model" if arguments["cls"] else "siglip_vision_model"
         written |= clip_shapes(written, prefix, tower)
     else:
-        E = tower.width
-        written[prefix + "pooler.dense.weight"] = torch.zeros(E, E)
-        written[prefix + "pooler.dense.bias"] = torch.zeros(E)
-    return (
-        {
-            "model_type": kind,
-            "hidden_size": tower.width,
-            "intermediate_size": tower.blocks[0].mlp.fc1.out_features,
-            "num_hidden_layers": depth,
-            "num_attention_heads": arguments["heads"],
-            "image_size": image_format.size // tower.patch * tower.patch,
-            "patch_size": tower.patch,
-            "hidden_act": kinds[arguments["activation"]],
-            "layer_norm_eps": arguments["eps"],
-            "qkv_bias": True,
-        },
-        written,
-        after_norm,
-    )
+        written[prefix + "pooler.dense.weight"] = torch.zeros(tower.width, tower.width)
+        written[prefix + "pooler.dense.bias"] = torch.zeros(tower.width)
+    return vision_config(tower, image_format, depth), written, after_norm
+
+
+def vision_config(tower, image_format, depth):
+    """The settings of a ViT of `depth` blocks, in transformers' words."""
+    arguments, kind = tower.arguments, "vit"
+    if arguments["first_norm"] or not arguments["cls"]:
+        kind = "clip_vision_model" if arguments["cls"] else "siglip_vision_model"
+    names = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    return {
+        "model_type": kind,
+        "hidden_size": tower.width,
+        "intermediate_size": tower.blocks[0].mlp.fc1.out_features,
+        "num_hidden_layers": depth,
+        "num_attention_heads": arguments["heads"],
+        "image_size": image_format.size // tower.patch * tower.patch,
+        "patch_size": tower.patch,
+        "hidden_act": names[arguments["activation"]],
+        "layer_norm_eps": arguments["eps"],
+        "qkv_bias": True,
+    }
 
 
 def with_qkv_apart(state):

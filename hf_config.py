@@ -1,6 +1,6 @@
 """
-What the settings in a Hugging Face folder say: sizes, tower, pictures, tokenizer, template. What they
-do not say has transformers' default, here as there; what is not understood is refused.
+What the settings in a Hugging Face folder say: sizes, tower, pictures, tokenizer, template. What
+they do not say has transformers' default, here as there; what is not understood is refused.
 """
 
 import json

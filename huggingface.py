@@ -6,8 +6,9 @@ Folders of a LLaVA as Hugging Face's transformers keeps them, opened as models o
 Taken are LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision (of single pictures, and several) with language
 models of the Llama, Mistral and Qwen2 kind and towers CLIP, SigLIP, ViT and Dinov2, in safetensors,
 sharded or not, under the names of transformers 4 and 5; and such language models and towers alone.
-What a config.json does not say has transformers' default, here as there. Weights are mapped and used
-where they lie, but for q, k, v and gate, up, which are stacked; whatever does not fit is refused.
+What a config.json does not say has transformers' default, here as there. Weights are mapped and
+used where they lie, but for q, k, v and gate, up, which are stacked; whatever does not fit is
+refused.
 """
 
 import re

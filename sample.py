@@ -7,11 +7,12 @@ Show a picture, read what the model says.
     python sample.py --prompt "where 's the" --temperature 0.8 --num_samples 3       # words alone
     python sample.py --image img.jpg --attention out.png      # where each word looked
     python sample.py --image img.jpg --checkpoint out/toy_llava15/phase3.pt --chat   # talk about it
-    python sample.py --image img.jpg --checkpoint DIR --prompt "What is this?"       # a LLaVA folder
+    python sample.py --image img.jpg --checkpoint DIR --prompt "What is this?"   # a LLaVA
 
---checkpoint is a file that train.py wrote or a folder of a LLaVA as Hugging Face keeps them. Without
-it, out/toy/phase2.pt or else assets/toy.pt, a small model of the toy world that comes with the
-repository. Of a model that has learnt conversations the prompt is a question, put into its template.
+--checkpoint is a file that train.py wrote or a folder of a LLaVA as Hugging Face keeps them.
+Without it, out/toy/phase2.pt or else assets/toy.pt, a small model of the toy world that comes with
+the repository. Of a model that has learnt conversations the prompt is a question, put into its
+template.
 """
 
 from dataclasses import dataclass

@@ -6,32 +6,31 @@ LLaVA-NeXT with Llama 3 8B, its second stage, by the command on its model card.
         --canvases 672x336 336x672 672x672 336x1008 1008x336
     torchrun --nproc_per_node=8 train.py configs/llava_next.py
 
-Stage 1 is configs/llava15_stage1.py with this tower, --language_weights Meta-Llama-3-8B-Instruct and
---out out/llava_next. The card's flags, and what they are here:
+Stage 1 is configs/llava15_stage1.py with this tower, --language_weights Meta-Llama-3-8B-Instruct
+and --out out/llava_next. The card's flags, and what they are here:
 
-    --model_name_or_path, --vision_tower, --pretrain_mm_mlp_adapter    init
-    --version llava_llama_3                  data.py's --template llama3
-    --data_path, --image_folder              data.py's --json, --images
-    --mm_tunable_parts, --mm_vision_tower_lr phase3_learn
-    --mm_projector_type, --mm_vision_select_layer    inherited from stage 1
-    --image_aspect_ratio anyres, --image_grid_pinpoints (height, width)    data.py's --canvases (width x
-                                             height), in the same order
-    --mm_patch_merge_type spatial_unpad      what tiles do here
-    --group_by_modality_length               what batches do here
-    --bf16, --tf32, --torch_compile          what a GPU gets by itself
-    --num_train_epochs, --per_device_train_batch_size, --gradient_accumulation_steps    phase3_steps,
-                                             phase3_batch, grad_accum
-    --learning_rate, --weight_decay, --warmup_ratio, --lr_scheduler_type    phase3_lr, weight_decay,
-                                             warmup; the schedule is a cosine
-    --model_max_length                       the context of Llama 3, 8192
-    --gradient_checkpointing                 recompute
-    --output_dir, --save_steps, --logging_steps      out, save_every, log_every
+    --model_name_or_path, --vision_tower, --pretrain_mm_mlp_adapter: init
+    --version llava_llama_3: data.py's --template llama3
+    --data_path, --image_folder: data.py's --json, --images
+    --mm_tunable_parts, --mm_vision_tower_lr: phase3_learn
+    --mm_projector_type, --mm_vision_select_layer: inherited from stage 1
+    --image_aspect_ratio anyres, --image_grid_pinpoints (height, width): data.py's --canvases
+        (width x height), in the same order
+    --mm_patch_merge_type spatial_unpad: what tiles do here
+    --group_by_modality_length: what batches do here
+    --bf16, --tf32, --torch_compile: what a GPU gets by itself
+    --num_train_epochs, --per_device_train_batch_size: phase3_steps, phase3_batch
+    --gradient_accumulation_steps, --gradient_checkpointing: grad_accum, recompute
+    --learning_rate, --weight_decay, --warmup_ratio: phase3_lr, weight_decay, warmup
+    --lr_scheduler_type cosine: the schedule there is
+    --model_max_length: the context of Llama 3, 8192
+    --output_dir, --save_steps, --logging_steps: out, save_every, log_every
 
 Without a meaning here: --deepspeed (nothing is sharded), --mm_use_im_start_end and
---mm_use_im_patch_token (False there; there are no such tokens), --evaluation_strategy (there is always
-a validation), --save_strategy and --save_total_limit (one file, replaced), --dataloader_num_workers,
---lazy_preprocess and --dataloader_drop_last (data lie prepared and mapped), --report_to and --run_name
-(log.jsonl, out).
+--mm_use_im_patch_token (False there; there are no such tokens), --evaluation_strategy (there is
+always a validation), --save_strategy and --save_total_limit (one file, replaced),
+--dataloader_num_workers, --lazy_preprocess and --dataloader_drop_last (data lie prepared and
+mapped), --report_to and --run_name (log.jsonl, out).
 """
 
 phase = "3"

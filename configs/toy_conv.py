@@ -1,7 +1,7 @@
 """
-ConvLLaVA's recipe in miniature: a ConvNeXt, here trained by DINO, gets one more stage that halves the
-map again; first that stage and the projector learn, then the GPT and the tower from its third stage
-on, then, on conversations, all but the tower.
+ConvLLaVA's recipe in miniature: a ConvNeXt, here trained by DINO, gets one more stage that halves
+the map again; first that stage and the projector learn, then the GPT and the tower from its third
+stage on, then, on conversations, all but the tower.
 
     python data.py toy_chat --name toy_conv --size 128 && python train.py configs/toy_conv.py
 """

@@ -1,8 +1,9 @@
 """
-LLaVA-1.5's recipe in miniature: the layer before the last, patches only, mlp2x_gelu, pictures padded
-to a square; the projector on captions, then all but the tower on conversations.
+LLaVA-1.5's recipe in miniature: the layer before the last, patches only, mlp2x_gelu, pictures
+padded to a square; the projector on captions, then all but the tower on conversations.
 
-    python train.py configs/toy.py && python data.py toy_chat && python train.py configs/toy_llava15.py
+    python train.py configs/toy.py && python data.py toy_chat
+    python train.py configs/toy_llava15.py
 """
 
 data = "data/toy_chat"

@@ -1,16 +1,16 @@
 """
-The toy world asks and answers: conversations about drawn pictures, small and large, whose grammar is
-the only teacher. Nothing is downloaded, no other model has a say.
+The toy world asks and answers: conversations about drawn pictures, small and large, whose grammar
+is the only teacher. Nothing is downloaded, no other model has a say.
 
     python data.py toy_chat                                   # pictures padded to a square
     python data.py toy_chat --name toy_tiles --canvases 128x64 64x128 128x128
 
-What, what colour, how many, where, which of two pictures, is there a ... (and no, there is not), and
-what the little thing in the corner of a large picture is, three turns or more each time. The pairs of
-colour and thing that the toy world holds out are held out here too, in pictures and in words. With
-the seed of data/toy it has that world's tokens, so that what was trained there can go on here. Beside
-conversations it writes captions and speech, for the phases before, and eval/choice.json: the same
-questions and pictures whatever the form of the pictures in training.
+What, what colour, how many, where, which of two pictures, is there a ... (and no, there is not),
+and what the little thing in the corner of a large picture is, three turns or more each time. The
+pairs of colour and thing that the toy world holds out are held out here too, in pictures and in
+words. With the seed of data/toy it has that world's tokens, so that what was trained there can go
+on here. Beside conversations it writes captions and speech, for the phases before, and
+eval/choice.json: the same questions and pictures whatever the form of the pictures in training.
 """
 
 import json
@@ -231,7 +231,8 @@ def which(views, rng):
 
 
 def talk_about(view, rng):
-    """Three to five different questions about a view, [(question, answer)]. One time in three, where
+    """Three to five different questions about a view, [(question, answer)]. One time in three,
+    where
     there is one thing, the second is about what was just named: what colour is it?"""
     turns = []
     if len(view.things) == 1 and not view.little and rng.randint(3) == 0:

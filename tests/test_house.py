@@ -128,6 +128,8 @@ def test_there_is_a_test_file_for_each_module():
             "parents": "train",
             "lora": "train",
             "towers": "weights",
+            "tensors": "weights",
+            "chat": "huggingface",
             "export": "huggingface",
             "hf_config": "huggingface",
             "convnets": "vision",

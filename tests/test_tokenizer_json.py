@@ -1,4 +1,4 @@
-"""Other people's vocabularies, id for id against the `tokenizers` package, and ours in their form."""
+"""Other people's vocabularies against the `tokenizers` package, and ours in their form."""
 
 import json
 import random

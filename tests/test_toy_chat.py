@@ -1,4 +1,4 @@
-"""The toy world's conversations: true to their pictures, held-out pairs held out, tiny things tiny."""
+"""The toy world's conversations: true to their pictures, and held-out pairs held out."""
 
 import json
 import re
