@@ -183,8 +183,8 @@ class JsonTokenizer(Tokenizer):
     """A Tokenizer of a tokenizer.json's content, a dict.
 
     roles: {"eos", "bos", "pad", "image"}: ids, of which bos may be None, as the folder's other
-    files
-    name them; "stops": all ids that end an answer; "vocab_size": how many embeddings there are."""
+    files name them; "stops": all ids that end an answer; "vocab_size": how many embeddings there
+    are."""
 
     kind = "json"
 

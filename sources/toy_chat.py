@@ -231,9 +231,8 @@ def which(views, rng):
 
 
 def talk_about(view, rng):
-    """Three to five different questions about a view, [(question, answer)]. One time in three,
-    where
-    there is one thing, the second is about what was just named: what colour is it?"""
+    """Three to five different questions about a view, [(question, answer)]. Where there is one
+    thing, one time in three the second is about what was just named: what colour is it?"""
     turns = []
     if len(view.things) == 1 and not view.little and rng.randint(3) == 0:
         thing = view.things[0]

@@ -398,7 +398,7 @@ def test_later_phases_inherit_what_earlier_ones_decided(recipe, home):
     [
         ("--n_layer=3", "--n_layer: n_layer 3 contradicts out/none/phase1.pt, which has 2"),
         ("--n_embd=32", "n_embd 32 contradicts"),
-        ("--block_size=64", "block_size 64 contradicts"),
+        ("--block_size=24", "block_size 24 contradicts"),
         ("--patch=4", "patch 4 contradicts"),
         ("--projector=linear", "'linear' contradicts"),
         ("--select_layer=-2", "select_layer -2 contradicts"),
