@@ -143,7 +143,7 @@ class SampleBatches:
             raise UserError(
                 f"{dataset.directory}: the longest {split} sample makes {longest} tokens, those of "
                 f"its images included, over block_size {self.block_size}: "
-                "raise block_size in phase 0, or shorten the samples"
+                "raise block_size, or shorten the samples"
             )
         if model.image_attention == "full":
             self.check_images_lead(dataset.directory)

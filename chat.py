@@ -18,7 +18,7 @@ import torch
 
 from config import UserError
 from model import KVCache
-from templates import TEMPLATES, chat_sample, end_tokens, expand
+from templates import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
 
 
 class Conversation:
@@ -56,7 +56,7 @@ class Conversation:
 
         Raises UserError, and forgets the question, where the context has no room for it."""
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
-        question = self.template.picture * len(embeds) + words
+        question = with_pictures(self.template, words, len(embeds))
         shown = [*self.embeds, *embeds]
         tokens = self.write(question, shown)
         if len(tokens) >= self.room:
@@ -64,9 +64,10 @@ class Conversation:
                 f"the context is full: with this question {len(tokens)} tokens, the model holds "
                 f"{self.room}, its answer included; /reset begins anew"
             )
+        room = min(self.room, len(tokens) + max_new_tokens)
         if self.cache is None:
-            weight = model.gpt.embed_tokens.weight
-            self.cache = KVCache(model.gpt.config, weight, 1, self.room)
+            self.cache = KVCache(model.gpt.config, model.gpt.embed_tokens.weight, 1, room)
+        self.cache.grow(room)
         # What was generated may be written in other tokens than it is read back in
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.written, tokens[:-1]))
         self.cache.length = min(self.cache.length, len(list(alike)))
@@ -96,7 +97,7 @@ class Conversation:
 def converse(talk, embeds, settings, generator, look):
     """Read questions from the keyboard, or a file, and answer them until there are no more.
 
-    embeds: the pictures to begin with; look(path): another one."""
+    embeds: the pictures to begin with; look(path, shown): another one, after so many."""
     options = settings.max_new_tokens, settings.temperature, settings.top_k, generator
     embeds, words = list(embeds), settings.prompt
     while True:
@@ -111,7 +112,7 @@ def converse(talk, embeds, settings, generator, look):
                 talk.reset()
                 embeds = []
             elif command == "/image":
-                embeds.append(look(argument.strip()))
+                embeds.append(look(argument.strip(), len(talk.embeds) + len(embeds)))
             elif command.startswith("/"):
                 print("/image FILE shows a picture, /reset forgets everything, Ctrl-D ends")
             elif words:

@@ -119,8 +119,10 @@ def describe_parts(model, projector_kind):
     return parts
 
 
-def describe(settings, name, dataset, model, step, done, parents, decided):
-    """The dict of a checkpoint, beside what is needed to go on."""
+def describe(settings, name, dataset, model, step, done, parents, decided, state=None):
+    """The dict of a checkpoint, beside what is needed to go on. state: its weights, where they are
+    not those that the model has now."""
+    state = model.state_dict() if state is None else state
     tokenizer = {"kind": dataset.tokenizer.kind, "ranks": dataset.tokenizer.dump()}
     return {
         "format": FORMAT,
@@ -130,13 +132,13 @@ def describe(settings, name, dataset, model, step, done, parents, decided):
         "settings": asdict(settings),
         "decided": decided,
         "parents": parents,
-        "digest": vision.weights_digest(model.state_dict()) if done else None,
+        "digest": vision.weights_digest(state) if done else None,
         "source": dataset.meta["source"],
         "corpus": dataset.meta["corpus"],
         "images": asdict(dataset.image_format),
         "tokenizer": tokenizer if model.gpt is not None else None,
         "parts": describe_parts(model, settings.projector),
-        "weights": model.state_dict(),
+        "weights": state,
     }
 
 
@@ -146,7 +148,13 @@ def of_folder(folder, model, tokenizer, image_format, template):
         "format": FORMAT,
         "phase": "folder",
         "settings": {"data": str(folder)},
-        "decided": {},
+        "decided": {
+            "projector": "mlp2x_gelu",
+            "select_layer": model.select_layer,
+            "keep_cls": model.keep_cls,
+            "image_attention": model.image_attention,
+            "block_size": model.gpt.config.block_size,
+        },
         "source": str(folder),
         "corpus": "",
         "images": asdict(image_format),

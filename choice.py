@@ -26,7 +26,12 @@ def check(item):
     """Why an item is no question, or ""."""
     if not isinstance(item, dict) or not isinstance(item.get("conversations"), list):
         return 'want {"image", "conversations", "choices", "answer"}'
-    speakers = [turn.get("from") for turn in item["conversations"]]
+    turns = item["conversations"]
+    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
+        return 'each turn wants {"from", "value"}'
+    if not all(isinstance(name, str) for name in item["image"]):
+        return "its image must be a name or several"
+    speakers = [turn.get("from") for turn in turns]
     if speakers != (["human", "gpt"] * len(speakers))[: len(speakers)] or len(speakers) % 2 == 0:
         return "its conversation must go human, gpt, ..., human"
     choices, answer = item.get("choices"), item.get("answer")
@@ -35,7 +40,7 @@ def check(item):
         return "want two different choices or more"
     if type(answer) is not int or not 0 <= answer < len(choices):
         return f"answer {answer!r} is none of the numbers of its choices"
-    asked = sum(str(turn.get("value")).count("<image>") for turn in item["conversations"])
+    asked = sum(turn["value"].count("<image>") for turn in turns)
     if asked != len(item["image"]):
         return f"{asked} <image> for {len(item['image'])} pictures"
     return ""
@@ -52,7 +57,7 @@ def read(path):
     for i, item in enumerate(items):
         if isinstance(item, dict):
             names = item.get("image") or []
-            item["image"] = [names] if isinstance(names, str) else list(names)
+            item["image"] = names if isinstance(names, list) else [names]
         fault = check(item)
         if fault:
             raise UserError(f"{path}: item {i}: {fault}")
@@ -60,7 +65,7 @@ def read(path):
 
 
 def prompt_of(item, loaded, template, system, counts):
-    """The tokens that an answer follows; with the template "" the words as they are."""
+    """The tokens that an answer follows; without a template: the pictures, then the last words."""
     said = [turn["value"] for turn in item["conversations"]]
     turns = [*zip(said[:-1:2], said[1::2]), (said[-1], None)]
     if not template:
@@ -108,7 +113,8 @@ def score(rows, subject, ties):
         own = nll[first : first + len(row["choices"])]
         first += len(row["choices"])
         likeliest.append(lowest(own, row["answer"], ties))
-        spoken.append(names_in(answer, set(row["choices"])) == {row["choices"][row["answer"]]})
+        choices = [choice.lower() for choice in row["choices"]]
+        spoken.append(names_in(answer.lower(), set(choices)) == {choices[row["answer"]]})
         chances.append(1 / len(row["choices"]))
     chance = round(float(np.mean(chances)), 4)
     return {"likelihood": accuracy(likeliest, chance), "generation": accuracy(spoken, None)}

@@ -45,7 +45,7 @@ from templates import TEMPLATES
 
 @dataclass
 class Config(config.Knobs):
-    checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote
+    checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote, or a LLaVA's folder
     data: str = ""  # the folder with eval/*.csv and val bins; empty: the one it was trained on
     task: str = ""  # one of TASKS alone; empty: all that the data folder has
     csv: str = ""  # the task's file, of choice a JSON; empty: eval/<task>.csv of the data folder

@@ -16,12 +16,15 @@ from pathlib import Path
 
 import torch
 
+import report
 import tensors
 import tokenizer_json
+import vision
 from config import UserError
 from files import write_json, writing
 from images import RESAMPLING
-from templates import TEMPLATES
+from templates import TEMPLATES, end_tokens
+from tokenizer_json import JsonTokenizer
 
 LEFT_OUT = ("weights", "optimizer", "dino", "lora", "tokenizer")  # of a checkpoint's dict
 K = 256.0  # see norm_as_layer; a power of two, so that dividing by it and back loses nothing
@@ -255,7 +258,7 @@ def projector_files(model, kind, after_norm):
         first = (state["weight"], state["bias"]) if kind == "linear" else eye
         second = eye
     else:
-        raise UserError(f"a projector {kind}: transformers' LLaVA has two linears, or what fits in")
+        raise UserError(f"a projector {kind}: transformers' LLaVA has two linears, not more")
     W = first[0]
     if after_norm:
         W = torch.cat([-W, W], 1) / K
@@ -284,15 +287,17 @@ def write_tokenizer(loaded, folder, template):
     if tokenizer.kind == "word":
         settings["unk_token"] = "<unk>"
     if template:
-        settings["chat_template"] = chat_template(TEMPLATES[template["name"]], settings)
+        form = TEMPLATES[template["name"]]
+        settings["chat_template"] = chat_template(form, template["system"], settings)
         with writing(folder / "chat_template.jinja") as file:
             file.write(settings["chat_template"].encode("utf-8"))
     write_json(folder / "tokenizer.json", content)
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def chat_template(template, settings):
-    """A template of ours in the language of transformers' chat templates."""
+def chat_template(template, learnt, settings):
+    """A template of ours in the language of transformers' chat templates. learnt: the system text
+    that a conversation begins with when it brings none."""
     marks = {"{bos}": settings.get("bos_token", ""), "{eos}": settings["eos_token"]}
 
     def quoted(text):
@@ -309,8 +314,13 @@ def chat_template(template, settings):
     parts += " }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     words = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     words += parts + "{% endif %}"
+    default = ""
+    if learnt:
+        own = quoted(template.system.replace("{}", learnt))
+        default = "{% if messages[0]['role'] != 'system' %}" + own + "{% endif %}"
     return (
         quoted(template.begin)
+        + default
         + "{% for message in messages %}{% if message['role'] == 'system' %}"
         + quoted(system)
         + words
@@ -393,7 +403,8 @@ def undo(saved, state, content):
     for name in ("cls_token", "pos_embed"):
         if f"tower.{name}" in state:
             state[f"tower.{name}"] = state[f"tower.{name}"].reshape(1, -1, E)
-    written = tokenizer_json.undo(content)
+    roles = saved["tokenizer"]  # {"eos": id, ...} of another's vocabulary; None: it is ours
+    written = JsonTokenizer(content, roles) if roles else tokenizer_json.undo(content)
     return saved | {"weights": state, "tokenizer": {"kind": written.kind, "ranks": written.dump()}}
 
 
@@ -404,6 +415,8 @@ def check(loaded):
         raise UserError(
             "only a model that sees and speaks is exported: give one of phase 1 or later"
         )
+    if model.keep_cls and not model.tower.arguments.get("cls"):
+        raise UserError("keep_cls: the mean that stands for a CLS is none that transformers has")
     if model.image_attention != "causal":
         raise UserError("image_attention=full: transformers' LLaVA has causal attention alone")
     after_norm = model.select_layer == -1 and model.tower.arguments.get("final_norm")
@@ -449,7 +462,11 @@ def export(loaded, folder, scores=None):
         "dtype": "float32",
         "torch_dtype": "float32",
         "nanobabyllava": {name: value for name, value in saved.items() if name not in LEFT_OUT}
-        | {"parts": parts_as_written(saved["parts"], loaded.image_format)},
+        | {
+            "written": vision.weights_digest(weights),
+            "parts": parts_as_written(saved["parts"], loaded.image_format),
+            "tokenizer": getattr(loaded.tokenizer, "roles", None),
+        },
     }
     if model.tiled:
         config["image_grid_pinpoints"] = [[h, w] for w, h in loaded.image_format.canvases]
@@ -458,43 +475,11 @@ def export(loaded, folder, scores=None):
     write_tokenizer(loaded, folder, template)
     write_json(folder / "preprocessor_config.json", pictures)
     write_json(folder / "processor_config.json", processor)
-    ids = {"eos_token_id": loaded.tokenizer.eos, "pad_token_id": loaded.tokenizer.pad}
+    ends = list(end_tokens(loaded.tokenizer, TEMPLATES[template["name"]] if template else None))
+    ids = {"eos_token_id": ends, "pad_token_id": loaded.tokenizer.pad}
     write_json(folder / "generation_config.json", ids)
     with writing(folder / "README.md") as file:
-        file.write(model_card(loaded, scores).encode("utf-8"))
+        count = sum(p.numel() for p in model.parameters())
+        file.write(report.model_card(saved, count, scores).encode("utf-8"))
     tensors.write(folder / "model.safetensors", weights)
     write_json(folder / "config.json", config)
-
-
-def model_card(loaded, scores):
-    """README.md: what the model was trained on, and its scores."""
-    saved, count = loaded.checkpoint, sum(p.numel() for p in loaded.model.parameters())
-    world = "the toy world, drawn pictures and a grammar: nothing of SAYCam"
-    source = world if saved["source"].startswith("toy") else f"data of the kind `{saved['source']}`"
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "---",
-        "# A nanoBabyLLaVA",
-        "",
-        f"{count:,} parameters, {saved['phase']}, {saved['step']} steps, trained on {source}",
-        f"(corpus {saved['corpus'][:12]}, seed {saved['settings']['seed']}).",
-        "",
-    ]
-    if not scores:
-        lines.append("It was not scored.")
-    else:
-        lines += [
-            f"Scores on {scores['source']}:",
-            "",
-            "| test | measure | subset | score | chance | n |",
-        ]
-        lines.append("|---|---|---|---|---|---|")
-        for task, subsets in scores["tasks"].items():
-            for subset, measures in subsets.items():
-                for measure, one in measures.items():
-                    chance = "" if one["chance"] is None else f"{one['chance']:.3f}"
-                    cells = (task, measure, subset, f"{one['score']:.3f}", chance, str(one["n"]))
-                    lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

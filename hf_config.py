@@ -161,7 +161,9 @@ def make_tower(folder, seen, alone=False):
         widths = widths or [96, 192, 384, 768]
         if any(b != 2 * a for a, b in pairwise(widths)):
             refuse(folder, "hidden_sizes", widths)
-        tower = ConvNeXt(depths, widths[0], seen["patch_size"], seen["layer_norm_eps"])
+        if seen["hidden_act"] != "gelu":
+            refuse(folder, "hidden_act", seen["hidden_act"])
+        tower = ConvNeXt(depths, widths[0], seen["patch_size"])
         return tower, HUGGING_FACE_CONVNEXT
     if seen["hidden_act"] not in ACTIVATIONS:
         refuse(folder, "hidden_act", seen["hidden_act"])
@@ -236,7 +238,7 @@ def token_id(specials, entry):
 
 
 def adds_bos(content, settings):
-    """Whether the folder's tokenizer begins each text with its first special."""
+    """Whether the folder's tokenizer puts its bos before each text."""
     if "add_bos_token" in settings:
         return settings["add_bos_token"]
     processor = content.get("post_processor") or {}

@@ -12,12 +12,14 @@ refused.
 """
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import checkpoint
 import export
+import vision
 from config import UserError
 from hf_config import (
     LLAVA,
@@ -63,7 +65,10 @@ class Weights:
     def __init__(self, folder):
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+                raise UserError(f"{index}: want {{'weight_map': {{tensor: file}}}}")
+            names = sorted(set(names.values()))
         elif single.exists():
             names = [single.name]
         else:
@@ -81,6 +86,10 @@ class Weights:
 
     def __iter__(self):
         return iter(self.home)
+
+    def all(self):
+        """{name: tensor}, mapped."""
+        return {name: file[name] for name, file in self.home.items()}
 
     def shape(self, names):
         """Of these tensors stacked."""
@@ -152,8 +161,8 @@ def stacks_of(weights, tower_rules, tied):
 def read_config(folder):
     """The config.json of a folder, as a dict with a model_type."""
     settings = read_json(folder / "config.json")
-    if "model_type" not in settings:
-        raise UserError(f"{folder}/config.json: no model_type")
+    if not isinstance(settings.get("model_type"), str):
+        raise UserError(f"{folder}/config.json: model_type {settings.get('model_type')!r}")
     return settings
 
 
@@ -172,6 +181,8 @@ def make_llava(folder, settings, weights):
     defaults, text = LLAVA[kind], settings.get("text_config") or {}
     seen = settings.get("vision_config") or (NO_CONFIG_CLIP if kind != "llava_onevision" else {})
     seen = {"model_type": defaults["tower"]} | seen
+    if seen["model_type"].startswith("convnext"):
+        refuse(folder, "tower", seen["model_type"], "is none of a LLaVA of transformers")
     layer = settings.get("vision_feature_layer", defaults["layer"])
     strategy = settings.get("vision_feature_select_strategy", defaults["strategy"])
     if not isinstance(layer, int):
@@ -220,13 +231,11 @@ def load(folder, device="cpu", dtype=""):
         refuse(folder, "model_type", settings["model_type"], f"is none of {', '.join(LLAVA)}")
     weights = Weights(folder)
     if "nanobabyllava" in settings:  # what export.py wrote, to be what it was
-        return restore(folder, settings, weights, device)
-    try:
+        return restore(folder, settings, weights, device, dtype)
+    with understood(folder):
         model, stacks, text = make_llava(folder, settings, weights)
         pictures = image_format(folder, settings, model.tower.arguments["size"])
         tokenizer = read_tokenizer(folder, text, model.image_token)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder}: a setting that is not understood ({error!r})") from None
     embedding = stacks.get("gpt.embed_tokens.weight")
     stored = weights.home[embedding[0]][embedding[0]].dtype if embedding else torch.float32
     fill(folder, model, stacks, weights, choose_dtype(dtype, stored))
@@ -236,27 +245,43 @@ def load(folder, device="cpu", dtype=""):
     return checkpoint.Loaded(model.eval().to(device), tokenizer, pictures, facts)
 
 
-def restore(folder, settings, weights, device):
-    """The Loaded that export.py wrote a folder of, to the same bits."""
+def restore(folder, settings, weights, device, dtype):
+    """The Loaded that export.py wrote a folder of, to the same bits. Raises UserError where its
+    weights are others now."""
     ours = settings["nanobabyllava"]
-    try:
+    with understood(folder):
         _, rules = make_tower(folder, settings["vision_config"], alone=True)
         stacks = stacks_of(weights, rules, is_tied(settings, settings["text_config"], weights))
-        state = {
-            ours: weights.read(names, weights.shape(names), None) for ours, names in stacks.items()
-        }
-        content = read_json(folder / "tokenizer.json")
-        saved = export.undo(ours, state, content)
-        return checkpoint.build(saved, device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: changed since it was exported ({reason})") from None
+        state = {n: weights.read(names, weights.shape(names), None) for n, names in stacks.items()}
+        if vision.weights_digest(weights.all()) != ours["written"]:
+            raise UserError(
+                f"{folder}: its weights are no longer those that were exported: take "
+                '"nanobabyllava" out of its config.json to open it as any other folder'
+            )
+        saved = export.undo(ours, state, read_json(folder / "tokenizer.json"))
+        loaded = checkpoint.build(saved, device)
+        if dtype:
+            loaded.model.to(getattr(torch, dtype)).gpt.set_rotary()
+        return loaded
+
+
+@contextmanager
+def understood(folder):
+    """What is missing in a folder's settings, or of another type, becomes one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: a setting that is not understood ({error!r})") from None
 
 
 def load_tower(folder):
     """The tower of a folder, of its own or in a LLaVA."""
     folder = Path(folder)
-    settings, weights = read_config(folder), Weights(folder)
+    with understood(folder):
+        return read_tower(folder, read_config(folder), Weights(folder))
+
+
+def read_tower(folder, settings, weights):
     seen, prefix = settings.get("vision_config"), r"^(model\.)?vision_tower\."
     if settings["model_type"] not in LLAVA:
         seen = seen or settings
@@ -275,32 +300,41 @@ def load_tower(folder):
 
 def load_language(folder):
     """(BabyLLaVA of a GPT alone, its tokenizer) of a language model's folder. It knows no images:
-    an id for them is put behind its vocabulary, which grows to the next multiple of 64."""
-    folder = Path(folder)
+    the first id behind its vocabulary is theirs."""
+    folder, tokenizer = Path(folder), language_tokenizer(folder)
     settings, weights = read_config(folder), Weights(folder)
     tied = is_tied(settings, settings, weights)
-    sizes = gpt_config(folder, settings, tied)
-    with torch.device("meta"):
-        model = BabyLLaVA(GPT(sizes))
+    with understood(folder):
+        sizes = gpt_config(folder, settings, tied)
+        with torch.device("meta"):
+            model = BabyLLaVA(GPT(sizes))
     fill(folder, model, stacks_of(weights, [], tied), weights, torch.float32)
     model.gpt.set_rotary()
-    model.image_token = sizes.vocab_size
-    enlarge(model.gpt, (sizes.vocab_size + 64) // 64 * 64)
-    return model, language_tokenizer(folder)
+    model.image_token = tokenizer.image
+    enlarge(model.gpt, tokenizer.vocab_size)
+    return model, tokenizer
 
 
 def language_tokenizer(folder):
-    """The tokenizer that load_language() gives, without its weights."""
+    """The tokenizer that load_language() gives, without its weights. The vocabulary grows to a
+    multiple of 64 where all its ids are taken."""
     folder = Path(folder)
-    settings = read_config(folder)
-    size = gpt_config(folder, settings, True).vocab_size
-    text = settings | {"vocab_size": (size + 64) // 64 * 64}
-    return read_tokenizer(folder, text, image_token=size)
+    with understood(folder):
+        settings = read_config(folder)
+        size = gpt_config(folder, settings, True).vocab_size
+        content = read_json(folder / "tokenizer.json")
+        taken = {entry["id"] for entry in content["added_tokens"]}
+        image = 1 + max(taken | set(content["model"]["vocab"].values()))
+        if image >= size:
+            size = image // 64 * 64 + 64
+        return read_tokenizer(folder, settings | {"vocab_size": size}, image)
 
 
 @torch.no_grad()
 def enlarge(gpt, vocab_size):
     """Give a GPT embeddings for more tokens: each the mean of those there are."""
+    if vocab_size <= gpt.config.vocab_size:
+        return
     layers = [gpt.embed_tokens] + ([] if gpt.config.tied else [gpt.lm_head])
     for layer in layers:
         mean = layer.weight.mean(0, keepdim=True)

@@ -44,10 +44,11 @@ def see(loaded, pictures):
     return embeds
 
 
-def read(loaded, paths):
-    """The Pictures of some files. OneVision shows several without their tiles."""
+def read(loaded, paths, shown=0):
+    """The Pictures of some files, after so many that were shown. OneVision shows several without
+    their tiles."""
     image_format = loaded.image_format
-    if len(paths) > 1 and image_format.max_tiles:
+    if len(paths) + shown > 1 and image_format.max_tiles:
         image_format = replace(image_format, fit="pad", canvases=())
     return [read_picture(path, image_format) for path in paths]
 
@@ -66,8 +67,8 @@ def nll_after(loaded, befores, embeds, words, batch=256):
         if model.gpt.config.block_size < T or not all(own):
             longest = tokenizer.decode(max(own, key=len))
             raise UserError(
-                f"a phrase makes no tokens, or {T} with what precedes it, over the model's "
-                f"{model.gpt.config.block_size}: {longest[:40]!r} ..."
+                f"a phrase makes no tokens, or with what precedes it {T} of them, over the "
+                f"model's {model.gpt.config.block_size}: {longest[:40]!r} ..."
             )
         tokens = torch.full((len(own), T), tokenizer.pad)
         positions, targets, owners = [], [], []
@@ -104,12 +105,14 @@ def say(loaded, prompts, embeds, stop, max_new_tokens):
 
 def caption(loaded, embeds, max_new_tokens=50, batch=100):
     """Greedy captions of pictures, given as see() gives them, one string each."""
-    captions = [None] * len(embeds)
+    bos, captions = loaded.tokenizer.bos, [None] * len(embeds)
+    before = [] if bos is None else [bos]
     for count in sorted({len(embed) for embed in embeds}):  # of alike length together
         alike = [i for i, embed in enumerate(embeds) if len(embed) == count]
         for start in range(0, len(alike), batch):
             rows = alike[start : start + batch]
-            prompts, stop = [[loaded.tokenizer.image] * count] * len(rows), loaded.tokenizer.stops
+            prompts = [before + [loaded.tokenizer.image] * count] * len(rows)
+            stop = loaded.tokenizer.stops
             said = say(loaded, prompts, [[embeds[i]] for i in rows], stop, max_new_tokens)
             for i, words in zip(rows, said):
                 captions[i] = words

@@ -8,8 +8,6 @@ whoever loads the file knows nothing of all this; what a run needs to go on, A a
 q, k and v, which are one matrix here, share their A, and so do gate and up.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,12 +51,11 @@ def merged_into(model):
 
 @torch.no_grad()
 def merge(model):
-    """(a copy of the model with the factors merged into its weights, {name: factor})."""
-    factors = {n: w.clone() for n, w in model.state_dict().items() if is_factor(n)}
-    model = copy.deepcopy(model)
-    for module in model.modules():
+    """(the model's state dict with the factors merged into its weights, {name: factor}); what is
+    merged is new, and on the CPU, so that a GPU need not hold a second model."""
+    state = model.state_dict()
+    factors = {name: state.pop(name) for name in list(state) if is_factor(name)}
+    for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            module.weight.copy_(module.merged())
-            del module.lora_A, module.lora_B
-            module.__class__ = nn.Linear
-    return model, factors
+            state[f"{name}.weight"] = module.merged().cpu()
+    return state, factors

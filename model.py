@@ -118,6 +118,14 @@ class KVCache:
         shape = (config.n_layer, 2, batch, length, config.n_kv_head, config.head_width)
         self.kv, self.length, self.room = like.new_zeros(shape), 0, length
 
+    def grow(self, length):
+        """Make room for so many positions; at least double it, so that copying stays rare."""
+        if length > self.room:
+            *before, room, heads, width = self.kv.shape
+            kv = self.kv.new_zeros(*before, max(length, 2 * room), heads, width)
+            kv[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
+            self.kv, self.room = kv, kv.shape[3]
+
     def extend(self, layer, k, v):
         """Write the new positions' k and v (B, T, H_kv, D); return those of all so far."""
         end = self.length + k.shape[1]
@@ -393,6 +401,9 @@ class BabyLLaVA(nn.Module):
         targets (K,); None: all, logits (B, T, V), targets (B, T) or flat. Where few positions
         have a target, the head on all of them would be the most expensive layer."""
         hidden = self.hidden_states(tokens, images, arrangement)
+        if images is None and self.projector is not None and not hidden.requires_grad:
+            # a text alone, while the projector alone learns: a gradient of 0, not none
+            hidden = hidden + 0 * sum(p.sum() for p in self.projector.parameters())
         if positions is not None:
             hidden = hidden.flatten(0, 1)[positions]  # (B, T, C) -> (K, C)
         logits = self.gpt.head(hidden)

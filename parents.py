@@ -32,7 +32,7 @@ def find_parents(settings, name, phases, dataset, report):
     phases: train.py's table. A parent that is left out (0 steps) is passed over for its own."""
     wanted = phases[name].starts_from
     if wanted and settings.init and not is_run(settings.init):
-        found = read_init(settings.init)
+        found = read_init(settings.init, phases)
         check_data(settings.init, found, dataset, report, is_new_start=True)
         return {"init": found}
     while len(wanted) == 1 and not getattr(settings, f"{wanted[0]}_steps"):
@@ -51,13 +51,15 @@ def find_parents(settings, name, phases, dataset, report):
     return parents
 
 
-def read_init(path):
+def read_init(path, phases):
     """The finished checkpoint, of a model that sees and speaks, in a file or folder that --init
-    names."""
+    names. A folder has decided all that phases hand on; what has no knob here is None."""
     if not Path(path).exists():
         raise UserError(f"--init {path}: there is none; a run's folder, a .pt or a LLaVA's folder")
     if Path(path).is_dir():
-        return huggingface.load(path).as_parent()
+        parent = huggingface.load(path).as_parent()
+        knobs = [knob for phase in phases.values() for knob in phase.inherited]
+        return parent | {"decided": dict.fromkeys(knobs) | parent["decided"]}
     found = checkpoint.read(path)
     if "projector" not in found["parts"] or not found["done"]:
         state = f"{found['phase']} at step {found['step']}"
@@ -90,8 +92,7 @@ def inherit(settings, parents):
     for parent, found in parents.items():
         for name, value in found["decided"].items():
             wanted = getattr(settings, name)
-            may_grow = name == "block_size" and value is not None
-            if may_grow and name in settings.given and wanted > value:
+            if name == "block_size" and name in settings.given and wanted > (value or 0):
                 value = wanted  # rotary positions have nothing to learn: a context may grow
             if name in settings.given and wanted != value:
                 path = settings.init if parent == "init" else f"{settings.out}/{parent}.pt"

@@ -248,8 +248,10 @@ def set_learning(model, learns, lr):
         named = {n: p for n, p in model.named_parameters() if (n + ".").startswith(part + ".")}
         if part == "projector" and getattr(model, "tiled", False):
             named["image_newline"] = model.image_newline
-        if part == "gpt" and with_lora:
-            named = {n: p for n, p in named.items() if lora.is_factor(n)}
+        if with_lora:  # of the GPT, factors alone
+            named = {n: p for n, p in named.items() if lora.is_factor(n) or n[:4] != "gpt."}
+            if not named:
+                raise UserError(f"learn {entry!r}: with lora_rank nothing of it learns")
         if part not in modules and not named:
             parts = ", ".join(name for name in modules if name and name.count(".") < 2)
             raise UserError(f"learn {entry!r}: no such part; one of {parts}")
@@ -337,8 +339,7 @@ def save(run, step):
     is_dino, model = isinstance(run.raw_model, DINO), run.raw_model
     if is_dino:
         model = BabyLLaVA(None, tower=run.raw_model.teacher["backbone"])
-    if lora.is_in(model):
-        model, factors = lora.merge(model)
+    state, factors = lora.merge(model) if lora.is_in(model) else (None, None)
     contents = checkpoint.describe(
         run.settings,
         run.name,
@@ -348,12 +349,13 @@ def save(run, step):
         done=step == run.steps,
         parents={name: parent["digest"] for name, parent in run.parents.items()},
         decided=run.decided,
+        state=state,
     )
     if run.name == "phase3":
         contents["template"] = run.dataset.meta.get("template")
     if is_dino:
         contents["dino"] = run.raw_model.state_dict()
-    if model is not run.raw_model and not is_dino:
+    if factors:
         contents["lora"] = factors
     if run.optimizer:
         contents["optimizer"] = run.optimizer.state_dict()

@@ -147,3 +147,37 @@ def page(results, sheet, log):
         f"<table><tr>{header}{''.join(cells)}</table>"
         f"<h2>Training</h2>{''.join(curves)}{picture}"
     )
+
+
+def model_card(saved, count, scores):
+    """README.md of an exported model of `count` parameters as text: what it was trained on (saved,
+    a checkpoint's dict) and its scores (eval.py's results, or None)."""
+    world = "the toy world, drawn pictures and a grammar: nothing of SAYCam"
+    source = world if saved["source"].startswith("toy") else f"data of the kind `{saved['source']}`"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "---",
+        "# A nanoBabyLLaVA",
+        "",
+        f"{count:,} parameters, {saved['phase']}, {saved['step']} steps, trained on {source}",
+        f"(corpus {saved['corpus'][:12]}, seed {saved['settings']['seed']}).",
+        "",
+    ]
+    if not scores:
+        lines.append("It was not scored.")
+    else:
+        lines += [
+            f"Scores on {scores['source']}:",
+            "",
+            "| test | measure | subset | score | chance | n |",
+        ]
+        lines.append("|---|---|---|---|---|---|")
+        for task, subsets in scores["tasks"].items():
+            for subset, measures in subsets.items():
+                for measure, one in measures.items():
+                    chance = "" if one["chance"] is None else f"{one['chance']:.3f}"
+                    cells = (task, measure, subset, f"{one['score']:.3f}", chance, str(one["n"]))
+                    lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

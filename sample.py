@@ -27,7 +27,7 @@ import report
 import weights
 from config import UserError, knob
 from inference import read, see
-from templates import TEMPLATES, chat_sample, end_tokens, expand
+from templates import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
 
 QUESTION = "what is this ?"  # where a model that has learnt conversations is asked nothing
 
@@ -55,7 +55,7 @@ def begin(loaded, embeds, prompt, template="", system=""):
     template, a question about them."""
     tokenizer, block_size = loaded.tokenizer, loaded.model.gpt.config.block_size
     if template:
-        question = TEMPLATES[template].picture * len(embeds) + (prompt or QUESTION)
+        question = with_pictures(TEMPLATES[template], prompt or QUESTION, len(embeds))
         tokens, _ = chat_sample(tokenizer, TEMPLATES[template], [(question, None)], system)
     else:
         start = [tokenizer.image] * len(embeds) or [tokenizer.eos]
@@ -134,7 +134,7 @@ def main(argv):
     generator = torch.Generator(loaded.device).manual_seed(settings.seed)
     if settings.chat:
         talk = chat.Conversation(loaded, template, system)
-        look = lambda path: see(loaded, read(loaded, [path]))[0]
+        look = lambda path, shown: see(loaded, read(loaded, [path], shown))[0]
         return chat.converse(talk, embeds, settings, generator, look)
     tokens = begin(loaded, embeds, settings.prompt, template, system)
     said = [] if template else loaded.tokenizer.encode(settings.prompt)

@@ -88,7 +88,25 @@ class Writer:
             if specials[part] is not None:
                 self.tokens.append(specials[part])
                 self.learn.append(int(learnt and part != "<image>"))
-            self.begins = True
+            if part != "{bos}":  # which others put before a text that is split already
+                self.begins = True
+
+
+def with_pictures(template, words, count):
+    """A question about `count` pictures that the conversation has not shown yet: before it, unless
+    its words say where, by as many <image>. Raises UserError for another number."""
+    said = words.count("<image>")
+    if said not in (0, count):
+        raise UserError(f"{said} <image> in the question, for {count} pictures that are new")
+    return words if said else template.picture * count + words
+
+
+def check_vocabulary(tokenizer, template):
+    """Raise UserError where a vocabulary lacks one of a template's special tokens."""
+    written = template.begin + template.system + template.user + template.end
+    for name in re.findall(r"<\|\w+\|>", written):
+        if name not in tokenizer.specials:
+            raise UserError(f"this template needs {name}, which the vocabulary does not have")
 
 
 def expand(tokens, image, counts):
@@ -106,11 +124,8 @@ def chat_sample(tokenizer, template, turns, system=""):
           0     0      0     0   0  0 0      0      1   1    1     0
 
     Raises UserError where the vocabulary lacks one of the template's special tokens."""
-    marks = {"{bos}": tokenizer.bos, "{eos}": tokenizer.eos}
-    specials = tokenizer.specials | marks
-    lacking = [name for name in find_specials(template) if name not in specials]
-    if lacking:
-        raise UserError(f"this template needs {lacking[0]}, which the vocabulary does not have")
+    check_vocabulary(tokenizer, template)
+    specials = tokenizer.specials | {"{bos}": tokenizer.bos, "{eos}": tokenizer.eos}
     pictures = {"<image>": tokenizer.image}
     writer = Writer(tokenizer)
 
@@ -131,12 +146,6 @@ def chat_sample(tokenizer, template, turns, system=""):
             writer.put(template.between, specials, learnt=False)
     writer.flush()
     return writer.tokens, writer.learn
-
-
-def find_specials(template):
-    """The names of the special tokens that a template writes."""
-    written = template.begin + template.system + template.user + template.end
-    return re.findall(r"<\|\w+\|>", written)
 
 
 def end_tokens(tokenizer, template=None):

@@ -68,7 +68,8 @@ class TensorFile:
         if not length:
             return torch.empty(shape, dtype=dtype)
         if begin % dtype.itemsize:  # numbers that no processor reads in place
-            return torch.frombuffer(bytearray(self.map[begin : begin + length]), dtype=dtype)
+            content = bytearray(self.map[begin : begin + length])
+            return torch.frombuffer(content, dtype=dtype).view(shape)
         count = length // dtype.itemsize
         return torch.frombuffer(self.map, dtype=dtype, count=count, offset=begin).view(shape)
 

@@ -196,5 +196,7 @@ def caption_sample(tokenizer, caption, images=1):
 
     The last position of the image predicts the first word, and <eos> is learnt too: a model that
     is never shown an end never stops."""
+    before = [] if tokenizer.bos is None else [tokenizer.bos]
+    before += [tokenizer.image] * images
     words = [*tokenizer.encode(caption), tokenizer.eos]
-    return [tokenizer.image] * images + words, [0] * images + [1] * len(words)
+    return before + words, [0] * len(before) + [1] * len(words)

@@ -179,6 +179,12 @@ class SentencePiece:
 # What the rest of the code knows
 
 
+def special_token(name, i):
+    """An entry of tokenizer.json's added_tokens."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": name, **flags, "special": True}
+
+
 class JsonTokenizer(Tokenizer):
     """A Tokenizer of a tokenizer.json's content, a dict.
 
@@ -195,6 +201,9 @@ class JsonTokenizer(Tokenizer):
         )
         self.stops = tuple(roles["stops"])
         self.specials = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+        if "<image>" not in self.specials:  # a language model's own vocabulary
+            entry = special_token("<image>", self.image)
+            self.content = content | {"added_tokens": [*content["added_tokens"], entry]}
         self.specials["<image>"] = self.image
         try:
             model = content["model"]
@@ -257,18 +266,7 @@ def split_by_lower_ranks(token, ranks):
 
 def export(tokenizer):
     """The content of a tokenizer.json that encodes and decodes as our `tokenizer` does."""
-    specials = [
-        {
-            "id": i,
-            "content": name,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for name, i in tokenizer.specials.items()
-    ]
+    specials = [special_token(name, i) for name, i in tokenizer.specials.items()]
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": specials}
     if tokenizer.kind == "word":
         split = {"type": "Split", "pattern": {"Regex": r"[\s\x1c-\x1f]+"}, "invert": False}

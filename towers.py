@@ -140,7 +140,7 @@ def unwrap(state):
     state = {re.sub(prefixes, "", key): value for key, value in state.items()}
     rules = find_rules(state)
     state = renamed(state, rules or [])
-    if rules is CLIP:
+    if rules is CLIP and "pos_embed" in state:
         shapes = {"cls_token": (1, 1, -1), "pos_embed": (1, *state["pos_embed"].shape[-2:])}
         state |= {key: state[key].reshape(shapes[key]) for key in shapes if key in state}
     backbone = {key: value for key, value in state.items() if not re.match(not_backbone, key)}
@@ -151,15 +151,20 @@ def unwrap(state):
 # Architectures
 
 
+# {width: heads} of DINO's, DINOv2's, CLIP's and SigLIP's ViTs: 64 wide each, but in the largest
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+
+
 def vit_like(state, heads, rules):
     """A ViT with random weights, of the shapes in `state`.
 
-    Nothing in a state dict tells the number of heads. heads 0: width / 64, as all published ViTs
-    have, whose widths are multiples of 192 or 256; for any other width that would be a guess."""
+    Nothing in a state dict tells the number of heads. heads 0: what the published ones of this
+    width have (HEADS); for any other width that would be a guess."""
     width, patch = state["pos_embed"].shape[2], state["patch_embed.proj.weight"].shape[2]
-    if not heads and (width < 192 or (width % 192 and width % 256)):
+    heads = heads or HEADS.get(width)
+    if not heads or (width > 1024 and rules is HUGGING_FACE_VIT and width != 1536):
         raise DoesNotFit(
-            f"a ViT {width} wide, which is no multiple of 192 or 256: its weights do not say how "
+            f"a ViT {width} wide, which none is that is known: its weights do not say how "
             "many heads it has; give a folder with its config.json, or a vision.pt of ours"
         )
     has_cls = "cls_token" in state
@@ -171,7 +176,7 @@ def vit_like(state, heads, rules):
         "patch": patch,
         "width": width,
         "depth": 1 + max((int(match[1]) for match in blocks if match), default=0),
-        "heads": heads or width // 64,
+        "heads": heads,
         "hidden": hidden if hidden != 4 * width else 0,
         "scaled": "blocks.0.ls1.gamma" in state,
         "registers": registers,

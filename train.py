@@ -140,7 +140,6 @@ PHASES = {
             "vision_heads",
             "vision_weights",
             "conv_stages",
-            "extra_stage",
         ),
         knobs=("prototypes", "local_views", "teacher_temperature", "momentum"),
         unit="frames/s",
@@ -169,7 +168,7 @@ PHASES = {
         make=phases.new_projector,
         watch=watch_loss,
         starts_from=("vision", "phase0"),
-        inherited=("select_layer", "keep_cls", "projector", "image_attention"),
+        inherited=("select_layer", "keep_cls", "projector", "image_attention", "extra_stage"),
         knobs=("phase1_learn", "init"),
     ),
     "phase2": Phase(
@@ -202,6 +201,9 @@ def choose_phases(settings, dataset):
         return narrowed[settings.tower]
     if settings.tower != "both":
         raise UserError(f"--tower {settings.tower} narrows --phase 0, not --phase {settings.phase}")
+    if settings.phase == "1":  # with those of its parents that come ready and need no training
+        ready = {"vision": settings.vision_weights, "phase0": settings.language_weights}
+        return (*(name for name, source in ready.items() if source), "phase1")
     if settings.phase != "all":
         return (f"phase{settings.phase}",)
     return tuple(

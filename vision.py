@@ -13,7 +13,7 @@ What every tower promises, and all that the rest of the code knows of it:
     tower.fault(S, select_layer)  why it cannot take such pictures or give that layer, or ""
 
 A new tower is a class here that keeps this promise and an entry in TOWERS; other people's names for
-its weights belong in weights.py. Parameters carry the names of the code that published them, so
+its weights belong in towers.py. Parameters carry the names of the code that published them, so
 that checkpoints load strictly. Knows nothing of files and argv.
 Letters: N images, S side, P places, E width, H heads, D = E / H.
 """

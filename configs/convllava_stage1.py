@@ -3,9 +3,11 @@ ConvLLaVA, stage 1, at its published rates: the projector and a fifth stage that
 ConvNeXt-L. A picture of 768 pixels is then (768 / 64)^2 = 144 tokens, of 1,024 it is 256, of 1,536
 it is 576.
 
-    python data.py llava --name convllava_captions --json captions.json --images DIR \\
+    python data.py llava --name convllava_captions --json captions.json --images DIR \
         --like vicuna-7b-v1.5 --template plain --size 768 --norm clip
     torchrun --nproc_per_node=8 train.py configs/convllava_stage1.py
+
+Nobody has run it here.
 """
 
 phase = "1"

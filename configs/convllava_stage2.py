@@ -2,6 +2,8 @@
 ConvLLaVA, stage 2, at its published rates: projector, GPT, and the tower from its third stage on.
 
     torchrun --nproc_per_node=8 train.py configs/convllava_stage2.py
+
+Nobody has run it here.
 """
 
 phase = "2"

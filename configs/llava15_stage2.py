@@ -1,21 +1,23 @@
 """
 LLaVA-1.5, stage 2, at its published rates: projector and GPT, on 665,298 conversations.
 
-    python data.py llava --name llava15_chat --json llava_v1_5_mix665k.json --images DIR \\
-        --like vicuna-7b-v1.5 --template v1 --size 336 --fit pad --norm clip \\
-        --system "A chat between a curious user and an artificial intelligence assistant. The \\
-    assistant gives helpful, detailed, and polite answers to the user's questions."
+    A="A chat between a curious user and an artificial intelligence assistant."
+    B="The assistant gives helpful, detailed, and polite answers to the user's questions."
+    python data.py llava --name llava15_chat --json llava_v1_5_mix665k.json --images DIR \
+        --like vicuna-7b-v1.5 --template v1 --system "$A $B" --size 336 --fit pad --norm clip
     torchrun --nproc_per_node=8 train.py configs/llava15_stage2.py
 
 With LoRA, as its authors' second script has it, add: --lora_rank 128 --lora_alpha 256
---phase3_lr 2e-4 --phase3_learn projector=2e-5 gpt. All 7B parameters with AdamW take 112 GB a GPU
-here (nothing is sharded); with LoRA about 30.
+--phase3_lr 2e-4 --phase3_learn projector=2e-5 gpt. Nothing is sharded here: weights, gradients and
+AdamW's two moments of all 7 billion parameters are 7e9 * 16 bytes = 112 GB on each GPU, with LoRA
+the weights alone 28. Nobody has run it here.
 """
 
 phase = "3"
 data = "data/llava15_chat"
 out = "out/llava15"
 init = "out/llava15/phase1.pt"  # what stage 1 made, of pictures of the same form
+features = "live"  # stored they would take 665298 * 576 * 1024 * 2 bytes = 785 GB
 phase3_lr = 2e-5
 phase3_batch = 128
 phase3_steps = 665298 // 128  # one pass: 5,197

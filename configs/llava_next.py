@@ -1,9 +1,11 @@
 """
 LLaVA-NeXT with Llama 3 8B, its second stage, by the command on its model card.
 
-    python data.py llava --name llava_next --json llava_1_6.json --images DIR --template llama3 \\
-        --like out/llava_next/phase1.pt --size 336 --norm clip \\
-        --canvases 672x336 336x672 672x672 336x1008 1008x336
+    A="You are a helpful language and visual assistant. You are able to understand the visual"
+    B="content that the user provides, and assist the user with a variety of tasks using natural"
+    python data.py llava --name llava_next --json llava_1_6.json --images DIR \
+        --template llama3 --system "$A $B language." --like out/llava_next/phase1.pt --size 336 \
+        --norm clip --canvases 336x672 672x336 672x672 1008x336 336x1008
     torchrun --nproc_per_node=8 train.py configs/llava_next.py
 
 Stage 1 is configs/llava15_stage1.py with this tower, --language_weights Meta-Llama-3-8B-Instruct
@@ -14,8 +16,9 @@ and --out out/llava_next. The card's flags, and what they are here:
     --data_path, --image_folder: data.py's --json, --images
     --mm_tunable_parts, --mm_vision_tower_lr: phase3_learn
     --mm_projector_type, --mm_vision_select_layer: inherited from stage 1
-    --image_aspect_ratio anyres, --image_grid_pinpoints (height, width): data.py's --canvases
-        (width x height), in the same order
+    --image_aspect_ratio anyres, --image_grid_pinpoints: data.py's --canvases, as the code of
+        that card reads them, (width, height); transformers reads (height, width), which of two
+        canvases that suit a picture equally well takes the other
     --mm_patch_merge_type spatial_unpad: what tiles do here
     --group_by_modality_length: what batches do here
     --bf16, --tf32, --torch_compile: what a GPU gets by itself
@@ -30,7 +33,7 @@ Without a meaning here: --deepspeed (nothing is sharded), --mm_use_im_start_end 
 --mm_use_im_patch_token (False there; there are no such tokens), --evaluation_strategy (there is
 always a validation), --save_strategy and --save_total_limit (one file, replaced),
 --dataloader_num_workers, --lazy_preprocess and --dataloader_drop_last (data lie prepared and
-mapped), --report_to and --run_name (log.jsonl, out).
+mapped), --report_to and --run_name (log.jsonl, out). Nobody has run it here.
 """
 
 phase = "3"

@@ -5,6 +5,7 @@ row; the tower learns too, at its own rate. It goes on from a model that can see
     python train.py configs/toy.py
     python data.py toy_chat --name toy_tiles --canvases 128x64 64x128 128x128
     python train.py configs/toy_next.py
+    python eval.py --checkpoint out/toy_next/phase3.pt --task choice
 """
 
 phase = "3"

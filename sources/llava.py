@@ -12,7 +12,7 @@ vocabulary, template and form of pictures from a model (.pt, or a folder) or fro
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import checkpoint
@@ -23,7 +23,7 @@ from data import Data
 from images import FITS, NORMS, RESAMPLING, ImageFormat
 from places import Places
 from sources import Talk, hold_out, write_talks
-from templates import TEMPLATES
+from templates import TEMPLATES, check_vocabulary
 from tokenizer import Tokenizer
 
 
@@ -111,18 +111,30 @@ def read_like(path):
     return loaded.tokenizer, loaded.image_format, loaded.checkpoint.get("template")
 
 
-def image_format(settings):
-    """The ImageFormat that the knobs describe. Raises UserError for canvases of no whole tiles."""
-    canvases = []
-    for canvas in settings.canvases:
-        width, _, height = canvas.partition("x")
-        whole = width.isdigit() and height.isdigit()
-        if not whole or any(int(n) % settings.size or not int(n) for n in (width, height)):
-            raise UserError(f"--canvases {canvas}: want WIDTHxHEIGHT in whole tiles of --size")
-        canvases.append((int(width), int(height)))
-    fit = settings.fit or ("squash" if canvases else "pad")
-    look = settings.size, fit, settings.resample, *NORMS[settings.norm]
-    return ImageFormat(*look, tuple(canvases))
+def read_canvas(canvas, size):
+    """(width, height) of "672x336". Raises UserError where it is not of whole tiles."""
+    width, _, height = canvas.partition("x")
+    whole = width.isdigit() and height.isdigit()
+    if not whole or any(int(n) % size or not int(n) for n in (width, height)):
+        raise UserError(f"--canvases {canvas}: want WIDTHxHEIGHT in whole tiles of {size} pixels")
+    return int(width), int(height)
+
+
+def image_format(settings, like=None):
+    """The ImageFormat that the knobs describe, or `like` with what was given of them changed."""
+    fit = settings.fit or ("squash" if settings.canvases else "pad")
+    mean, std = NORMS[settings.norm]
+    form = like or ImageFormat(settings.size, fit, settings.resample, mean, std)
+    changes = {
+        name: getattr(settings, name) for name in ("size", "resample") if name in settings.given
+    }
+    if "norm" in settings.given:
+        changes |= {"mean": mean, "std": std}
+    if settings.fit or settings.canvases:
+        changes["fit"] = fit
+    form = replace(form, **changes)
+    canvases = tuple(read_canvas(canvas, form.size) for canvas in settings.canvases)
+    return replace(form, canvases=canvases or form.canvases)
 
 
 def prepare(settings, writer):
@@ -141,8 +153,7 @@ def prepare(settings, writer):
     if settings.like:
         tokenizer, pictures, learnt = read_like(settings.like)
         template = learnt or template
-    if "size" in settings.given or "canvases" in settings.given or pictures is None:
-        pictures = image_format(settings)
+    pictures = image_format(settings, pictures)
     name = settings.template or template["name"]
     system = settings.system or template["system"]
     if tokenizer is None:
@@ -151,6 +162,11 @@ def prepare(settings, writer):
             (text.replace("<image>", " ") for text in words), settings.vocab_size
         )
     is_plain = name == "plain"
+    longer = [talk.label for talk in talks if len(talk.turns) > 1]
+    if is_plain and longer:
+        raise UserError(f"{longer[0]}--template plain is for captions: one answer each")
+    if not is_plain:
+        check_vocabulary(tokenizer, TEMPLATES[name])
     writer.start(tokenizer, pictures, None if is_plain else {"name": name, "system": system})
     for split, part in parts.items():
         if is_plain:

@@ -28,7 +28,7 @@ from images import FITS, RESAMPLING, to_picture
 from sources import toy
 from sources.llava import image_format
 from sources.toy import COLOURS, ROOMS, THINGS, Scene, Thing, pick, random_scene, random_thing
-from templates import TEMPLATES, chat_sample
+from templates import TEMPLATES, chat_sample, check_vocabulary, with_pictures
 from tokenizer import Tokenizer, caption_sample
 
 
@@ -230,6 +230,21 @@ def which(views, rng):
     return f"which picture has the {thing.kind} ?", answers[place], [answers[1 - place]]
 
 
+def compare(views, rng):
+    """Three questions about two pictures."""
+    place = rng.randint(2)
+    picture = ("first", "second")[place]
+    turns = [which(views, rng)[:2]]
+    turns.append(
+        (f"what is in the {picture} picture ?", f"{article(views[place].things[0].name)} .")
+    )
+    other = which(views, rng)[:2]
+    if other == turns[0]:
+        colour = views[place].things[0].colour
+        other = f"what colour is the thing in the {picture} picture ?", f"{colour} ."
+    return [*turns, other]
+
+
 def talk_about(view, rng):
     """Three to five different questions about a view, [(question, answer)]. Where there is one
     thing, one time in three the second is about what was just named: what colour is it?"""
@@ -252,10 +267,10 @@ def talk_about(view, rng):
 # Preparing
 
 
-def with_pictures(turns, template, images):
-    """The turns with `images` pictures before the first question."""
+def show(turns, template, images):
+    """The turns, with `images` pictures before the first question."""
     (question, answer), *rest = turns
-    return [(TEMPLATES[template].picture * images + question, answer), *rest]
+    return [(with_pictures(TEMPLATES[template], question, images), answer), *rest]
 
 
 def write_split(writer, settings, split, number, talks):
@@ -269,14 +284,13 @@ def write_split(writer, settings, split, number, talks):
             one = random_thing(rng, THINGS)
             two = random_thing(rng, THINGS, but=[one.kind])
             views = [View(Scene(rng.randint(len(ROOMS)), (thing,))) for thing in (one, two)]
-            turns = [which(views, rng)[:2], which(views, rng)[:2]]
-            turns = turns[: 1 + (turns[0] != turns[1])]
+            turns = compare(views, rng)
         else:
             views = [random_view(rng)]
             turns = talk_about(views[0], rng)
         pictures = [to_picture(film(view, rng), writer.image_format) for view in views]
         numbers = [chat.image(picture, clip) for picture in pictures]
-        turns = with_pictures(turns, template, len(numbers))
+        turns = show(turns, template, len(numbers))
         chat.sample(*chat_sample(tokenizer, TEMPLATES[template], turns), numbers)
         if len(views) == 1:
             image = plain.image(pictures[0], clip)
@@ -295,8 +309,10 @@ def make_questions(settings):
     rng = np.random.RandomState([settings.seed, 4])
     kinds = [kind for kind in QUESTIONS if kind != "everything"]
     for kind in [*kinds, "which", "follow_up", "what_held_out", "colour_held_out"]:
-        made = 0
-        while made < settings.questions:
+        made, wanted = 0, settings.questions
+        if kind == "little":  # what tiles are for: counted more finely
+            wanted *= 3
+        while made < wanted:
             turns = []
             if kind == "which":
                 one = random_thing(rng, THINGS)
@@ -338,7 +354,7 @@ def write_questions(settings, directory):
             film(view, rng).save(folder / names[-1])
         order = shuffle.permutation(len(choices)).tolist()
         conversation = []
-        for question, answer in with_pictures(turns, settings.template, len(names)):
+        for question, answer in show(turns, settings.template, len(names)):
             conversation.append({"from": "human", "value": question})
             if answer:
                 conversation.append({"from": "gpt", "value": answer})
@@ -359,6 +375,7 @@ def prepare(settings, writer):
     """Draw, ask and answer."""
     speech = toy.speech(settings, "train", THINGS)
     tokenizer = Tokenizer.train(speech, settings.vocab_size)  # that of data/toy
+    check_vocabulary(tokenizer, TEMPLATES[settings.template])
     template = {"name": settings.template, "system": ""}
     writer.start(tokenizer, image_format(settings), template)
     for split, (number, one_in) in toy.SPLITS.items():

@@ -161,7 +161,7 @@ def test_the_validation_is_fixed_whole_and_spread(mixed):
 
 
 def test_an_overlong_sample_is_one_clear_line(mixed):
-    with pytest.raises(UserError, match="over block_size 9: raise block_size in phase 0"):
+    with pytest.raises(UserError, match="over block_size 9: raise block_size"):
         SampleBatches(mixed, "train", 8, 1, make_model(mixed, block_size=9))
 
 

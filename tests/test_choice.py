@@ -83,7 +83,7 @@ def test_subsets_are_counted_apart(folder, recipe):
 
 def test_what_is_said_must_name_the_right_answer_alone(folder, recipe, monkeypatch):
     items = [question(answer=0), question(answer=0), question(answer=0), question(answer=1)]
-    said = ["a ball .", "it is a ball , yes", "a ball . a red cup", "a red cup"]
+    said = ["a ball .", "It is A ball, yes", "a ball . a red cup", "a red cup"]
     monkeypatch.setattr(choice, "answers_to", lambda *args, **more: said)
     results = ask(items, model=recipe / "phase2.pt")
     assert results["all"]["generation"]["score"] == 0.75  # the third named both
@@ -95,6 +95,9 @@ def test_what_is_said_must_name_the_right_answer_alone(folder, recipe, monkeypat
         ("x", "item 1: want {"),
         ({}, "item 1: want {"),
         (question(conversations=[]), "must go human, gpt, ..., human"),
+        (question(conversations=["what ?"]), "each turn wants"),
+        (question(conversations=[{"from": "human"}]), "each turn wants"),
+        (question(image=3), "a name or several"),
         (question(choices=["a"]), "two different choices"),
         (question(choices=["a", "a"]), "two different choices"),
         (question(answer=2), "answer 2 is none"),

@@ -243,6 +243,11 @@ def test_a_folder_is_asked_in_its_own_template(folder, capsys):
     sample.main([*flags, "--prompt=what is this ?", "--template=mistral"])
     assert sample.begin(loaded, embeds, "what is this ?", "mistral") != tokens
     sample.main([*flags, "--template=plain"])
+    capsys.readouterr()
+    sample.main([*flags, "--prompt=<image>\nwhat is this ?"])  # as LLaVA's users write it
+    assert words in capsys.readouterr().out
+    with pytest.raises(UserError, match="2 <image> in the question, for 1"):
+        sample.main([*flags, "--prompt=<image><image> ?"])
 
 
 @pytest.mark.parametrize(
@@ -264,6 +269,8 @@ SPOILT = [
     ("config.json", "{", "not JSON"),
     ("config.json", "[]", "not an object"),
     ("config.json", {"model_type": None}, "model_type None"),
+    ("config.json", {"model_type": ["llava"]}, "model_type \\['llava'\\]"),
+    ("config.json", {"text_config": {"num_hidden_layers": "2"}}, "not understood"),
     ("config.json", {"model_type": "blip"}, "model_type 'blip' is none of llava"),
     ("config.json", {"vision_feature_layer": [-2, -5]}, "several layers"),
     ("config.json", {"vision_feature_layer": -9}, "and a tower of 3 blocks"),
@@ -283,6 +290,8 @@ SPOILT = [
     ("model.safetensors", None, "no model.safetensors"),
     ("model.safetensors", "xxxxxxxxxx", "not a checkpoint, or cut short"),
     ("model.safetensors.index.json", {"weight_map": {"a": "b.safetensors"}}, "not there"),
+    ("model.safetensors.index.json", "{}", "want {'weight_map'"),
+    ("model.safetensors.index.json", {"weight_map": {"a": 1}}, "want {'weight_map'"),
     ("tokenizer.json", None, "there is none"),
     ("tokenizer.json", {"model": {"type": "Unigram"}}, "the model"),
     ("tokenizer_config.json", "{}", "name an eos token"),
@@ -347,6 +356,21 @@ def agree(source, folder, picture):
     assert back.tokenizer.dump() == loaded.tokenizer.dump()
     assert back.image_format == loaded.image_format
     return loaded, ours
+
+
+def test_an_exported_folder_that_was_trained_elsewhere_is_not_taken_for_ours(tmp_path):
+    import safetensors.torch
+
+    weights.main(["export", str(ROOT / "assets/toy.pt"), str(tmp_path / "toy")])
+    half = weights.open_model(tmp_path / "toy", dtype="bfloat16").model
+    assert half.gpt.norm.weight.dtype == torch.bfloat16 and half.gpt.cos.dtype == torch.float32
+    path = tmp_path / "toy/model.safetensors"
+    state = safetensors.torch.load_file(path)
+    state["vision_tower.encoder.layer.4.output.dense.bias"] += 1  # of the block that is the norm
+    safetensors.torch.save_file(state, path, {"format": "pt"})
+    with pytest.raises(UserError, match="no longer those that were exported") as error:
+        weights.open_model(tmp_path / "toy")
+    assert one_line(error)
 
 
 def test_the_shipped_model_goes_there_and_back(tmp_path):

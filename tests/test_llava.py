@@ -14,6 +14,7 @@ import data
 import inference
 import sample
 import train
+import vision
 import weights as weights_module
 from config import UserError
 from data import Data
@@ -154,6 +155,25 @@ def test_tiles_on_disk(place):
     assert dataset.image_format.canvases == ((32, 16), (16, 32), (32, 32))
 
 
+def test_what_was_prepared_outlives_a_mistake(place):
+    dataset = prepare(many(40))
+    with pytest.raises(UserError, match="which the vocabulary does not have"):
+        prepare(many(40), "--template=llama3")
+    assert Data("data/llava").meta == dataset.meta and dataset.open("chat_train", "tokens").size
+    with pytest.raises(UserError, match=r"item 0: --template plain is for captions"):
+        prepare(many(40), "--template=plain")
+
+
+def test_a_given_flag_changes_the_form_that_a_model_has(place, recipe):
+    like = f"--like={recipe}/phase2.pt"
+    of_model = prepare(many(40), like, size="--vocab_size=300").image_format
+    changed = prepare(many(40), like, "--norm=clip", size="--fit=crop").image_format
+    assert (of_model.fit, changed.fit) == ("squash", "crop")
+    assert changed.mean != of_model.mean and changed.resample == of_model.resample == "bilinear"
+    tiled = prepare(many(40), like, "--canvases=32x16", size="--norm=half").image_format
+    assert tiled.size == 16 and tiled.canvases == ((32, 16),)
+
+
 # ---- trained on
 
 
@@ -209,6 +229,22 @@ def test_lora_learns_its_factors_alone_is_merged_and_goes_on(trained, recipe):
     assert same(weights("out/killed/phase3.pt"), after)
 
 
+def test_lora_in_a_part_of_the_gpt_leaves_its_weights_alone(trained, recipe):
+    lora = [*trained, "--phase=3", "--lora_rank=2", "--out=out/part"]
+    train.main([*lora, "--phase3_learn", "projector", "gpt.layers.1"])
+    before, after = weights(recipe / "phase2.pt"), weights("out/part/phase3.pt")
+    moved = {n for n in before if n[:4] == "gpt." and not torch.equal(before[n], after[n])}
+    assert moved and all(n.startswith("gpt.layers.1.") and "norm" not in n for n in moved)
+    with pytest.raises(UserError, match="nothing of it learns"):
+        train.main([*lora[:-1], "--out=out/none", "--phase3_learn", "gpt.norm"])
+
+
+def test_a_batch_of_text_alone_while_the_projector_learns(trained):
+    """Every third conversation has no picture: such a batch once had nothing to go back through."""
+    train.main([*trained, "--phase=3", "--out=out/alone", "--phase3_learn", "projector"])
+    assert checkpoint.read("out/alone/phase3.pt")["done"]
+
+
 def test_gradient_checkpointing_changes_no_bit(trained):
     train.main([*trained, "--phase=3", "--out=out/again", "--phase3_steps=8", "--recompute"])
     assert same(weights("out/again/phase3.pt"), weights("out/chat/phase3.pt"))
@@ -250,6 +286,19 @@ def test_training_goes_on_from_a_folder(place):
     assert loaded.tokenizer.dump() == dataset.tokenizer.dump()
     assert loaded.choose_template() == ("v1", "")
     log = [json.loads(line) for line in open("out/on/log.jsonl")]
+    for knob, has in [
+        ("projector=linear", "mlp2x_gelu"),
+        ("select_layer=-1", "-2"),
+        ("n_layer=9", ""),
+    ]:
+        with pytest.raises(UserError, match=f"contradicts vicuna.*{has}"):
+            train.main([*flags[:2], "--out=out/no", "--phase=3", *steps, f"--{knob}"])
+    weights_module.main(["export", "out/on/phase3.pt", "there"])
+    back = weights_module.open_model("there")
+    assert same(back.model.state_dict(), loaded.model.state_dict())
+    assert back.tokenizer.dump() == loaded.tokenizer.dump()
+    ids = json.load(open("there/generation_config.json"))
+    assert ids["eos_token_id"] == [2]
     losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
     assert losses[-1] < losses[0]
     with pytest.raises(UserError, match="another vocabulary"):
@@ -262,16 +311,18 @@ def test_a_tower_and_a_language_model_from_folders(place):
     import transformers
 
     torch.manual_seed(0)
+    words = fake_llava.sentence_piece(False)
+    size = words.get_vocab_size()
     said = transformers.LlamaConfig(
         hidden_size=32,
         intermediate_size=40,
         num_hidden_layers=2,
         num_attention_heads=4,
-        vocab_size=600,
+        vocab_size=size,
         max_position_embeddings=256,
     )
     fake_llava.randomise(transformers.LlamaForCausalLM(said)).save_pretrained(place / "llama")
-    fake_llava.sentence_piece(False).save(str(place / "llama/tokenizer.json"))
+    words.save(str(place / "llama/tokenizer.json"))
     words = {"eos_token": "</s>", "bos_token": "<s>"}
     (place / "llama/tokenizer_config.json").write_text(json.dumps(words))
     seen = fake_llava.towers(transformers)["clip"](
@@ -290,9 +341,9 @@ def test_a_tower_and_a_language_model_from_folders(place):
     parts = ["--vision_weights=clip", "--language_weights=llama", "--select_layer=-2"]
     steps = ["--phase1_steps=3", "--phase1_batch=4", "--phase2_steps=3", "--phase2_batch=4"]
     flags = ["--data=data/pairs", "--out=out/stage1", "--device=cpu", "--evaluate=False"]
-    train.main([*flags, *parts, *steps])
+    train.main([*flags, *parts, *steps, "--phase=1"])  # takes both as they are, then trains
     loaded = checkpoint.load("out/stage1/phase1.pt")
-    assert loaded.model.gpt.config.vocab_size == 640 and loaded.tokenizer.image == 600
+    assert loaded.tokenizer.image == size < loaded.model.gpt.config.vocab_size < size + 65
     pixels = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         theirs = clip(pixels, output_hidden_states=True).hidden_states[-2]
@@ -348,3 +399,25 @@ def test_what_learnt_conversations_is_exported_with_its_template(trained, recipe
     back = weights_module.open_model("there")
     assert same(back.model.state_dict(), loaded.model.state_dict())
     assert back.choose_template() == ("baby_v1", "")
+
+
+def test_a_ready_convnext_gets_a_stage_more(place, recipe):
+    """ConvLLaVA's stages 1 to 3: what learns in each, and nothing else."""
+    torch.manual_seed(0)
+    tower = vision.ConvNeXt((1, 1), width=16, stem=2)
+    torch.save(tower.state_dict(), "conv.pth")
+    said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a ball ."}]
+    pairs = [item([f"{i % 20}.png"], said) for i in range(40)]
+    prepare(pairs, f"--like={recipe}/phase2.pt", "--template=plain", name="pairs")
+    shape = ["--vision_weights=conv.pth", "--extra_stage=1", f"--init={recipe}"]
+    flags = ["--data=data/pairs", "--out=out/conv", *SMALL]
+    flags = [flag for flag in flags if not flag.startswith(("--patch", "--vision_"))]
+    train.main([*flags, *shape, "--phase=1", "--phase1_learn", "projector", "tower.stages.2"])
+    one = weights("out/conv/phase1.pt", "tower.")
+    assert all(torch.equal(one[f"tower.{n}"], w) for n, w in tower.state_dict().items())
+    learn = ["--phase2_learn", "projector", "gpt", "tower.stages.1", "tower.stages.2"]
+    train.main([*flags, "--phase=2", *learn])
+    two = weights("out/conv/phase2.pt", "tower.")
+    moved = {name.split(".")[2] for name in one if not torch.equal(one[name], two[name])}
+    assert moved == {"1", "2"}
+    assert checkpoint.load("out/conv/phase2.pt").model.image_tokens(16) == 4

@@ -3,7 +3,7 @@
 import pytest
 
 from config import UserError
-from templates import TEMPLATES, chat_sample, end_tokens, expand
+from templates import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
 from tokenizer import Tokenizer
 
 OURS = Tokenizer.train(["what is it ? a ball .", "USER: ASSISTANT:"] * 9, 300)
@@ -106,3 +106,27 @@ def test_text_cannot_forge_a_special_token():
 
 def test_placeholders_stand_for_as_many_tokens_as_their_image_has():
     assert expand([9, 1, 2, 1], 1, [2, 3]) == [9, 1, 1, 2, 1, 1, 1]
+
+
+def test_pictures_stand_before_the_question_or_where_it_says():
+    v1 = TEMPLATES["v1"]
+    assert with_pictures(v1, "what ?", 2) == "<image>\n<image>\nwhat ?"
+    assert with_pictures(v1, "is <image> like <image> ?", 2) == "is <image> like <image> ?"
+    for words, count in [("<image> ?", 2), ("<image> ?", 0)]:
+        with pytest.raises(UserError, match=f"1 <image> in the question, for {count}"):
+            with_pictures(v1, words, count)
+
+
+def test_what_is_said_after_bos_is_the_beginning_of_the_text():
+    """Mistral's vocabulary marks the beginning of a text, not of a stretch after a special."""
+    begun = []
+
+    class Notes:
+        bos, eos, image, specials = 1, 2, 3, {"<image>": 3}
+
+        def encode_exactly(self, text, begins):
+            begun.append((text, begins))
+            return [9]
+
+    chat_sample(Notes(), TEMPLATES["mistral"], [("<image>what", "a ball")])
+    assert begun == [("[INST] ", "text"), ("what [/INST]", True), (" a ball", False)]

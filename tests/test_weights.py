@@ -9,7 +9,7 @@ from conftest import one_line
 
 import vision
 from config import UserError
-from towers import DoesNotFit, read_file, tower_of
+from towers import CLIP, HUGGING_FACE_VIT, DoesNotFit, read_file, tower_of, vit_like
 from vision import ViT
 from weights import load_tower
 
@@ -317,3 +317,23 @@ def test_our_own_checkpoints_bring_their_tower(recipe):
     assert net.arguments["heads"] == 2
     with pytest.raises(UserError, match="a checkpoint without a tower"):
         load_tower(recipe / "phase0.pt")
+
+
+def test_the_widest_published_vits_have_heads_wider_than_64():
+    """SigLIP so400m is 1152 wide with 16 heads; width / 64 once gave it 18, silently."""
+    with torch.device("meta"):
+        siglip = ViT(28, 14, 1152, 1, 16, cls=False, first_norm=False, final_norm=False)
+    state = siglip.state_dict()
+    assert vit_like(state, 0, CLIP).arguments["heads"] == 16
+    with pytest.raises(DoesNotFit, match="how many heads"):
+        vit_like(state, 0, HUGGING_FACE_VIT)
+
+
+def test_safetensors_that_are_not_aligned_keep_their_shapes(tmp_path):
+    """A header whose length is no multiple of 8 puts numbers where they cannot be read in place."""
+    numbers = torch.arange(6, dtype=torch.float32)
+    header = b'{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}'
+    header += b" " * (1 + -len(header) % 8)
+    content = len(header).to_bytes(8, "little") + header + numbers.numpy().tobytes()
+    (tmp_path / "odd.safetensors").write_bytes(content)
+    assert torch.equal(read_file(tmp_path / "odd.safetensors")["a"], numbers.view(2, 3))
