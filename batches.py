@@ -126,10 +126,13 @@ class SampleBatches:
     Of each 32 batches' worth of shuffled samples those of like length are put together, and the
     batches shuffled again. All rows of a batch are padded to one of few lengths (round_up)."""
 
-    BIN, WINDOW = "samples", 32
+    BIN, WINDOW, ONE_PICTURE = "samples", 32, False
 
     def __init__(self, dataset, split, batch, seed, model, features=None):
         self.samples, self.tokens = dataset.open(split, "samples"), dataset.open(split, "tokens")
+        of_one = self.samples[:, 3] == 1
+        if self.ONE_PICTURE and of_one.any() and not of_one.all():
+            self.samples = self.samples[of_one]
         self.learn, self.tokenizer = dataset.open(split, "learn"), dataset.tokenizer
         self.batch, self.seed, self.rows = batch, seed, len(self.samples)
         self.features, self.shown = features, None
@@ -252,6 +255,12 @@ class SampleBatches:
         batch.images = (self.frames if self.features is None else self.features)[np.array(frames)]
         if self.tiled:
             batch.arrangement = join(arrangements)
+
+
+class PairBatches(SampleBatches):
+    """The samples of one picture alone, where there are any: the simplest are for the projector."""
+
+    ONE_PICTURE = True
 
 
 class ClipBatches:

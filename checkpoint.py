@@ -115,6 +115,7 @@ def describe_parts(model, projector_kind):
             "keep_cls": model.keep_cls,
             "image_attention": model.image_attention,
             "tiled": model.tiled,
+            "image_pool": model.image_pool,
         }
     return parts
 
@@ -153,6 +154,7 @@ def of_folder(folder, model, tokenizer, image_format, template):
             "select_layer": model.select_layer,
             "keep_cls": model.keep_cls,
             "image_attention": model.image_attention,
+            "image_pool": model.image_pool,
             "block_size": model.gpt.config.block_size,
         },
         "source": str(folder),

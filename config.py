@@ -190,7 +190,8 @@ def split_arguments(argv):
 
 def show_help(Config, description):
     """Print what a script does and each of its knobs: default, type, range, comment."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    source = "".join(inspect.getsource(kind) for kind in Config.__mro__[:-1])
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     print(description.strip() + "\n\nknobs:")
     for field in dataclasses.fields(Config):
         kind = getattr(field.type, "__name__", "")

@@ -257,6 +257,8 @@ def prepare(source, argv):
     with only_one(directory, "preparing data"):
         writer = Writer(directory, source)
         module.prepare(settings, writer)
+        if getattr(settings, "curate", ""):
+            importlib.import_module("curate").sift(writer, settings)
         return directory, writer.finish()
 
 

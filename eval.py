@@ -14,6 +14,7 @@ Writes results.json, report.html and captions.png beside the checkpoint.
 A new test is an entry in TASKS: its columns, which of them name pictures, its rule.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ import babyvlm
 import checkpoint
 import choice
 import config
+import devbench
 import features
 import inference
 import report
+import toolbox
 import vision
 import watch
 import weights
-from batches import SampleBatches, TextBatches
+from batches import PairBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from data import Data
 from files import read_csv, read_log, write_json, writing
@@ -47,10 +50,13 @@ from templates import TEMPLATES
 class Config(config.Knobs):
     checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote, or a LLaVA's folder
     data: str = ""  # the folder with eval/*.csv and val bins; empty: the one it was trained on
-    task: str = ""  # one of TASKS alone; empty: all that the data folder has
+    task: str = ""  # one of TASKS alone, or toolbox, ten of them; empty: all there are in data
     csv: str = ""  # the task's file, of choice a JSON; empty: eval/<task>.csv of the data folder
     template: str = knob("", choices=("", "plain", *TEMPLATES))  # of choice; empty: the model's
+    json: str = ""  # of toolbox: a folder of its JSON files; empty: eval of the data folder
     images: tuple[str, ...] = ()  # folders or zips of its pictures; empty: eval/images
+    parse: str = knob("strict", choices=("strict", "published"))  # of toolbox: reading an answer
+    human: str = ""  # of devbench: a CSV of the shares of children who chose each answer
     ties: str = knob("fair", choices=("fair", "published"))  # published: as BabyVLM's own scorer
     zorro: str = ""  # a folder of Zorro's .txt files: odd line wrong, even line right
     batch: int = knob(256, low=1, high=1 << 20)  # phrases scored at a time
@@ -91,7 +97,28 @@ class Subject:
         for start in tqdm(range(0, len(names), 64), "pictures", unit_scale=64, unit="image"):
             pictures = self.read(locations[start : start + 64])
             self.seen += [embed.cpu() for embed in inference.see(loaded, pictures)]
-        self.scores, self.answers = {}, {}  # what was asked before: a subset asks again
+        self.forget()
+
+    def forget(self):
+        self.scores, self.answers, self.made = {}, {}, {}  # asked before: a subset asks again
+
+    def blinded(self):
+        """This model where it cannot see: shown, in the place of each picture, the mean of all (of
+        those with as many tokens)."""
+        means = {}
+        for length in {len(embed) for embed in self.seen}:
+            alike = [embed for embed in self.seen if len(embed) == length]
+            means[length] = torch.stack(alike).float().mean(0).to(alike[0].dtype)
+        other = copy.copy(self)
+        other.seen = [means[len(embed)] for embed in self.seen]
+        other.forget()
+        return other
+
+    def once(self, key, rows, make):
+        """make(all rows of the test), a list with an entry for each, made once: those of rows."""
+        if key not in self.made:
+            self.made[key] = dict(zip(map(id, self.rows), make(self.rows), strict=True))
+        return [self.made[key][id(row)] for row in rows]
 
     def read(self, locations):
         return [read_picture(place, self.loaded.image_format) for place in locations]
@@ -132,7 +159,8 @@ class Task:
     rule: object
     published: bool = False
     speaks: bool = False  # its answers go onto a contact sheet, beside the column `text`
-    read: object = None  # read(path): the rows of a file that is no CSV; `columns` are in each
+    read: object = None  # read(path): the rows of a file that is not such a CSV
+    suffix: str = "csv"  # of its file
 
     def rows(self, path):
         return self.read(path) if self.read else read_csv(path, self.columns)
@@ -166,14 +194,32 @@ TASKS = {
         ("image", "foil_image"),
         babyvlm.two_by_two,
     ),
+    "machine_devbench": Task(
+        ("task", "bin", "image1", "image2", "text1"),
+        ("image1", "image2"),
+        devbench.machine,
+        read=devbench.read_machine,
+    ),
+    "devbench": Task(
+        ("image1", "text1"), ("images",), devbench.devbench, read=devbench.read_manifest
+    ),
     "choice": Task(
-        ("image", "conversations", "choices", "answer"), ("image",), choice.score, read=choice.read
+        ("image", "conversations", "choices", "answer"),
+        ("image",),
+        choice.score,
+        read=choice.read,
+        suffix="json",
     ),
 }
+for name in toolbox.TESTS:
+    TASKS[name] = Task(
+        ("image", "conversations"), ("image",), toolbox.rule(name), read=toolbox.read, suffix="json"
+    )
 
 
 def run_task(task, path, images, loaded, settings):
-    """({subset: {measure: result}} of a test on the CSV at `path`, entries of a contact sheet)."""
+    """({subset: {measure: result}} of a test on the CSV at `path`, entries of a contact sheet, and
+    of the Toolbox an item for another)."""
     test = TASKS[task]
     rows = test.rows(path)
     places = Places(images)
@@ -192,14 +238,19 @@ def run_task(task, path, images, loaded, settings):
         for subset in subsets:
             chosen = [row for row in rows if row["subset"] == subset]
             results[subset] = test.rule(chosen, subject, settings.ties)
-    entries = []
+    entries, items = [], []
+    if "seeing" in subject.made:
+        row = rows[0]
+        question, right = toolbox.turns_of(row)[-1]
+        said = subject.made["seeing"][id(row)][-1]
+        items = [(task, subject.frames(row["image"]), question, right, said)]
     if test.speaks:
         spread = np.linspace(0, len(rows) - 1, min(36, len(rows))).round().astype(int)
         chosen = [rows[i] for i in spread]
         names = [row["image"] for row in chosen]
         texts = [row["text"] for row in chosen]
         entries = list(zip(subject.frames(names), texts, subject.answer(names)))
-    return results, entries
+    return results, entries, items
 
 
 def zorro(directory, loaded, batch):
@@ -253,15 +304,16 @@ def losses(loaded, dataset):
         # nats a token, times tokens a character, are nats a character; over ln 2, bits
         return {"val_loss": loss, "bits_per_character": loss * tokens_a_character / math.log(2)}
     stored = features.open_stored(dataset, split, model)
-    batches = SampleBatches(dataset, split, 64, 0, model, stored)
+    kind = PairBatches if saved["phase"] == "phase1" else SampleBatches
+    batches = kind(dataset, split, 64, 0, model, stored)
     return {"val_loss": watch.val_loss(model, batches, dataset.image_format)}
 
 
 def evaluate(loaded, settings):
-    """({"tasks": {...}, "val_loss": ..., ...} of a checkpoint, entries of a contact sheet)."""
+    """({"tasks": {...}, "val_loss": ..., ...} of a checkpoint, run_task's entries and items)."""
     sees, saved = loaded.model.projector is not None, loaded.checkpoint
-    if settings.task not in ("", *TASKS):
-        raise UserError(f"--task {settings.task}: one of {', '.join(TASKS)}")
+    if settings.task not in ("", "toolbox", *TASKS):
+        raise UserError(f"--task {settings.task}: one of toolbox, {', '.join(TASKS)}")
     if (settings.csv or settings.images) and not settings.task:
         raise UserError(f"--csv and --images need a --task: one of {', '.join(TASKS)}")
     if settings.task and not sees:
@@ -269,7 +321,7 @@ def evaluate(loaded, settings):
     folder = Path(settings.data or saved["settings"]["data"])
     # grammar pairs, and a CSV of its own, need no prepared folder
     no_folder = settings.zorro and not settings.data and not (folder / "meta.json").exists()
-    dataset = None if settings.csv or no_folder else Data(folder)
+    dataset = None if settings.csv or settings.json or no_folder else Data(folder)
     results = {
         "checkpoint": str(settings.checkpoint),
         "digest": vision.weights_digest(loaded.model.state_dict()),
@@ -283,27 +335,35 @@ def evaluate(loaded, settings):
         "ties": settings.ties,
         "tasks": {},
     }
-    entries = []
+    entries, items = [], []
     if settings.zorro:
         results["tasks"]["zorro"] = zorro(settings.zorro, loaded, settings.batch)
+    elif dataset and not settings.task and (folder / "eval" / "grammar").is_dir():
+        pairs = folder / "eval" / "grammar"  # of the world's own grammar
+        results["tasks"]["grammar"] = zorro(pairs, loaded, settings.batch)
     if dataset:
         results |= {"source": dataset.meta["source"], **losses(loaded, dataset)}
     tasks = list(TASKS) if sees else []
     if settings.task:
         tasks = [settings.task]
+    if settings.task == "toolbox":
+        tasks = list(toolbox.TESTS)
+    tests = Path(settings.json or folder / "eval")
     for task in tasks:
-        suffix = "json" if TASKS[task].read else "csv"
-        path = Path(settings.csv or folder / "eval" / f"{task}.{suffix}")
-        if path.exists() or settings.task:
+        path = Path(settings.csv or tests / f"{task}.{TASKS[task].suffix}")
+        if path.exists() or settings.task not in ("", "toolbox"):
             images = settings.images or [path.parent / "images"]
-            results["tasks"][task], more = run_task(task, path, images, loaded, settings)
-            entries = more or entries
-    return results, entries
+            results["tasks"][task], more, shown = run_task(task, path, images, loaded, settings)
+            entries, items = more or entries, items + shown
+    if settings.task == "toolbox" and not results["tasks"]:
+        raise UserError(f"{tests}: none of {', '.join(f'{name}.json' for name in toolbox.TESTS)}")
+    results["tasks"] |= toolbox.overall(results["tasks"])
+    return results, entries, items
 
 
-def write(results, entries, out, task):
-    """results.json, report.html and captions.png in the folder `out`, under names that say so if
-    one task was run alone or pictures were shuffled; returns their names."""
+def write(results, entries, items, out, task):
+    """results.json, report.html, captions.png and toolbox.png in the folder `out`, under names that
+    say so if one task was run alone or pictures were shuffled; returns their names."""
     shuffled = "_shuffled" if results["shuffled"] else ""
     suffix = (f"_{task}" if task else "") + shuffled
     sheet = report.contact_sheet(entries) if entries else None
@@ -311,10 +371,12 @@ def write(results, entries, out, task):
     write_json(out / names[0], results)
     with writing(out / names[1]) as file:
         file.write(report.page(results, sheet, read_log(out / "log.jsonl")).encode("utf-8"))
-    if sheet:
-        names.append(f"captions{shuffled}.png")
-        with writing(out / names[2]) as file:
-            sheet.save(file, "PNG")
+    sheets = {"captions": sheet, "toolbox": report.item_sheet(items) if items else None}
+    for name, drawn in sheets.items():
+        if drawn:
+            names.append(f"{name}{shuffled}.png")
+            with writing(out / names[-1]) as file:
+                drawn.save(file, "PNG")
     return names
 
 
@@ -325,9 +387,9 @@ def main(argv):
     loaded = weights.open_model(settings.checkpoint, device, settings.dtype)
     if loaded.model.gpt is None:
         raise UserError(f"{settings.checkpoint}: a tower alone; train.py logs its probes")
-    results, entries = evaluate(loaded, settings)
+    results, entries, items = evaluate(loaded, settings)
     out = Path(settings.out or Path(settings.checkpoint).parent)
-    names = write(results, entries, out, settings.task)
+    names = write(results, entries, items, out, settings.task)
     print(*report.table(results["tasks"]), sep="\n")
     if settings.csv and TASKS[settings.task].published:
         tasks, files = {}, []  # with what this checkpoint scored on other files given by --csv

@@ -417,6 +417,8 @@ def check(loaded):
         )
     if model.keep_cls and not model.tower.arguments.get("cls"):
         raise UserError("keep_cls: the mean that stands for a CLS is none that transformers has")
+    if model.image_pool > 1:
+        raise UserError("image_pool: transformers' LLaVA takes each patch as a token")
     if model.image_attention != "causal":
         raise UserError("image_attention=full: transformers' LLaVA has causal attention alone")
     after_norm = model.select_layer == -1 and model.tower.arguments.get("final_norm")

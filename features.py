@@ -21,16 +21,17 @@ from files import locked
 from images import to_pixels
 
 
-def fingerprint(tower, select_layer=-1, keep_cls=False):
+def fingerprint(tower, select_layer=-1, keep_cls=False, image_pool=1):
     """What tells the features of one tower from another's: weights, architecture (heads, registers
-    and the way of interpolating are in no weight), layer, and whether CLS is among them."""
-    how = json.dumps([vision.describe(tower), select_layer, keep_cls], sort_keys=True)
+    and the way of interpolating are in no weight), layer, pooling, whether CLS is among them."""
+    pooled = [image_pool] if image_pool > 1 else []
+    how = json.dumps([vision.describe(tower), select_layer, keep_cls, *pooled], sort_keys=True)
     return hashlib.sha256((how + vision.weights_digest(tower.state_dict())).encode()).hexdigest()
 
 
 def find(dataset, split, model):
     """Where the features are, or will be, that `model` (a BabyLLaVA) makes of a split's frames."""
-    key = fingerprint(model.tower, model.select_layer, model.keep_cls)
+    key = fingerprint(model.tower, model.select_layer, model.keep_cls, model.image_pool)
     return dataset.features_path(split, key)
 
 

@@ -316,6 +316,7 @@ class BabyLLaVA(nn.Module):
     """A GPT and, if given, a projector and a tower (see vision.py for what a tower promises).
 
     image_token: the placeholder's id; select_layer, keep_cls: what is taken from the tower;
+    image_pool: 2 makes one token of the mean of 2 x 2 patches, so that many pictures fit;
     image_attention: "causal", or "full" where leading images may see the whole of themselves;
     tiled: pictures come in tiles too (see tiles.py), with a learnt newline after each row."""
 
@@ -329,11 +330,13 @@ class BabyLLaVA(nn.Module):
         keep_cls=False,
         image_attention="causal",
         tiled=False,
+        image_pool=1,
     ):
         super().__init__()
         self.gpt, self.projector, self.tower = gpt, projector, tower
         self.image_token, self.select_layer = image_token, select_layer
         self.keep_cls, self.image_attention, self.tiled = keep_cls, image_attention, tiled
+        self.image_pool = image_pool
         if tiled:
             self.use_tiles()
 
@@ -346,11 +349,17 @@ class BabyLLaVA(nn.Module):
 
     def image_tokens(self, size):
         """P, of an image of size x size pixels."""
-        return self.tower.num_patches(size) + self.keep_cls
+        return self.tower.num_patches(size) // self.image_pool**2 + self.keep_cls
 
     def encode_images(self, pixels):
         """What the tower makes of pixels (N, 3, S, S): (N, P, E), CLS first if it is kept."""
-        return self.tower(pixels, self.select_layer)[:, 0 if self.keep_cls else 1 :]
+        features = self.tower(pixels, self.select_layer)
+        if self.image_pool > 1:
+            patches = features[:, 1:].transpose(1, 2)  # (N, E, patches)
+            side = int(patches.shape[2] ** 0.5)
+            means = F.avg_pool2d(patches.unflatten(2, (side, side)), self.image_pool)
+            features = torch.cat([features[:, :1], means.flatten(2).transpose(1, 2)], 1)
+        return features[:, 0 if self.keep_cls else 1 :]
 
     def project(self, images, arrangement=None):
         """The embeddings (M, C) that the placeholders get, one after the other.

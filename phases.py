@@ -151,6 +151,11 @@ def new_projector(settings, dataset, parents):
         tower = with_extra_stage(tower, settings.extra_stage)
     if tower.fault(dataset.image_format.size, settings.select_layer):
         raise UserError(tower.fault(dataset.image_format.size, settings.select_layer))
+    side = int(tower.num_patches(dataset.image_format.size) ** 0.5)
+    if side % settings.image_pool:
+        raise UserError(
+            f"image_pool {settings.image_pool}: {side} x {side} patches do not divide into that"
+        )
     fault = projector_fault(settings.projector, tower.width, gpt.config.n_embd)
     if fault:
         raise UserError(f"--projector: {fault}")
@@ -163,6 +168,7 @@ def new_projector(settings, dataset, parents):
         settings.keep_cls,
         settings.image_attention,
         tiled=bool(dataset.image_format.canvases),
+        image_pool=settings.image_pool,
     )
 
 

@@ -38,7 +38,17 @@ def rows_of(tasks):
 def table(tasks):
     """Lines of text: HEADER and rows_of, aligned."""
     for row in (HEADER, *rows_of(tasks)):
-        yield "{:16} {:17} {:9} {:6} {:14} {:7} {:>5}".format(*row)
+        yield "{:23} {:20} {:9} {:6} {:14} {:7} {:>5}".format(*row)
+    yield from marks(tasks)
+
+
+def marks(tasks):
+    """Lines that say which tests a control solves: these do not test what their names say."""
+    for task, subsets in tasks.items():
+        for measure, result in subsets.get("all", {}).items():
+            if "solved_by" in result:
+                who = result["solved_by"].replace("_", " ")
+                yield f"{task} {measure}: solved by one who {who}; not a test of what it is called"
 
 
 def beside_the_paper(tasks, name):
@@ -70,6 +80,23 @@ def contact_sheet(entries, columns=6):
         for k, (text, ink) in enumerate(((caption, "black"), (answer, "blue"))):
             lines = text[:30] + "\n" + text[30:60]
             draw.text((x, y + 132 + 22 * k), lines, ink, font_size=9, spacing=0)
+    return page
+
+
+def item_sheet(items):
+    """A PIL picture with a row for each item (test, frames, question, right answer, what the model
+    says): its first pictures, the words (black), the answer (blue)."""
+    page = Image.new("RGB", (9 * 104 + 8, 148 * len(items)), "white")
+    draw = ImageDraw.Draw(page)
+    for row, (test, frames, question, right, said) in enumerate(items):
+        y = 148 * row + 4
+        for i, frame in enumerate(frames[:9]):
+            page.paste(Image.fromarray(frame).resize((100, 100)), (104 * i + 4, y))
+        words = question.replace("<image>", "#")
+        draw.text((4, y + 102), f"{test}: {words[:165]}", "black", font_size=10)
+        draw.text((4, y + 116), words[165:], "black", font_size=10)
+        answer = f"it says: {said}" if said else "nothing is said"
+        draw.text((4, y + 128), f"right: {right}    {answer}", "blue", font_size=10)
     return page
 
 
@@ -125,6 +152,7 @@ def page(results, sheet, log):
         if "loss" in entry:
             losses[entry["phase"]].append((entry["step"], entry["loss"]))
     curves = [loss_curve(phase, points) for phase, points in losses.items()]
+    cells += [f"<tr><td colspan=7>{html.escape(line)}" for line in marks(results["tasks"])]
     picture = ""
     if sheet:
         buffer = io.BytesIO()

@@ -23,13 +23,10 @@ import torch
 import chat
 import checkpoint
 import config
-import report
 import weights
 from config import UserError, knob
-from inference import read, see
-from templates import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
-
-QUESTION = "what is this ?"  # where a model that has learnt conversations is asked nothing
+from inference import begin, draw_attention, read, see
+from templates import TEMPLATES, end_tokens
 
 
 @dataclass
@@ -48,27 +45,6 @@ class Config(config.Knobs):
     attention: str = ""  # a PNG to draw, for each word, where in the picture the model looked
     device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda where there is one
     dtype: str = knob("", choices=("", "float32", "bfloat16"))  # empty: as the weights are kept
-
-
-def begin(loaded, embeds, prompt, template="", system=""):
-    """The tokens that an answer goes on from: pictures and a caption's first words, or, with a
-    template, a question about them."""
-    tokenizer, block_size = loaded.tokenizer, loaded.model.gpt.config.block_size
-    if template:
-        question = with_pictures(TEMPLATES[template], prompt or QUESTION, len(embeds))
-        tokens, _ = chat_sample(tokenizer, TEMPLATES[template], [(question, None)], system)
-    else:
-        start = [tokenizer.image] * len(embeds) or [tokenizer.eos]
-        if tokenizer.bos is not None:
-            start = [tokenizer.bos] + [tokenizer.image] * len(embeds)
-        tokens = start + tokenizer.encode(prompt)
-    tokens = expand(tokens, tokenizer.image, [len(embed) for embed in embeds])
-    if len(tokens) >= block_size:
-        raise UserError(
-            f"{len(embeds)} images and the prompt make {len(tokens)} tokens; this "
-            f"model holds {block_size}, its answer included"
-        )
-    return tokens
 
 
 def stream_answer(loaded, tokens, embeds, settings, generator, said=(), stop=()):
@@ -95,26 +71,6 @@ def stream_answer(loaded, tokens, embeds, settings, generator, said=(), stop=())
     ended = answer and answer[-1] in stop
     print("" if ended else " ... (stopped at the limit)")
     return answer
-
-
-def draw_attention(path, loaded, tokens, answer, embeds, pictures):
-    """Draw where each word of the answer looked: in its row, the query is the position that
-    predicted the word."""
-    if loaded.model.tiled:
-        raise UserError("--attention: of pictures in tiles no map is drawn")
-    whole = torch.tensor([tokens + answer], device=loaded.device)
-    maps = loaded.model.attention_maps(whole, torch.cat(embeds))[0]  # (T, T)
-    places = (whole[0] == loaded.tokenizer.image).nonzero()[:, 0].view(len(embeds), -1)
-    side = int(places.shape[1] ** 0.5)
-    places = places[:, -side * side :]  # without CLS
-    queries = torch.arange(len(tokens) - 1, len(tokens) + len(answer) - 1)
-    looked = maps[queries][:, places].view(len(answer), len(embeds), side, side)
-    words = [loaded.tokenizer.decode([token]).strip() or "<eos>" for token in answer]
-    frames = [picture.frames[0] for picture in pictures]
-    try:
-        report.attention_sheet(frames, words, looked.float().cpu().numpy()).save(path)
-    except ValueError as error:  # a file name without a known suffix
-        raise UserError(f"--attention {path}: {error}") from None
 
 
 def main(argv):

@@ -27,7 +27,7 @@ import eval as evaluation
 import parents as start
 import phases
 import watch
-from batches import ClipBatches, SampleBatches, TextBatches
+from batches import ClipBatches, PairBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from files import only_one, trim_log
 from model import BabyLLaVA
@@ -38,7 +38,7 @@ from phases import Phase, Processes
 class Config(config.Knobs):
     phase: str = knob("all", choices=("0", "1", "2", "3", "all"), once=True)  # all: and evaluate
     tower: str = knob("both", choices=("both", "vision", "language"))  # narrows phase 0
-    data: str = "data/toy"  # a folder that data.py wrote; data/toy is drawn if it is not there
+    data: str = "data/toy"  # a folder that data.py wrote; a drawn world is drawn if not there
     out: str = "out/toy"  # where checkpoints, log.jsonl and results go
     init: str = ""  # where phases start whose parents are not in out: a run's folder, .pt or LLaVA
     vision_weights: str = ""  # a tower to use as it is, a file or folder; empty, none: train one
@@ -57,6 +57,7 @@ class Config(config.Knobs):
     # what the projector is given of the tower, and the projector
     select_layer: int = knob(-1, high=-1)  # -1: last block, normed; -2: the one before, not normed
     keep_cls: bool = False  # hand the projector the CLS token too, before the patches
+    image_pool: int = knob(1, low=1, high=64)  # 2: one image token of the mean of 2 x 2 patches
     projector: str = "mlp2x_gelu"  # linear, mlpNx_gelu, identity
     image_attention: str = knob("causal", choices=("causal", "full"))  # full: images see themselves
     features: str = knob("stored", choices=("stored", "live"))  # live: the tower runs in each step
@@ -163,12 +164,19 @@ PHASES = {
     ),
     "phase1": Phase(
         learns=("projector",),
-        batches=SampleBatches,
+        batches=PairBatches,
         splits=("train", "val"),
         make=phases.new_projector,
         watch=watch_loss,
         starts_from=("vision", "phase0"),
-        inherited=("select_layer", "keep_cls", "projector", "image_attention", "extra_stage"),
+        inherited=(
+            "select_layer",
+            "keep_cls",
+            "image_pool",
+            "projector",
+            "image_attention",
+            "extra_stage",
+        ),
         knobs=("phase1_learn", "init"),
     ),
     "phase2": Phase(
@@ -430,9 +438,10 @@ def load_settings(argv):
 
 def train(settings, processes):
     """All phases that are asked for, and the tests after the last."""
-    is_drawn = Path("data/toy/meta.json").exists()
-    if processes.is_first and settings.data == "data/toy" and not is_drawn:
-        data.prepare("toy", [])
+    source = settings.data.removeprefix("data/")
+    is_there = (Path(settings.data) / "meta.json").exists()
+    if processes.is_first and source in ("toy", "toy_chat", "toy_v2") and not is_there:
+        data.prepare(source, [])
     processes.wait()
     dataset = data.Data(settings.data)
     names = choose_phases(settings, dataset)

@@ -13,7 +13,7 @@ data = "data/toy_tiles"
 out = "out/toy_next"
 init = "out/toy/phase2.pt"
 block_size = 480  # the whole 64, four tiles 256 and 16 newlines, five turns of some 15
-phase3_steps = 1200
+phase3_steps = 900
 phase3_lr = 2e-3
 phase3_batch = 16
 phase3_learn = ("projector", "gpt", "tower=2e-4")  # in LLaVA-NeXT 1e-5 and 2e-6

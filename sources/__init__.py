@@ -13,11 +13,21 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from config import UserError
+import config
+from config import UserError, knob
 from files import writing
 from images import read_all
 from templates import TEMPLATES, chat_sample
 from tokenizer import Tokenizer, caption_sample
+
+
+@dataclass
+class Sifted(config.Knobs):
+    """The knobs of a source whose utterances can be sifted, see curate.py."""
+
+    curate: str = ""  # a model that leaves out what its own picture makes no likelier
+    min_gain: float = knob(0.0, low=-1e9, high=1e9)  # nats a token that it must gain by its own
+    others: int = knob(4, low=1, high=1000)  # pictures that each is compared with
 
 
 @dataclass
@@ -138,36 +148,72 @@ def find_resume(part, log_path, locations, labels):
     return done, {row: why for row, why in skipped.items() if row < done}, frames_of
 
 
-def write_captioned(writer, split, text, pictures, max_skipped):
-    """Write a split of utterances and Captioned pictures; see read_images."""
-    part = writer.split(split)
+def write_samples(
+    writer, split, text, pictures, max_skipped, talks=(), template="plain", system=""
+):
+    """Write a split of utterances, Captioned pictures and Talks; see read_images.
+
+    A conversation with a picture that cannot be read is left out, and one that shows what is among
+    `pictures` shows the same frame. template: a name in TEMPLATES, or "plain": of conversations
+    captions, without the questions' words."""
+    part, tokenizer = writer.split(split), writer.tokenizer
     part.text(text)
-    if not pictures:
-        return
     fields = [[getattr(p, field) for p in pictures] for field in ("location", "clip", "label")]
-    numbers = read_images(part, *fields, max_skipped)
-    for number, picture in zip(numbers, pictures, strict=True):
+    numbers = {picture.location: None for picture in pictures}
+    later = {p: talk.label for talk in talks for p in talk.locations if p not in numbers}
+    clip = pictures[-1].clip + 1 if pictures else 0
+    for field, more in zip(fields, (later, range(clip, clip + len(later)), later.values())):
+        field += more
+    if not fields[0]:
+        reading = iter(())
+    else:
+        reading = read_images(part, *fields, max_skipped)
+    for picture, number in zip(pictures, reading):  # in this order: it takes no number too many
+        numbers[picture.location] = number
         if number is not None:
             for caption in picture.captions:
-                part.sample(*caption_sample(writer.tokenizer, caption), [number])
-
-
-def write_talks(writer, split, talks, template, system, max_skipped):
-    """Write a split of Talks. Each picture is read once; a conversation with one that cannot be
-    read is left out. template: a name in TEMPLATES, or "plain": captions, of which the questions'
-    words are left out."""
-    part = writer.split(split)
-    labels = {place: talk.label for talk in talks for place in talk.locations}
-    places = list(labels)
-    reading = read_images(part, places, range(len(places)), list(labels.values()), max_skipped)
-    numbers = dict(zip(places, reading, strict=True)) if places else {}
+                part.sample(*caption_sample(tokenizer, caption), [number])
+    numbers |= zip(later, reading, strict=True)
     for talk in talks:
         images = [numbers[place] for place in talk.locations]
         if None in images:
             continue
         if template == "plain":
             words = talk.turns[0][1]
-            part.sample(*caption_sample(writer.tokenizer, words, len(images)), images)
+            part.sample(*caption_sample(tokenizer, words, len(images)), images)
         else:
-            sample = chat_sample(writer.tokenizer, TEMPLATES[template], talk.turns, system)
-            part.sample(*sample, images)
+            part.sample(*chat_sample(tokenizer, TEMPLATES[template], talk.turns, system), images)
+
+
+def read_turns(conversations):
+    """[(question, answer)] of a list of {"from", "value"}. Raises ValueError."""
+    said = [(turn["from"], turn["value"]) for turn in conversations]
+    unknown = [who for who, _ in said if who not in ("human", "gpt")]
+    if unknown:
+        raise ValueError(f"nobody is called {unknown[0]!r}: want human and gpt")
+    if [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
+        raise ValueError("want human and gpt in turn, the human first and gpt last")
+    turns = [
+        (question, answer.strip()) for (_, question), (_, answer) in zip(said[::2], said[1::2])
+    ]
+    if not turns or not all(answer for _, answer in turns):
+        raise ValueError("an answer is empty: nothing to learn")
+    return turns
+
+
+def read_talk(item, mend=False):
+    """(names of its pictures, turns) of an item in LLaVA's form. mend: where a conversation shows
+    none of its pictures, they are put before its first words. Raises ValueError, KeyError or
+    TypeError."""
+    names, turns = item.get("image") or [], read_turns(item["conversations"])
+    names = [names] if isinstance(names, str) else list(names)
+    if any("<image>" in answer for _, answer in turns):
+        raise ValueError("an <image> in an answer")
+    asked = sum(question.count("<image>") for question, _ in turns)
+    if asked == 0 and names and mend:
+        (question, answer), *rest = turns
+        return names, [("<image>" * len(names) + question, answer), *rest]
+    if asked != len(names):
+        more = "; --mend puts what is missing before the first words" if not asked else ""
+        raise ValueError(f"{asked} <image> for {len(names)} pictures{more}")
+    return names, turns

@@ -22,7 +22,7 @@ from config import UserError, knob
 from data import Data
 from images import FITS, NORMS, RESAMPLING, ImageFormat
 from places import Places
-from sources import Talk, hold_out, write_talks
+from sources import Talk, hold_out, read_talk, write_samples
 from templates import TEMPLATES, check_vocabulary
 from tokenizer import Tokenizer
 
@@ -33,6 +33,7 @@ class Config(config.Knobs):
     json: tuple[str, ...] = ()  # files of conversations
     val: tuple[str, ...] = ()  # files to validate on; empty: every tenth stretch of the others
     images: tuple[str, ...] = (".",)  # folders or zips that the pictures are in
+    mend: bool = False  # put the <image>s that a conversation forgot before its first words
     like: str = ""  # a model or prepared data: its vocabulary, template and form of pictures
     template: str = knob("", choices=("", "plain", *TEMPLATES))  # empty: that of --like, or baby_v1
     system: str = ""  # what is said before each conversation
@@ -45,37 +46,15 @@ class Config(config.Knobs):
     max_skipped: float = knob(0.01, low=0.0, high=1.0)  # the largest share of unreadable pictures
 
 
-def read_turns(conversations):
-    """[(question, answer)] of a list of {"from", "value"}. Raises ValueError."""
-    said = [(turn["from"], turn["value"]) for turn in conversations]
-    unknown = [who for who, _ in said if who not in ("human", "gpt")]
-    if unknown:
-        raise ValueError(f"nobody is called {unknown[0]!r}: want human and gpt")
-    if [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
-        raise ValueError("want human and gpt in turn, the human first and gpt last")
-    turns = [
-        (question, answer.strip()) for (_, question), (_, answer) in zip(said[::2], said[1::2])
-    ]
-    if not turns or not all(answer for _, answer in turns):
-        raise ValueError("an answer is empty: nothing to learn")
-    return turns
-
-
-def read_item(item, places, label):
+def read_item(item, places, label, mend):
     """The Talk of an item. Raises ValueError, KeyError or TypeError."""
-    names, turns = item.get("image") or [], read_turns(item["conversations"])
-    names = [names] if isinstance(names, str) else list(names)
-    if any("<image>" in answer for _, answer in turns):
-        raise ValueError("an <image> in an answer")
-    asked = sum(question.count("<image>") for question, _ in turns)
-    if asked != len(names):
-        raise ValueError(f"{asked} <image> for {len(names)} pictures")
+    names, turns = read_talk(item, mend)
     locations = [places.find(name) or str(Path(places.paths[0]) / name) for name in names]
     return Talk(locations, turns, label)
 
 
-def read_file(path, places):
-    """The Talks of a JSON file."""
+def read_file(path, places, mend):
+    """The Talks of a JSON file. mend: see sources.read_talk."""
     try:
         items = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -85,7 +64,7 @@ def read_file(path, places):
     talks = []
     for i, item in enumerate(items):
         try:
-            talks.append(read_item(item, places, f"{path}: item {i}: "))
+            talks.append(read_item(item, places, f"{path}: item {i}: ", mend))
         except (KeyError, TypeError, AttributeError) as error:
             why = f'no {{"image", "conversations": [{{"from", "value"}}]}} ({error!r})'
             raise UserError(f"{path}: item {i}: {why}") from None
@@ -141,8 +120,9 @@ def prepare(settings, writer):
     if not settings.json:
         raise UserError("llava: give --json FILE --images DIR")
     places = Places(settings.images)
-    talks = [talk for path in settings.json for talk in read_file(path, places)]
-    parts = {"train": talks, "val": [t for path in settings.val for t in read_file(path, places)]}
+    read = lambda paths: [t for path in paths for t in read_file(path, places, settings.mend)]
+    talks = read(settings.json)
+    parts = {"train": talks, "val": read(settings.val)}
     if not settings.val:
         parts = hold_out(talks, key=lambda talk: tuple(talk.locations) or talk.label)
     if not parts["val"]:
@@ -169,7 +149,6 @@ def prepare(settings, writer):
         check_vocabulary(tokenizer, TEMPLATES[name])
     writer.start(tokenizer, pictures, None if is_plain else {"name": name, "system": system})
     for split, part in parts.items():
-        if is_plain:
-            writer.split(split).text(talk.turns[0][1] for talk in part)
+        text = [talk.turns[0][1] for talk in part] if is_plain else []
         whole = split if is_plain else f"chat_{split}"
-        write_talks(writer, whole, part, name, system, settings.max_skipped)
+        write_samples(writer, whole, text, [], settings.max_skipped, part, name, system)

@@ -14,16 +14,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
 from config import UserError, knob
 from files import read_csv
 from images import FITS, RESAMPLING, ImageFormat
 from places import Places
-from sources import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
+from sources import Captioned, Sifted, hold_out, keep_out, make_tokenizer, write_samples
 
 
 @dataclass
-class Config(config.Knobs):
+class Config(Sifted):
     name: str = ""  # write to data/<name>; empty: pairs
     csv: str = ""  # a CSV file with columns image and caption
     images: str = "."  # the folder or zip its image names are in
@@ -80,4 +79,4 @@ def prepare(settings, writer):
     tokenizer = make_tokenizer(settings, text["train"])
     writer.start(tokenizer, ImageFormat(settings.size, settings.fit, settings.resample))
     for split in ("train", "val"):
-        write_captioned(writer, split, text[split], pictures[split], settings.max_skipped)
+        write_samples(writer, split, text[split], pictures[split], settings.max_skipped)

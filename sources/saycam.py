@@ -5,8 +5,9 @@ or any captioned video in its form.
     python data.py saycam --frames frames.txt --annotations train.json val.json test.json
 
 --frames is a folder of JPEGs or a zip of them, whatever it is called. A JSON may be CVCL's
-({"data": [{"utterance", "frame_filenames", ...}]}), BabyLLaVA's ([{"image", "conversations"}]), or
-a list of utterances without pictures: transcripts for phase 0. Whether a file is for training,
+({"data": [{"utterance", "frame_filenames", ...}]}), BabyLLaVA's ([{"image", "conversations"}]),
+BabyLLaVA-V2's (the same; of several pictures, a clip or moments in turn, which phase 2 reads), or a
+list of utterances without pictures: transcripts for phase 0. Whether a file is for training,
 validation or testing is said by a word of its name (train; val, valid, validation, dev; test), else
 by --train, --val, --test instead of --annotations. Without validation files every tenth stretch of
 the training files is held out.
@@ -20,11 +21,20 @@ from pathlib import Path
 
 import numpy as np
 
-import config
 from config import UserError, knob
 from images import FITS, RESAMPLING, ImageFormat
 from places import Places
-from sources import Captioned, hold_out, keep_out, make_tokenizer, write_captioned
+from sources import (
+    Captioned,
+    Sifted,
+    Talk,
+    hold_out,
+    keep_out,
+    make_tokenizer,
+    read_talk,
+    write_samples,
+)
+from templates import TEMPLATES, check_vocabulary
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -34,7 +44,7 @@ SPLIT_WORDS = {
 
 
 @dataclass
-class Config(config.Knobs):
+class Config(Sifted):
     name: str = ""  # write to data/<name>; empty: saycam
     frames: str = ""  # a folder of JPEGs or a zip of them, whatever the zip is called
     annotations: tuple[str, ...] = ()  # JSON files whose names say what they are for
@@ -42,6 +52,8 @@ class Config(config.Knobs):
     val: tuple[str, ...] = ()  # JSON files to validate on
     test: tuple[str, ...] = ()  # JSON files to test on
     frames_per_utterance: int = knob(0, low=0, high=10**6)  # so many, spread; 0: all
+    mend: bool = False  # put the <image>s that a clip or moments forgot before the first words
+    template: str = knob("bare", choices=tuple(TEMPLATES))  # how clips and moments are written
     min_similarity: float = 0.0  # only frames whose "similarity" is above this; 0: all
     size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
     fit: str = knob("squash", choices=FITS)  # how a picture becomes a square
@@ -56,17 +68,24 @@ class Utterance:
     words: str
     frames: list  # names of pictures; none in a transcript
     similarities: list | None = None  # of each picture to the words, as some files say
+    turns: list | None = None  # of a clip or moments: what each <image> stands before
 
 
-def read_item(item):
-    """The Utterance of an item in one of the three forms. Raises KeyError, TypeError,
-    AttributeError or StopIteration for anything else."""
+def read_item(item, mend):
+    """The Utterance of an item in one of the four forms. Raises KeyError, TypeError,
+    AttributeError or StopIteration for anything else; ValueError, which says why, where its
+    <image>s are not its pictures."""
     if isinstance(item, str):
         return Utterance(item.strip(), [])
     if "utterance" in item:
         words, names = item["utterance"], item["frame_filenames"]
     else:
         names, turns = item["image"], item["conversations"]
+        asked = sum(turn["value"].count("<image>") for turn in turns)
+        # one <image> for several pictures: BabyLLaVA's frames of an utterance, each a pair
+        if len(turns) > 2 or (not isinstance(names, str) and len(names) > 1 and asked != 1):
+            names, turns = read_talk(item, mend)
+            return Utterance(turns[0][1], names, turns=turns)
         words = next(turn["value"] for turn in turns if turn["from"] == "gpt")
     names = [names] if isinstance(names, str) else list(names)
     similarities = item.get("similarity")
@@ -77,7 +96,7 @@ def read_item(item):
     return Utterance(words.strip(), names, similarities)
 
 
-def read_annotations(path):
+def read_annotations(path, mend):
     """The Utterances of a JSON file; those without words are passed over."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -87,7 +106,9 @@ def read_annotations(path):
     utterances = []
     for i, item in enumerate(items if isinstance(items, list) else [None]):
         try:
-            utterances.append(read_item(item))
+            utterances.append(read_item(item, mend))
+        except ValueError as error:
+            raise UserError(f"{path}: item {i}: {error}") from None
         except (KeyError, TypeError, AttributeError, StopIteration):
             raise UserError(
                 f"{path}: item {i} is no utterance, no CVCL entry (utterance, "
@@ -128,11 +149,12 @@ def read_all_annotations(settings):
     shown, speech = ({split: [] for split in SPLIT_WORDS} for _ in range(2))
     for split, path in files:
         print(f"{split:5} {path}")
-        for utterance in read_annotations(path):
+        for utterance in read_annotations(path, settings.mend):
             if not utterance.frames:
                 speech[split].append(utterance)
                 continue
-            utterance.frames = choose(utterance, settings, path)
+            if not utterance.turns:
+                utterance.frames = choose(utterance, settings, path)
             shown[split].append(utterance)
     # by first frame: utterances over the same picture are not torn apart
     shown = with_validation(shown, key=lambda utterance: tuple(utterance.frames[:1]))
@@ -147,6 +169,12 @@ def with_validation(utterances, key=None):
     return utterances
 
 
+def lines_of(utterances):
+    """All that is said in them."""
+    turns = [utterance.turns or [("", utterance.words)] for utterance in utterances]
+    return [words for said in turns for _, words in said]
+
+
 def prepare(settings, writer):
     if not settings.frames or not (settings.annotations or settings.train):
         raise UserError("saycam: give --frames ZIP_OR_FOLDER and --annotations FILE.json ...")
@@ -157,19 +185,24 @@ def prepare(settings, writer):
         count = len(shown["train"])
         raise UserError(f"saycam: {count} utterances with frames; need 10, or files for --val")
     places = Places([settings.frames])
+    find = lambda name: places.find(name) or os.path.join(settings.frames, name)
     pictures = {split: [] for split in shown if shown[split]}
+    talks = {split: [] for split in pictures}
     for split in pictures:
         for clip, utterance in enumerate(shown[split]):
-            for name in utterance.frames:
-                location = places.find(name) or os.path.join(settings.frames, name)
+            locations = [find(name) for name in utterance.frames]
+            if utterance.turns:
+                talks[split].append(Talk(locations, utterance.turns, ""))
+                continue
+            for location in locations:
                 pictures[split].append(Captioned(location, clip, [utterance.words], ""))
-    validation = [utterance.words for utterance in shown["val"]]
-    text = {}
-    for split in pictures:
-        text[split] = [utterance.words for utterance in speech[split] or shown[split]]
+    validation = lines_of(shown["val"])
+    text = {split: lines_of(speech[split] or shown[split]) for split in pictures}
     if speech["train"]:
         text["train"] = keep_out(validation, text["train"])
     tokenizer = make_tokenizer(settings, text["train"])
+    check_vocabulary(tokenizer, TEMPLATES[settings.template])
     writer.start(tokenizer, ImageFormat(settings.size, settings.fit, settings.resample))
     for split in pictures:
-        write_captioned(writer, split, text[split], pictures[split], settings.max_skipped)
+        own = pictures[split], settings.max_skipped, talks[split], settings.template
+        write_samples(writer, split, text[split], *own)

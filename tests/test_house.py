@@ -23,17 +23,18 @@ LESSON = "config images tokenizer data batches model vision train sample".split(
 FLOORS = [
     {"config", "kernels"},
     {"places", "files", "scores", "tokenizer", "templates", "tiles", "convnets", "model", "lora"},
-    {"images", "vision", "tokenizer_json", "tensors"},
+    {"images", "vision", "tokenizer_json", "tensors", "films", "transcripts"},
     {"data", "report", "dino"},
     {"batches", "features"},
     {"sources", "checkpoint"},
-    {"toy", "pairs", "saycam", "towers"},
+    {"toy", "pairs", "saycam", "video", "towers"},
     {"export", "hf_config", "watch", "chat", "inference"},
     {"huggingface"},
     {"weights", "llava"},
-    {"sample", "toy_chat", "phases", "babyvlm", "choice", "parents"},
-    {"eval"},
-    {"train"},
+    {"sample", "toy_chat", "phases", "babyvlm", "choice", "devbench", "parents"},
+    {"toolbox"},
+    {"eval", "curate", "_toy_items"},
+    {"train", "toy_v2"},
 ]
 KNOWS_NO_FILES = ("model", "vision", "dino", "kernels", "scores")
 
@@ -95,14 +96,16 @@ def test_what_computes_knows_no_files_and_no_command_line(name):
 
 
 def test_only_the_named_packages_are_imported():
-    """torch, numpy, tiktoken, pillow, triton, tqdm; nltk is optional and tried in one place."""
+    """torch, numpy, tiktoken, pillow, triton, tqdm; nltk and imageio-ffmpeg are optional, each
+    tried in one place."""
     known = (
         set(sys.stdlib_module_names)
         | set(NAME.values())
         | {"torch", "numpy", "tiktoken", "PIL", "triton", "tqdm"}
     )
     for path in MODULES:
-        assert imports(path) - known <= ({"nltk"} if path.stem == "scores" else set()), path.name
+        optional = {"scores": {"nltk"}, "films": {"imageio_ffmpeg"}}.get(path.stem, set())
+        assert imports(path) - known <= optional, path.name
 
 
 def test_the_readmes_table_tells_each_files_size():
@@ -134,6 +137,10 @@ def test_there_is_a_test_file_for_each_module():
             "hf_config": "huggingface",
             "convnets": "vision",
             "babyvlm": "eval",
+            "films": "video",
+            "transcripts": "video",
+            "toy_v2": "toolbox",
+            "_toy_items": "toolbox",
             "places": "images",
             "inference": "sample",
             "phases": "train",

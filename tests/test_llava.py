@@ -177,6 +177,24 @@ def test_a_given_flag_changes_the_form_that_a_model_has(place, recipe):
 # ---- trained on
 
 
+def test_forgotten_pictures_are_an_error_or_mended(place):
+    """BabyLLaVA-V2's trap: a human turn without <image>, which would train without its pictures."""
+    turns = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "a ball ."}]
+    items = many(40)
+    items[7] = item(["0.png", "1.png"], turns)
+    with pytest.raises(UserError, match="item 7: 0 <image> for 2 pictures; --mend"):
+        prepare(items)
+    dataset = prepare(items, "--mend", name="mended")
+    whole = [split for split in ("chat_train", "chat_val") if dataset.count(split, "samples")]
+    assert sum(dataset.count(split, "samples") for split in whole) == 40
+    mended = [*TALK[:0], {"from": "human", "value": "<image><image>what ?"}, turns[1]]
+    by_hand = prepare([*items[:7], item(["0.png", "1.png"], mended), *items[8:]], name="by_hand")
+    assert by_hand.meta["corpus"] == dataset.meta["corpus"]
+    items[7] = item(["0.png", "1.png"], [{"from": "human", "value": "<image>what ?"}, turns[1]])
+    with pytest.raises(UserError, match="item 7: 1 <image> for 2 pictures$"):
+        prepare(items, "--mend")
+
+
 @pytest.fixture
 def trained(place, recipe):
     """data/llava in the words of the recipe, and out/chat: its phase 3, after phase 2."""

@@ -346,3 +346,58 @@ def test_what_is_said_in_validation_is_kept_out_of_the_transcripts(fake, capsys)
     assert fake_saycam.SAID[0] not in dataset.tokenizer.decode(dataset.open("train", "text"))
     assert "hello baby ." in dataset.tokenizer.decode(dataset.open("train", "text"))
     assert "30 lines are validation captions" in capsys.readouterr().out
+
+
+def v2_items(frames):
+    """BabyLLaVA-V2's three forms: a picture, a clip, moments in turn."""
+    said = lambda human, gpt: [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    items = []
+    for i in range(0, len(frames) - 8, 4):
+        items.append(
+            {"id": f"i{i}", "image": [frames[i]], "conversations": said("<image>", "hi .")}
+        )
+        clip = said("<image>" * 4, f"a clip {i} .")
+        items.append({"id": f"v{i}", "image": frames[i : i + 4], "conversations": clip})
+        turns = said("<image>", "look !") + said("<image>", f"a ball {i} .")
+        items.append({"id": f"m{i}", "image": frames[i + 4 : i + 6], "conversations": turns})
+    return items
+
+
+def test_v2s_three_forms(fake):
+    """All in one split; a picture that is shown twice is kept once; phase 1 reads single ones."""
+    with zipfile.ZipFile("frames.txt") as archive:
+        frames = [name for name in archive.namelist() if name.endswith(".jpg")][:48]
+    Path("v2_train.json").write_text(json.dumps(v2_items(frames)))
+    dataset = prepare(annotations=("v2_train.json",))
+    kinds = []
+    for split in ("train", "val"):
+        shown = dataset.open(split, "samples")[:, 3].tolist()
+        kinds += shown
+        assert dataset.count(split, "frames") < sum(shown)
+    assert sorted(set(kinds)) == [1, 2, 4] and kinds.count(4) == kinds.count(2) == kinds.count(1)
+    from batches import PairBatches, SampleBatches
+    from model import GPT, BabyLLaVA, GPTConfig
+
+    tower = vision.ViT(32, 16, 16, 1, 2)
+    gpt = GPT(GPTConfig(dataset.tokenizer.vocab_size, 128, 1, 2, 16))
+    model = BabyLLaVA(gpt, None, tower, dataset.tokenizer.image)
+    model.tiled = False
+    every = SampleBatches(dataset, "train", 4, 0, model)
+    single = PairBatches(dataset, "train", 4, 0, model)
+    assert every.rows == dataset.count("train", "samples")
+    assert single.rows == (dataset.open("train", "samples")[:, 3] == 1).sum() < every.rows
+    words = [dataset.tokenizer.decode(dataset.open("train", "text"))]
+    assert "look !" in words[0] and "a ball" in words[0] and "a clip" in words[0]
+
+
+def test_a_clip_without_its_images_is_an_error_or_mended(fake):
+    with zipfile.ZipFile("frames.txt") as archive:
+        frames = [name for name in archive.namelist() if name.endswith(".jpg")][:48]
+    items = v2_items(frames)
+    items[4]["conversations"][0]["value"] = ""
+    Path("v2_train.json").write_text(json.dumps(items))
+    with pytest.raises(UserError, match="v2_train.json: item 4: 0 <image> for 4 pictures; --mend"):
+        prepare(annotations=("v2_train.json",))
+    dataset = prepare("--mend", annotations=("v2_train.json",))
+    counts = [dataset.open(split, "samples")[:, 3].tolist() for split in ("train", "val")]
+    assert sum(counts, []).count(4) == len(items) // 3

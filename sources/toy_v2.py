@@ -1,0 +1,237 @@
+"""
+The toy world as BabyLLaVA-V2 would meet it: single pictures, clips in which something happens,
+interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to be tested by.
+
+    python data.py toy_v2
+
+Phase 1 learns from the single pictures, phase 2 from all three kinds, phase 3 from the tests' own
+training parts; two tests have none, as in the original. eval/NAME.json are
+the test parts, with pictures of their own. The pairs of colour and thing that the toy world holds
+out occur in no training picture and in no training word; subsets tell them apart.
+"""
+
+import json
+import multiprocessing
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import config
+from config import knob
+from files import writing
+from images import ImageFormat
+from sources import toy
+from sources._toy_items import (
+    FEWER,
+    MAKE,
+    UNTRAINED,
+    Album,
+    Placed,
+    article,
+    paint,
+    path_out,
+    plural,
+    some_light,
+    some_room,
+    stand,
+)
+from sources.toy import THINGS, pick, random_scene, utterance
+from templates import TEMPLATES, chat_sample
+from tokenizer import Tokenizer, caption_sample
+from toolbox import SIDES, TESTS
+
+
+@dataclass
+class Config(config.Knobs):
+    name: str = ""  # write to data/<name>; empty: toy_v2
+    size: int = knob(64, low=16, high=1024)  # S: frames are S x S pixels
+    vocab_size: int = knob(640, low=260, high=1 << 20)  # BPE tokens, specials included
+    seed: int = knob(2, low=0, high=2**32 - 1)  # of the world
+    scenes: int = knob(4000, low=10, high=10**8)  # single pictures, each filmed twice
+    clips: int = knob(1500, low=10, high=10**8)  # in which something happens
+    moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
+    lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
+    items: int = knob(6000, low=10, high=10**8)  # to train on, of each test
+    questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
+
+
+# ---------------------------------------------------------------------------------------------
+# Clips in which something happens, and moments in a row
+
+EVENTS = {
+    "enters": ["here comes {the} !", "look , {a} is coming ."],
+    "leaves": ["bye bye , {thing} !", "the {thing} goes away .", "{the} is all gone ."],
+    "hides": ["peek a boo ! there 's {the} .", "where 's {the} ? there it is !"],
+    "joins": ["{the} goes on {the2} .", "now {the} is on {the2} ."],
+}
+CLOTHS = ((90, 90, 110), (150, 110, 90), (100, 130, 110))
+
+
+def happen(rng, size, frames=5):
+    """(frames, what is said over them): a thing enters, leaves through a side, is covered and comes
+    back, or is put on another."""
+    event = pick(rng, list(EVENTS))
+    scene = random_scene(rng, THINGS, 2 if event == "joins" else 1)
+    room, light, thing = some_room(rng), some_light(rng), scene.things[0]
+    own = stand(thing, rng, 0.5, 0.55, rng.uniform(0.35, 0.45))
+    at = lambda x, y: Placed(thing, x, y, own.side, own.tilt, own.mirrored)
+    pictures = []
+    if event == "joins":
+        below = stand(scene.things[1], rng, 0.5, 0.72, 0.44)
+        for share in np.linspace(0, 1, frames):
+            pictures.append([at(0.15 + 0.35 * share, 0.2 + 0.12 * share), below])
+    elif event == "hides":
+        pictures = [[at(0.5, 0.55)]] * frames
+    else:
+        ways = path_out(pick(rng, SIDES), rng, frames)
+        pictures = [[at(x, y)] for x, y in (ways if event == "leaves" else ways[::-1])]
+    drawn = [paint(placed, rng, size, room, light) for placed in pictures]
+    if event == "hides":  # a cloth over it, in the middle frames
+        cloth, reach = pick(rng, CLOTHS), int(0.7 * own.side * size)
+        y, x = int(0.55 * size), size // 2
+        for frame in drawn[1:-1]:
+            frame[max(0, y - reach) : y + reach, max(0, x - reach) : x + reach] = cloth
+    return drawn, toy.fill_in(pick(rng, EVENTS[event]), scene, rng)
+
+
+def moments(rng, size):
+    """4 to 8 (frame, utterance) of one afternoon: what was there stays, something new comes."""
+    scene, told = random_scene(rng, THINGS), []
+    for _ in range(rng.randint(4, 9)):
+        told.append((toy.film(scene, rng, size, THINGS), utterance(scene, rng)))
+        if rng.randint(2):
+            scene = random_scene(rng, THINGS)
+    return told
+
+
+# ---------------------------------------------------------------------------------------------
+# Preparing
+
+
+class Clips:
+    """Gives frames of a split numbers, a new clip where one begins."""
+
+    def __init__(self, part):
+        self.part, self.clip = part, -1
+
+    def __call__(self, frame, new_clip):
+        self.clip += bool(new_clip)
+        return self.part.image(np.ascontiguousarray(frame), self.clip)
+
+
+def write_heard(part, settings, rng, one_in):
+    """All that is seen and heard, one list: pictures, clips, moments."""
+    tokenizer, bare, keep = part.writer.tokenizer, TEMPLATES["bare"], Clips(part)
+    for _ in tqdm(range(settings.scenes // one_in), f"{part.name} pictures", unit="scene"):
+        scene = random_scene(rng, THINGS)
+        for number in range(2):  # filmed twice, and twice something is said
+            image = keep(toy.film(scene, rng, settings.size, THINGS), number == 0)
+            for _ in range(2):
+                part.sample(*caption_sample(tokenizer, utterance(scene, rng)), [image])
+    for _ in tqdm(range(settings.clips // one_in), f"{part.name} clips", unit="clip"):
+        frames, words = happen(rng, settings.size)
+        images = [keep(frame, i == 0) for i, frame in enumerate(frames)]
+        part.sample(*caption_sample(tokenizer, words, len(images)), images)
+    for _ in tqdm(range(settings.moments // one_in), f"{part.name} moments", unit="walk"):
+        told = moments(rng, settings.size)
+        images = [keep(frame, True) for frame, _ in told]
+        part.sample(*chat_sample(tokenizer, bare, [("<image>", w) for _, w in told]), images)
+
+
+def write_tuning(part, settings, rng, one_in):
+    """The training parts of the tests."""
+    most = max(2, 20 // one_in), max(2, settings.items // 4 // one_in)
+    album = Album(Clips(part), rng, settings.size, most=most)
+    tests = [name for name in TESTS if name not in UNTRAINED]
+    for test in tqdm(tests, f"{part.name} tests", unit="test"):
+        for _ in range(settings.items // one_in // FEWER.get(test, 1)):
+            pictures, turns, _ = MAKE[test](test, album)
+            sample = chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns)
+            part.sample(*sample, pictures)
+
+
+def write_tests(settings, directory):
+    """The test parts, eval/NAME.json, with pictures of their own, beside toy.py's tests."""
+    trials = settings.questions / 200
+    toy.draw_trials(toy.Config(size=settings.size, seed=settings.seed, trials=trials), directory)
+    folder = directory / "eval" / "images"
+    number = iter(range(10**9))
+
+    def keep(frame, new_clip):
+        name = f"{next(number):06d}.png"
+        Image.fromarray(np.ascontiguousarray(frame)).save(folder / name)
+        return name
+
+    write_grammar(settings, directory)
+    for k, test in enumerate(TESTS):
+        rng, items = np.random.RandomState([settings.seed, 6, k]), []
+        for subset, held_out in (("seen", False), ("held_out", True)):
+            album = Album(keep, rng, settings.size, held_out)
+            for _ in range(max(1, settings.questions // 2 // FEWER.get(test, 1))):
+                pictures, turns, more_fields = MAKE[test](test, album)
+                items.append(as_item(f"{test}_{len(items)}", pictures, turns, subset) | more_fields)
+        with writing(directory / "eval" / f"{test}.json") as file:
+            file.write(json.dumps(items, indent=1).encode())
+
+
+# Minimal pairs of the toy world's grammar: (wrong, right), filled in with things.
+GRAMMAR = {
+    "article": ("it 's {wrong} {name} .", "it 's {a} ."),
+    "order": ("look , the {thing} {colour} !", "look , the {colour} {thing} !"),
+    "place": ("the {thing} on is the {thing2} .", "the {thing} is on the {thing2} ."),
+    "question": ("where the 's {thing} ?", "where 's the {thing} ?"),
+}
+
+
+def write_grammar(settings, directory):
+    """Write eval/grammar/NAME.txt in Zorro's form: a wrong sentence, then the right one."""
+    rng = np.random.RandomState([settings.seed, 7])
+    for name, pair in GRAMMAR.items():
+        lines = []
+        for _ in range(settings.questions):
+            scene = random_scene(rng, THINGS, 2)
+            wrong = "a" if article(scene.things[0]).startswith("an ") else "an"
+            lines += [toy.fill_in(line.replace("{wrong}", wrong), scene) for line in pair]
+        with writing(directory / "eval" / "grammar" / f"{name}.txt") as file:
+            file.write("\n".join(lines).encode())
+
+
+def as_item(name, pictures, turns, subset):
+    """An item in LLaVA's form."""
+    said = [
+        {"from": who, "value": words}
+        for turn in turns
+        for who, words in zip(("human", "gpt"), turn)
+    ]
+    return {"id": name, "image": pictures, "conversations": said, "subset": subset}
+
+
+def prompts():
+    """All that the tests say, for the vocabulary to learn from."""
+    for test in TESTS.values():
+        for kind in THINGS:
+            word = plural(kind) if "many" in test.prompt or "more" in test.prompt else kind
+            yield test.prompt.replace("{}", word).replace("#", " ")
+    for number in range(1, 13):
+        yield f"{number}"
+
+
+def prepare(settings, writer):
+    """Film the toy world in all its forms."""
+    speech = [*toy.speech(settings, "train", THINGS)]
+    words = [*speech, *(line for line in prompts() for _ in range(4))]
+    tokenizer = Tokenizer.train(words, settings.vocab_size)
+    writer.start(tokenizer, ImageFormat(settings.size), {"name": "bare", "system": ""})
+    tests = multiprocessing.Process(target=write_tests, args=(settings, writer.directory))
+    tests.start()  # beside the rest: they share no random numbers
+    for split, (number, one_in) in toy.SPLITS.items():
+        rngs = [np.random.RandomState([settings.seed, number, 10 + k]) for k in range(2)]
+        part = writer.split(split)
+        part.text(toy.speech(settings, split, THINGS))
+        write_heard(part, settings, rngs[0], one_in)
+        write_tuning(writer.split(f"chat_{split}"), settings, rngs[1], one_in)
+    tests.join()
+    if tests.exitcode:
+        raise OSError(f"{writer.directory}/eval: the tests could not be drawn")

@@ -1,0 +1,229 @@
+"""
+Anybody's video, with what was said: single pictures, clips, and interleaved moments.
+
+    python data.py video --videos DIR --transcripts DIR2
+
+A film is any file that ffmpeg decodes; its transcript has its name and the ending .srt, .vtt, .csv
+(start, end, text) or .cha (CHILDES: the key child's own words are left out, unless --speakers says
+otherwise). Of each utterance come: a pair for each frame that is on the screen while it is said;
+where these are two or more, a clip; and of each stretch of `window` utterances, interleaved
+moments: the middle frame of each, and its words. Each frame is kept once.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import films
+import transcripts
+from config import UserError, knob
+from images import FITS, RESAMPLING, ImageFormat, to_square
+from places import on_all_cores
+from sources import Sifted, hold_out
+from templates import TEMPLATES, chat_sample
+from tokenizer import Tokenizer, caption_sample
+
+
+@dataclass
+class Config(Sifted):
+    name: str = ""  # write to data/<name>; empty: video
+    videos: str = ""  # a folder of films
+    transcripts: str = ""  # a folder of transcripts, named as their films; empty: that of videos
+    speakers: tuple[str, ...] = ()  # keep only these; -CHI: all but these; empty: all but CHI
+    fps: float = knob(2.0, low=0.01, high=120.0)  # frames taken, a second
+    frames: int = knob(8, low=2, high=1024)  # of a clip, at most, evenly spread
+    window: int = knob(6, low=2, high=64)  # utterances in a stretch of moments; each begins a half
+    template: str = knob("bare", choices=tuple(TEMPLATES))  # how moments are written
+    size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
+    fit: str = knob("pad", choices=FITS)  # how a picture becomes a square
+    resample: str = knob("bilinear", choices=tuple(RESAMPLING))  # how it is resized
+    vocab_size: int = knob(6000, low=260, high=1 << 20)  # BPE tokens, specials included
+
+
+@dataclass
+class Film:
+    """A film and its utterances, and for each the numbers of the frames it is said over."""
+
+    path: Path
+    transcript: Path
+    said: list
+    over: list
+
+    @property
+    def wanted(self):
+        """The numbers of all frames that are kept."""
+        return sorted({number for numbers in self.over for number in numbers})
+
+
+def frames_over(one, fps):
+    """The numbers of the frames on the screen while an utterance is said; one at least."""
+    first, last = int(np.ceil(one.start * fps - 1e-6)), int(np.ceil(one.end * fps - 1e-6)) - 1
+    if last < first:
+        return [int(one.start * fps + 1e-6)]
+    return list(range(first, last + 1))
+
+
+def find_films(settings):
+    """The Films of a folder with their transcripts. Raises UserError."""
+    folder = Path(settings.videos)
+    texts = Path(settings.transcripts or settings.videos)
+    for path in (folder, texts):
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder")
+    by_stem = {}
+    for path in sorted(texts.iterdir()):
+        if path.suffix.lower() in transcripts.READERS:
+            if path.stem in by_stem:
+                raise UserError(f"{path}: a second transcript beside {by_stem[path.stem]}")
+            by_stem[path.stem] = path
+    found, speakers = [], set()
+    passed = (*transcripts.READERS, ".txt", ".json", ".md", "")
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in passed or not path.is_file():
+            continue
+        if path.stem not in by_stem:
+            raise UserError(f"{path}: no {path.stem}{{{','.join(transcripts.READERS)}}} in {texts}")
+        transcript = by_stem.pop(path.stem)
+        said, heard = transcripts.read(transcript, settings.speakers)
+        speakers |= heard
+        over = [frames_over(one, settings.fps) for one in said]
+        found.append(Film(path, transcript, said, over))
+    if not found:
+        raise UserError(f"{folder}: no films")
+    if by_stem:
+        raise UserError(f"{next(iter(by_stem.values()))}: no film in {folder} has its name")
+    for name in settings.speakers:
+        if name.removeprefix("-") not in speakers:
+            known = ", ".join(sorted(speakers)) or "nobody named"
+            raise UserError(f"--speakers {name}: not in {texts}, where {known} speak")
+    if not any(film.said for film in found):
+        raise UserError(f"{texts}: nothing that is said is kept")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading films, on all cores; a killed run keeps those that were read whole
+
+
+def read_film(job):
+    """Write the wanted frames of a film to a file, whole or not at all. Returns a complaint, or
+    an empty one."""
+    film, image_format, fps, path = job
+    if path.exists():
+        return ""
+    wanted, last, count = iter(film.wanted), -1, 0
+    temporary = path.with_suffix(".tmp")
+    number = next(wanted, None)
+    try:
+        with open(temporary, "wb") as file:
+            for count, frame in enumerate(films.read_frames(film.path, fps), 1):
+                if count - 1 == number:
+                    square = to_square(Image.fromarray(frame), image_format)
+                    file.write(np.asarray(square).tobytes())
+                    number = next(wanted, None)
+    except UserError as error:
+        temporary.unlink(missing_ok=True)
+        return str(error)
+    late = [one for one, numbers in zip(film.said, film.over) if numbers[-1] >= count]
+    last = count / fps
+    if late and late[0].end > last + 1 / fps:
+        temporary.unlink(missing_ok=True)
+        return (
+            f"{film.transcript}:{late[0].line}: said until {late[0].end:g} s, but {film.path} ends "
+            f"at {last:g} s"
+        )
+    os.replace(temporary, path)
+    return ""
+
+
+def read_films(all_films, settings, image_format, folder):
+    """The files of frames of all films, made on all cores. Raises UserError."""
+    jobs = []
+    for film in all_films:
+        state = film.path.stat()
+        how = f"{film.path} {state.st_size} {state.st_mtime_ns} {film.wanted} {image_format}"
+        key = hashlib.sha256(f"{how} {settings.fps}".encode()).hexdigest()[:24]
+        jobs.append((film, image_format, settings.fps, folder / f"{key}.frames"))
+    wanted = {job[3].name for job in jobs}
+    for path in folder.glob("*"):
+        if path.name not in wanted:  # of other films, or made in another way
+            path.unlink()
+    for fault in tqdm(on_all_cores(read_film, jobs), "films", len(jobs), unit="film"):
+        if fault:
+            raise UserError(fault)
+    return [job[3] for job in jobs]
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_film(part, film, chosen, path, template, settings, clip):
+    """Write what was said over a film, of the utterances `chosen`; returns the next clip number.
+    path: the file of its frames."""
+    tokenizer, size = part.writer.tokenizer, settings.size
+    frames = np.memmap(path, np.uint8, "r").reshape(-1, size, size, 3)
+    rows = {number: row for row, number in enumerate(film.wanted) if row < len(frames)}
+    images, over = {}, {}
+    for i in chosen:
+        clip += 1
+        over[i] = [number for number in film.over[i] if number in rows]
+        for number in over[i]:
+            if number not in images:
+                images[number] = part.image(np.array(frames[rows[number]]), clip)
+    for i in chosen:
+        words, shown = film.said[i].words, [images[number] for number in over[i]]
+        for image in shown:
+            part.sample(*caption_sample(tokenizer, words), [image])
+        if len(shown) > 1:
+            spread = np.linspace(0, len(shown) - 1, min(settings.frames, len(shown)))
+            clip_of = [shown[i] for i in spread.round().astype(int)]
+            part.sample(*caption_sample(tokenizer, words, len(clip_of)), clip_of)
+    chosen = [i for i in chosen if over[i]]
+    for stretch in stretches(chosen, settings.window):
+        middles = [images[over[i][len(over[i]) // 2]] for i in stretch]
+        turns = [("<image>", film.said[i].words) for i in stretch]
+        part.sample(*chat_sample(tokenizer, template, turns), middles)
+    return clip
+
+
+def stretches(numbers, window):
+    """Runs of `window` numbers without a gap, each beginning half a window after the one before."""
+    found = []
+    for start in range(0, len(numbers) - window + 1, max(1, window // 2)):
+        stretch = numbers[start : start + window]
+        if stretch[-1] - stretch[0] == window - 1:
+            found.append(stretch)
+    return found
+
+
+def prepare(settings, writer):
+    if not settings.videos:
+        raise UserError("video: give --videos DIR, and --transcripts DIR where they lie elsewhere")
+    all_films = find_films(settings)
+    items = [(k, i) for k, film in enumerate(all_films) for i in range(len(film.said))]
+    parts = hold_out(items)
+    if not parts["val"]:
+        raise UserError(f"video: {len(items)} utterances; need 10 to hold some out")
+    words = [all_films[k].said[i].words for k, i in parts["train"]]
+    image_format = ImageFormat(settings.size, settings.fit, settings.resample)
+    folder = writer.directory / "reading"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = read_films(all_films, settings, image_format, folder)
+    tokenizer = Tokenizer.train(words, settings.vocab_size)
+    template = TEMPLATES[settings.template]
+    writer.start(tokenizer, image_format, {"name": settings.template, "system": ""})
+    for split, chosen in parts.items():
+        part, clip = writer.split(split), -1
+        part.text(all_films[k].said[i].words for k, i in chosen)
+        for k, film in enumerate(all_films):
+            own = [i for number, i in chosen if number == k]
+            clip = write_film(part, film, own, paths[k], template, settings, clip)
+    for path in paths:
+        path.unlink()
+    folder.rmdir()

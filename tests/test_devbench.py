@@ -1,0 +1,147 @@
+"""Machine-DevBench and DevBench: rules against slow loops, the divergence against scipy's kind of
+search, spoilt files."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import one_line
+
+import devbench
+from config import UserError
+from devbench import columns_of, machine, read_human, read_machine, read_manifest
+
+
+def subject_of(table, human=""):
+    """A Subject whose NLL of a text after a picture is table[picture, text]."""
+    nll = lambda images, texts: np.array([table[pair] for pair in zip(images, texts)])
+    return SimpleNamespace(nll=nll, settings=SimpleNamespace(human=human))
+
+
+def write(path, header, *rows):
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_machine_devbench_by_a_slow_loop(tmp_path):
+    rng, rows, table = np.random.RandomState(0), [], {}
+    for i in range(60):
+        task = ("lexical", "number", "order")[i % 3]
+        images, texts = (f"a{i}", f"b{i}"), (f"s{i}", "" if task == "lexical" else f"t{i}")
+        table |= {pair: rng.rand() for pair in itertools.product(images, texts)}
+        rows.append((task, f"bin{i % 4}", *images, *texts))
+    lines = [",".join(row) for row in rows]
+    path = write(tmp_path / "m.csv", "task,bin,image1,image2,text1,text2", *lines)
+    results = machine(read_machine(path), subject_of(table), "fair")
+    scores = {}
+    for task in ("lexical", "number", "order"):
+        bins = {}
+        for kind, one_bin, a, b, s, t in rows:
+            if kind != task:
+                continue
+            if task == "lexical":
+                right = table[a, s] < table[b, s]
+            else:
+                right = table[a, s] + table[b, t] < table[b, s] + table[a, t]
+            bins.setdefault(one_bin, []).append(right)
+        scores[task] = np.mean([np.mean(own) for own in bins.values()])
+        assert results[task]["score"] == pytest.approx(scores[task], abs=1e-4)
+    grammatical = (scores["number"] + scores["order"]) / 2
+    assert results["grammatical"]["score"] == pytest.approx(grammatical, abs=1e-4)
+    overall = (scores["lexical"] + grammatical) / 2
+    assert results["overall"]["score"] == pytest.approx(overall, abs=1e-4)
+
+
+def test_a_constant_model_scores_half(tmp_path):
+    path = write(
+        tmp_path / "m.csv",
+        "task,bin,image1,image2,text1,text2",
+        "lexical,high,a,b,s,",
+        "order,low,a,b,s,t",
+    )
+    table = dict.fromkeys(itertools.product("ab", "st"), 1.0)
+    results = machine(read_machine(path), subject_of(table), "fair")
+    assert {results[name]["score"] for name in results} == {0.5}
+
+
+def test_devbench_accuracy_of_pictures_and_of_texts(tmp_path):
+    path = write(
+        tmp_path / "manifest.csv",
+        "image1,image2,image3,image4,text1,text2",
+        "a,b,c,d,s,",
+        "a,b,c,d,t,",
+        "a,,,,s,t",
+        "a,b,,,s,t",
+    )
+    rows = read_manifest(path)
+    assert [len(row["images"]) for row in rows] == [4, 4, 1, 2]
+    table = {(i, t): v for (i, t), v in zip(itertools.product("abcd", "st"), range(8))}
+    results = devbench.devbench(rows, subject_of(table), "fair")
+    assert results["accuracy"]["score"] == 1.0  # a is lowest under s and under t; of a, s is
+    assert results["accuracy"]["chance"] == pytest.approx((0.25 + 0.25 + 0.5 + 0.5) / 4)
+    assert results["group"]["score"] == 0.0  # b with t, 3, is no better than a with t, 1
+
+
+def test_the_divergence_is_zero_for_the_childrens_own_choices(tmp_path):
+    """Scores that are their shares' logarithms over beta: found again, with nothing between."""
+    rng, beta, rows, table, lines = np.random.RandomState(1), 3.7, [], {}, []
+    for trial in range(1, 9):
+        shares = rng.dirichlet(np.ones(4))
+        images = [f"{trial}{name}" for name in "abcd"]
+        table |= {(image, "s"): -np.log(share) / beta for image, share in zip(images, shares)}
+        rows.append(",".join([*images, "s"]))
+        lines.append(f"{trial}," + ",".join(f"{share:.12f}" for share in shares))
+    manifest = write(tmp_path / "manifest.csv", "image1,image2,image3,image4,text1", *rows)
+    human = write(tmp_path / "human.csv", "trial,image1,image2,image3,image4", *lines)
+    results = devbench.devbench(read_manifest(manifest), subject_of(table, str(human)), "fair")
+    assert results["kl"]["score"] == pytest.approx(0, abs=1e-4)
+    assert results["beta"]["score"] == pytest.approx(beta, abs=0.02)
+
+
+def test_the_best_beta_by_brute_force(tmp_path):
+    rng = np.random.RandomState(2)
+    scores, human = rng.randn(20, 3), rng.dirichlet(np.ones(3), 20)
+    rows = [{"trial": str(i)} for i in range(20)]
+    own = {str(i): [human[i]] for i in range(20)}
+    found = devbench.beside_children(rows, [one[:, None] for one in scores], own)
+
+    def mean(beta):
+        model = np.exp(beta * scores) / np.exp(beta * scores).sum(1, keepdims=True)
+        return (human * np.log(human / model)).sum(1).mean()
+
+    brute = min((mean(beta), beta) for beta in np.geomspace(0.025, 40, 20000))
+    assert found["kl"]["score"] == pytest.approx(brute[0], abs=1e-4)
+    assert found["beta"]["score"] == pytest.approx(brute[1], rel=0.01)
+
+
+def test_columns_are_in_order_of_their_numbers():
+    row = {"image10": "k", "image2": "b", "image1": "a", "imagery": "x", "image3": ""}
+    assert columns_of(row, "image") == ["a", "b", "k"]
+
+
+@pytest.mark.parametrize(
+    "read, header, row, why",
+    [
+        (read_machine, "task,bin,image1,image2,text1,text2", "lexical,x,a,b,s,t", "one text"),
+        (read_machine, "task,bin,image1,image2,text1,text2", "order,x,a,b,s,", "without a text2"),
+        (read_machine, "task,image1", "lexical,a", "no column bin"),
+        (read_manifest, "image1,text1", "a,s", "nothing to choose"),
+    ],
+)
+def test_spoilt_tables(tmp_path, read, header, row, why):
+    path = write(tmp_path / "t.csv", header, row)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert one_line(error) and why in str(error.value) and "t.csv:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line, why", [("1,0.5", "want 2 shares"), ("1,x,y", "numbers"), ("9,1,1", "none of its trials")]
+)
+def test_spoilt_shares(tmp_path, line, why):
+    manifest = write(tmp_path / "manifest.csv", "image1,image2,text1", "a,b,s")
+    human = write(tmp_path / "human.csv", "trial,image1,image2", line)
+    with pytest.raises(UserError) as error:
+        read_human(human, read_manifest(manifest))
+    assert one_line(error) and why in str(error.value)

@@ -1,0 +1,434 @@
+"""The ten tests of the Toolbox: answers read, scores against slow loops, both controls, and the
+toy world's items true to their pictures."""
+
+import hashlib
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line
+from PIL import Image
+
+import data
+import eval as evaluation
+import toolbox
+import train
+from config import UserError
+from data import Data
+from sources import _toy_items, toy
+from sources.toy import THINGS, Thing
+from toolbox import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS, hits_of, parse, rule
+
+FLAGS = "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --questions=10"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    import os
+
+    folder, before = tmp_path_factory.mktemp("v2"), os.getcwd()
+    os.chdir(folder)
+    data.main(["toy_v2", *FLAGS.split(), "--vocab_size=400"])
+    os.chdir(before)
+    return folder / "data" / "toy_v2"
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading answers
+
+
+@pytest.mark.parametrize(
+    "said, strict, published",
+    [
+        ("B", "B", "B"),
+        ("(b).", "B", "B"),
+        ("a ball", "", "A"),  # the original's trap: the word "a" is an A
+        ("the answer is C", "", "C"),
+        ("E", "", ""),
+        ("", "", ""),
+        ("AB", "", ""),
+    ],
+)
+def test_letters(said, strict, published):
+    assert parse(said, LETTERS, "strict") == strict
+    assert parse(said, LETTERS, "published") == published
+
+
+@pytest.mark.parametrize(
+    "said, strict, published",
+    [
+        ("12", "12", "12"),
+        ("1 2", "", "1"),
+        ("i see 3 .", "", "3"),
+        ("3.", "3", "3"),
+        ("13", "", ""),
+    ],
+)
+def test_numbers(said, strict, published):
+    answers = TESTS["object_counting"].answers
+    assert parse(said, answers, "strict") == strict
+    found = parse(said, answers, "published")
+    assert found == published or (said == "13" and found not in answers)
+
+
+def test_directions():
+    assert parse("up left", DIRECTIONS, "strict") == "up left"
+    assert parse("it goes up left", DIRECTIONS, "strict") == ""
+    assert parse("it goes up left", DIRECTIONS, "published") == "up left"
+    assert parse("Right.", toolbox.SIDES, "strict") == "right"
+
+
+def test_every_answer_is_read_as_itself_by_both_rules():
+    for test in TESTS.values():
+        for answer, way in itertools.product(test.answers, ("strict", "published")):
+            assert parse(answer, test.answers, way) == answer
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores: what is always right, always one answer, or thrown, against counted sets
+
+
+def row(answers, images=None, **more):
+    said = [
+        {"from": who, "value": words}
+        for answer in answers
+        for who, words in (("human", "?"), ("gpt", answer))
+    ]
+    return {"conversations": said, "image": images or []} | more
+
+
+SINGLE = [name for name in TESTS if TESTS[name].answers and not name.startswith("memory")]
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_right_constant_and_wrong_answers_score_what_they_must(name):
+    answers = TESTS[name].answers
+    rows = [row([answer]) for answer in answers for _ in range(3)]
+    right = [[answer] for answer in answers for _ in range(3)]
+    for measure, (hits, chance) in hits_of(name, rows, right).items():
+        assert np.mean(hits) == 1 and (0 < chance < 1), measure
+    constant = hits_of(name, rows, [[answers[0]]] * len(rows))
+    for hits, chance in constant.values():
+        assert np.mean(hits) == pytest.approx(chance)  # as balanced as the answers are
+    for hits, _ in hits_of(name, rows, [[""]] * len(rows)).values():
+        assert np.mean(hits) == 0
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_thrown_answers_score_chance(name):
+    rng, answers = np.random.RandomState(0), TESTS[name].answers
+    rows = [row([answers[rng.randint(len(answers))]]) for _ in range(6000)]
+    thrown = [[answers[rng.randint(len(answers))]] for _ in rows]
+    for hits, chance in hits_of(name, rows, thrown).values():
+        assert np.mean(hits) == pytest.approx(chance, abs=0.02)
+
+
+def test_neighbours_on_the_clock_are_adjacent():
+    rows = [row(["up"])] * 8
+    results = hits_of("delayed_response_open", rows, [[word] for word in DIRECTIONS])
+    assert results["exact"][0] == [True] + [False] * 7
+    assert np.flatnonzero(results["adjacent"][0]).tolist() == [0, 1, 7]
+
+
+def dialogue(seed):
+    """A Memory dialogue by the rule as the paper has it, made here in another way."""
+    rng = np.random.RandomState(seed)
+    images, answers, fresh = ["t0"], ["A"], 0
+    rounds = [(f"t{i - 1}", f"t{i}") for i in range(1, LEARNT)]
+    for i in rng.permutation(list(range(LEARNT)) * 2):
+        rounds.append((f"t{i}", f"n{fresh}"))
+        fresh += 1
+    for old, new in rounds:
+        first = rng.randint(2)
+        images += [new, old] if first else [old, new]
+        answers.append("A" if first else "B")
+    return images, answers
+
+
+def test_memory_wants_both_rounds_of_a_thing():
+    images, answers = dialogue(3)
+    assert len(images) == 29 and len(answers) == ROUNDS
+    one = row(answers, images)
+    assert hits_of("memory", [one], [answers])["adjusted"][0] == [True] * LEARNT
+    wrong = list(answers)
+    wrong[7] = "B" if wrong[7] == "A" else "A"
+    hits = hits_of("memory", [one], [wrong])
+    assert sum(hits["adjusted"][0]) == LEARNT - 1  # one thing of five is lost
+    assert sum(hits["rounds"][0]) == ROUNDS - 1
+    early = ["B", "A", "A", "A", "A", *answers[5:]]  # the learning rounds do not count
+    assert all(hits_of("memory", [one], [early])["adjusted"][0])
+
+
+def test_thrown_answers_score_a_quarter_in_memory():
+    rng, rows, thrown = np.random.RandomState(0), [], []
+    for seed in range(600):
+        images, answers = dialogue(seed)
+        rows.append(row(answers, images))
+        thrown.append([LETTERS[rng.randint(2)] for _ in answers])
+    hits, chance = hits_of("memory", rows, thrown)["adjusted"]
+    assert len(hits) == 600 * LEARNT and np.mean(hits) == pytest.approx(chance, abs=0.02)
+
+
+# ---------------------------------------------------------------------------------------------
+# The controls
+
+
+def asked(name, rows, frames, answers):
+    """The results of a test whose model gives these answers, without a model."""
+    settings = SimpleNamespace(parse="strict")
+    subject = SimpleNamespace(
+        settings=settings,
+        frames=lambda names: np.stack([frames[name] for name in names]),
+        once=lambda key, rows, make: {
+            "seeing": lambda: answers,
+            "blind": lambda: [[""] * len(one) for one in answers],
+            "pixels": lambda: make(rows),
+        }[key](),
+    )
+    return rule(name)(rows, subject, "fair")
+
+
+def noise(seed, size=64):
+    return np.random.RandomState(seed).randint(0, 256, (size, size, 3), np.uint8)
+
+
+def test_who_cannot_read_finds_an_identical_picture_and_no_more():
+    frames, rows = {}, []
+    for i in range(30):
+        frames |= {f"q{i}": noise(i), f"m{i}": noise(i)[:, ::-1]}
+        place = i % 3
+        options = [f"m{i}"] * 3
+        options[place] = f"q{i}"
+        rows.append(row([LETTERS[place]], [f"q{i}", *options]))
+    wrong = [["A" if r["conversations"][1]["value"] != "A" else "B"] for r in rows]
+    results = asked("left_right", rows, frames, wrong)
+    assert results["cannot_read"]["score"] == 1 and results["accuracy"]["score"] == 0
+    assert results["accuracy"]["solved_by"] == "cannot_read"
+    other = [row([LETTERS[i % 3]], [f"q{i}", *[f"m{i}"] * 3]) for i in range(30)]
+    assert asked("left_right", other, frames, wrong)["cannot_read"]["score"] < 0.5
+
+
+def test_who_cannot_read_remembers_pictures():
+    frames, rows = {}, []
+    for seed in range(4):
+        images, answers = dialogue(seed)
+        own = [f"{seed}{name}" for name in images]
+        frames |= {name: noise(hash(name) % (1 << 30)) for name in set(own)}
+        rows.append(row(answers, own))
+    said = [[""] * ROUNDS for _ in rows]
+    results = asked("memory", rows, frames, said)
+    assert results["cannot_read"]["score"] == 1 and results["unread"]["score"] == 1
+
+
+def test_who_cannot_read_says_what_is_commonest():
+    rows = [row(["2"]), row(["3"]), row(["3"]), row(["1"])]
+    results = asked("subitizing", rows, {}, [["2"], ["3"], ["3"], ["1"]])
+    assert results["cannot_read"]["score"] == 0.5 and results["accuracy"]["score"] == 1
+    assert "solved_by" not in results["accuracy"]
+
+
+def test_overall_is_the_mean_of_eleven_columns():
+    one = {"score": 0.5, "n": 1, "chance": 0.25, "ci95": None}
+    keys = [toolbox.key_of(c, m) for c in ("", *toolbox.CONTROLS) for _, m in toolbox.COLUMNS]
+    tasks = {name: {"all": dict.fromkeys(keys, one)} for name, _ in toolbox.COLUMNS}
+    tasks["object_counting"]["all"] = dict.fromkeys(keys, one | {"score": 1.0})
+    means = toolbox.overall(tasks)["toolbox"]["all"]
+    assert means["mean"]["n"] == 11 and means["mean"]["score"] == pytest.approx(6 / 11, abs=1e-4)
+    del tasks["memory"]
+    assert toolbox.overall(tasks) == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# The toy world's items
+
+
+def test_items_fit_their_tests(made):
+    for name in TESTS:
+        items = toolbox.read(made / "eval" / f"{name}.json")
+        assert {item["subset"] for item in items} == {"seen", "held_out"}
+        for item in items:
+            assert all((made / "eval" / "images" / image).exists() for image in item["image"])
+        pictures = [len(item["image"]) for item in items]
+        if name.startswith("memory"):
+            assert set(pictures) == {29}
+        if name.startswith("delayed"):
+            assert set(pictures) <= {5, 6, 7, 8, 9}
+
+
+def test_the_wording_is_the_originals():
+    say = toolbox.write
+    assert say("picture_vocabulary", 4, "basket") == (
+        "Touch the image of 'basket' (A)<image> (B)<image> (C)<image> (D)<image>"
+    )
+    assert say("left_right", 4) == (
+        "<image> Which of the following is the same as this? (A) <image> (B) <image> (C) <image>"
+    )
+    assert say("delayed_response", 5, "lamp").startswith("<image>" * 5 + " does the lamp leave")
+    assert say("memory", 2) == "Let's try more. Touch the new image. (A) <image> (B) <image>"
+    assert say("more_natural", 2, "cups") == (
+        "Which image has more cups? Answer (A) <image> (B) <image>"
+    )
+
+
+def test_no_test_picture_is_in_training_and_no_pair_held_out(made):
+    dataset = Data(made)
+    seen = set()
+    for split in ("train", "val", "chat_train", "chat_val"):
+        frames = dataset.open(split, "frames")
+        seen |= {hashlib.sha256(frame.tobytes()).digest() for frame in frames}
+    for path in (made / "eval" / "images").glob("*.png"):
+        frame = np.asarray(Image.open(path))
+        assert hashlib.sha256(frame.tobytes()).digest() not in seen
+    names = {
+        Thing(kind, colour).name
+        for kind, colour in itertools.product(THINGS, toy.COLOURS)
+        if toy.held_out(Thing(kind, colour))
+    }
+    assert len(names) == 16
+    for split in ("train", "chat_train"):
+        said = dataset.tokenizer.decode(dataset.open(split, "tokens"))
+        assert not any(f" {name} " in said for name in names)
+
+
+def album(held_out=False, size=64):
+    """An Album that remembers what was drawn: {number: frame}."""
+    frames = []
+
+    def keep(frame, new_clip):
+        frames.append(np.array(frame))
+        return len(frames) - 1
+
+    return _toy_items.Album(keep, np.random.RandomState(0), size, held_out), frames
+
+
+def test_left_right_shows_the_same_picture_once_and_its_mirror_image_twice():
+    some, frames = album()
+    for _ in range(10):
+        pictures, [(_, letter)], _ = _toy_items.left_right("left_right", some)
+        query, *options = (frames[i] for i in pictures)
+        for option, name in zip(options, LETTERS):
+            same = query if name == letter else query[:, ::-1]
+            assert (option == same).all()
+
+
+def test_the_fair_form_has_no_identical_picture():
+    some, frames = album()
+    for _ in range(10):
+        pictures, _, _ = _toy_items.left_right_fair("left_right_fair", some)
+        for a, b in itertools.combinations(pictures, 2):
+            assert (frames[a] != frames[b]).any()
+            assert (frames[a] != frames[b][:, ::-1]).any()
+
+
+def test_what_faces_has_a_mirror_image_of_its_own():
+    """Drawn in the middle, without tilt: the mirror image is another picture, and one thing drawn
+    mirrored is the mirror image of the other drawn plain."""
+    for kind in _toy_items.FACING:
+        views = [
+            _toy_items.paint(
+                [_toy_items.Placed(Thing(kind, "red"), 0.5, 0.5, 0.8, 0.0, mirrored)],
+                np.random.RandomState(0),
+                64,
+            ).astype(int)
+            for mirrored in (0, 1)
+        ]
+        apart = np.abs(views[0] - views[0][:, ::-1]).mean()
+        alike = np.abs(views[0] - views[1][:, ::-1]).mean()
+        assert apart > 3 * alike, kind
+
+
+def test_memory_items_follow_the_dialogues_rule():
+    some, _ = album()
+    for name in ("memory", "memory_fair"):
+        pictures, turns, more = _toy_items.memory(name, some)
+        assert len(turns) == ROUNDS and len(pictures) == 29
+        learnt = more.get("learnt", {})
+        seen, times = [pictures[0]], {}
+        for number, (_, letter) in enumerate(turns[1:], 1):
+            pair = pictures[2 * number - 1 : 2 * number + 1]
+            new, old = pair if letter == "A" else pair[::-1]
+            old = learnt.get(old, old)
+            assert new not in seen and old in seen
+            if number >= LEARNT:
+                times[old] = times.get(old, 0) + 1
+            seen += [new]
+        assert sorted(times.values()) == [2] * LEARNT
+
+
+def test_counts_are_what_is_drawn():
+    """Copies on black: as many patches of colour as the answer says."""
+    some, frames = album()
+    for _ in range(20):
+        [picture], [(_, answer)], _ = _toy_items.counting("object_counting", some)
+        bright = frames[picture].max(-1) > 40
+        grid = np.add.reduceat(np.add.reduceat(bright, [0, 16, 32, 48], 0), [0, 16, 32, 48], 1)
+        assert (grid > 8).sum() >= int(answer) // 2  # rough: cells may be coarser than this
+        assert len(_toy_items.crowd([Thing("ball", "red")] * int(answer), some.rng, True)) == int(
+            answer
+        )
+
+
+def test_what_leaves_is_gone_at_the_end_and_went_that_way():
+    rng = np.random.RandomState(0)
+    for direction in DIRECTIONS:
+        places = _toy_items.path_out(direction, rng, 7)
+        moved = places[-1] - places[0]
+        angle = np.degrees(np.arctan2(moved[0], -moved[1])) % 360
+        assert angle == pytest.approx(45 * DIRECTIONS.index(direction))
+        assert np.abs(places[-1] - 0.5).max() > 0.5 + 0.2  # its middle is well out of the picture
+
+
+# ---------------------------------------------------------------------------------------------
+# From the command line
+
+
+def test_all_phases_and_all_tests(made, monkeypatch, capsys):
+    monkeypatch.chdir(made.parent.parent)
+    sizes = (
+        "--patch=4 --image_pool=2 --vision_width=16 --vision_depth=1 --vision_heads=2 "
+        "--prototypes=16 --n_layer=1 --n_head=2 --n_embd=16 --block_size=700 --vision_steps=2 "
+        "--phase0_steps=2 --phase1_steps=2 --phase2_steps=2 --phase3_steps=2 --vision_batch=4 "
+        "--phase0_batch=2 --phase1_batch=4 --phase2_batch=4 --phase3_batch=4 --device=cpu"
+    ).split()
+    train.main(["--data=data/toy_v2", "--out=out/v2", *sizes])
+    capsys.readouterr()
+    evaluation.main(["--checkpoint=out/v2/phase3.pt", "--task=toolbox"])
+    printed = capsys.readouterr().out
+    results = json.load(open("out/v2/results_toolbox.json"))["tasks"]
+    assert set(results) == {*TESTS, "toolbox"}
+    for name in toolbox.TESTS:
+        assert {"all", "seen", "held_out"} == set(results[name])
+        assert "cannot_see" in str(results[name]["all"])
+    assert results["toolbox"]["all"]["mean"]["n"] == 11 and "cannot_read" in printed
+    model = torch.load("out/v2/phase3.pt", weights_only=True)
+    assert model["parts"]["seeing"]["image_pool"] == 2
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ("{", "not JSON"),
+        ("[]", "want a list of items"),
+        ('[{"image": "a.png"}]', "item 0"),
+        ('[{"image": ["a"], "conversations": []}]', "human and gpt in turn"),
+        (
+            '[{"image": ["a"], "conversations": [{"from": "human", "value": "?"}, '
+            '{"from": "gpt", "value": "A"}]}]',
+            "0 <image> for 1 pictures",
+        ),
+        (
+            '[{"image": ["a"], "conversations": [{"from": "human", "value": "<image>"}, '
+            '{"from": "gpt", "value": "Z"}]}]',
+            "'Z' is no answer",
+        ),
+    ],
+)
+def test_spoilt_files(tmp_path, content, why):
+    path = tmp_path / "picture_vocabulary.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        toolbox.read(path)
+    assert one_line(error) and why in str(error.value) and str(path) in str(error.value)

@@ -1,0 +1,225 @@
+"""Anybody's video: a film whose every frame and time is known, in four forms of transcript."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import one_line
+
+import data
+import films
+import transcripts
+from config import UserError
+from data import Data
+
+FLAGS = "--size=16 --fit=squash --vocab_size=300 --fps=2".split()
+
+
+def grey(number):
+    """The shade of second number `number` of the film."""
+    return 20 + 10 * number
+
+
+def make_film(path, seconds=22, rate=10, size=(64, 36)):
+    """A film that shows, each second, a shade of its own."""
+    width, height = size
+    frames = [np.full((height, width, 3), grey(i // rate), np.uint8) for i in range(seconds * rate)]
+    command = [films.find_ffmpeg(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{width}x{height}", "-r", str(rate), "-i", "-", "-c:v", "ffv1", str(path)]
+    subprocess.run(command, input=b"".join(f.tobytes() for f in frames), check=True)
+
+
+def srt(times):
+    stamp = lambda t: f"00:{int(t) // 60:02d}:{int(t) % 60:02d},{round(t % 1 * 1000):03d}"
+    blocks = [f"{i}\n{stamp(a)} --> {stamp(b)}\n{words}\n" for i, (a, b, words) in enumerate(times)]
+    return "\n".join(blocks)
+
+
+SAID = [(i, i + 1.5, f"look , number {'abcdefghijklmnopqrst'[i]} !") for i in range(20)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "films").mkdir()
+    make_film(tmp_path / "films" / "one.mkv")
+    (tmp_path / "films" / "one.srt").write_text(srt(SAID))
+    return tmp_path
+
+
+def samples_of(dataset, split):
+    """[(words, shades of the pictures shown)]."""
+    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "shown")
+    frames, images = dataset.open(split, "frames"), dataset.open(split, "images")
+    for first, length, begin, count in dataset.open(split, "samples").astype(int).tolist():
+        own = [frames[images[number][0]] for number in shown[begin : begin + count]]
+        words = dataset.tokenizer.decode(tokens[first : first + length])
+        yield words, [round(float(frame.mean())) for frame in own]
+
+
+def test_frames_are_those_on_the_screen(folder):
+    """Every time and every shade: at n / fps seconds, the shade of that second."""
+    found = list(films.read_frames(folder / "films" / "one.mkv", 4))
+    assert len(found) in (88, 89) and found[0].shape == (36, 64, 3)
+    for number, frame in enumerate(found[:88]):
+        assert abs(int(frame.mean()) - grey(number // 4)) <= 1, number
+
+
+def test_pairs_clips_and_moments(folder):
+    data.main(["video", "--videos=films", *FLAGS, "--window=4"])
+    dataset = Data("data/video")
+    singles, clips, moments = [], [], []
+    for split in ("train", "val"):
+        for words, shades in samples_of(dataset, split):
+            kind = singles if len(shades) == 1 else moments if words.count("!") > 1 else clips
+            kind.append((words, shades))
+    # utterance i is said from i to i + 1.5: at 2 frames a second, two in its own second, one later
+    assert len(singles) == 20 * 3 and len(clips) == 20 and moments
+    shade = {words: grey(i) for i, (_, _, words) in enumerate(SAID)}
+    for words, shades in clips:
+        text = words.replace("<image>", "").replace("<eos>", "").strip()
+        wanted = [shade[text], shade[text], shade[text] + 10]
+        assert np.abs(np.array(shades) - wanted).max() <= 1
+    for words, shades in moments:
+        assert len(shades) == 4
+        assert all(abs(b - a - 10) <= 1 for a, b in zip(shades, shades[1:]))
+
+
+def test_no_frame_is_kept_twice(folder):
+    """60 pairs at 2 frames a second of 21 seconds: 43 frames at most, and a few at the seams."""
+    data.main(["video", "--videos=films", *FLAGS])
+    counts = Data("data/video").meta["splits"]
+    assert sum(counts[split]["frames"] for split in ("train", "val")) <= 43 + 2 * 3
+
+
+FORMS = {
+    "srt": srt([(0, 1, "hello there"), (1.5, 3, "a ball !")]),
+    "vtt": "WEBVTT\n\n00:00.000 --> 00:01.000 align:start\n<v MOT>Hello <b>there</b>\n\n"
+    "00:01.500 --> 00:03.000\n<v CHI>ba\n\n00:01.500 --> 00:03.000\n<v MOT>A ball !\n",
+    "csv": "start,end,text,speaker\n0,1,hello there,MOT\n00:00:01.5,3,ba,CHI\n1.5,3,a ball !,MOT\n",
+    "cha": "@Begin\n@Participants:\tCHI Target_Child, MOT Mother\n*MOT:\thello [!] &-um <there>\n"
+    "\t[/] . \x150_1000\x15\n%mor:\tco|hello\n*CHI:\tba@b . \x151500_3000\x15\n*MOT:\txxx .\n"
+    "*MOT:\ta ba(ll) ! \x151500_3000\x15\n@End\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_four_forms_say_the_same(tmp_path, form):
+    path = tmp_path / f"one.{form}"
+    path.write_text(FORMS[form], encoding="utf-8")
+    said, _ = transcripts.read(path)
+    assert [(one.start, one.end) for one in said] == [(0, 1), (1.5, 3)]
+    assert [one.words.rstrip(" .") for one in said] == ["hello there", "a ball !"]
+
+
+def test_speakers_are_kept_or_dropped(tmp_path):
+    path = tmp_path / "one.cha"
+    path.write_text(FORMS["cha"], encoding="utf-8")
+    assert [one.words for one in transcripts.read(path, ("CHI",))[0]] == ["ba ."]
+    assert len(transcripts.read(path, ("CHI", "MOT"))[0]) == 3
+    assert [one.speaker for one in transcripts.read(path, ("-MOT",))[0]] == ["CHI"]
+
+
+def test_a_killed_run_reads_no_film_twice(folder, monkeypatch):
+    make_film(folder / "films" / "two.mkv")
+    (folder / "films" / "two.srt").write_text(srt(SAID))
+    data.main(["video", "--videos=films", *FLAGS, "--name=whole"])
+    read, real = [], films.read_frames
+
+    def counted(path, fps):
+        read.append(path.name)
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        return real(path, fps)
+
+    import sources.video
+
+    monkeypatch.setattr(films, "read_frames", counted)
+    monkeypatch.setattr(sources.video, "on_all_cores", lambda work, jobs: map(work, jobs))
+    with pytest.raises(KeyboardInterrupt):
+        data.main(["video", "--videos=films", *FLAGS])
+    data.main(["video", "--videos=films", *FLAGS])
+    assert read == ["one.mkv", "two.mkv", "two.mkv"]
+    assert Data("data/video").meta["corpus"] == Data("data/whole").meta["corpus"]
+    assert not (folder / "data" / "video" / "reading").exists()
+
+
+def spoil(folder, name):
+    path = folder / "films" / "one.srt"
+    if name == "backwards":
+        path.write_text(srt([SAID[1], SAID[0]]))
+    elif name == "ends before it starts":
+        path.write_text(srt([(2, 1, "a")]))
+    elif name == "past the film":
+        path.write_text(srt([*SAID, (50, 51, "late")]))
+    elif name == "empty film":
+        (folder / "films" / "one.mkv").write_bytes(b"")
+    elif name == "no film":
+        (folder / "films" / "one.mkv").write_bytes(b"words, not pictures" * 100)
+    elif name == "sound alone":
+        sound = ["-f", "lavfi", "-i", "sine=duration=2", str(folder / "films" / "one.mkv")]
+        subprocess.run([films.find_ffmpeg(), "-v", "error", "-y", *sound], check=True)
+    elif name == "mixed encodings":
+        path.write_bytes(
+            srt(SAID).encode() + "\n9\n00:00:21,000 --> 00:00:22,000\né".encode("latin1")
+        )
+    elif name == "no transcript":
+        path.unlink()
+    elif name == "no time":
+        path.write_text(srt(SAID).replace("00:00:05,000 -->", "five -->"))
+    elif name == "stranger":
+        path.unlink()
+        text = "@Participants:\tMOT Mother\n*DAD:\thi . \x150_1000\x15\n"
+        (folder / "films" / "one.cha").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("backwards", "one.srt:6: time runs backwards"),
+        ("ends before it starts", "one.srt:2: it ends"),
+        ("past the film", "one.srt:82: said until 51 s"),
+        ("empty film", "one.mkv: no film that ffmpeg can show (it is empty)"),
+        ("no film", "one.mkv: no film that ffmpeg can show"),
+        ("sound alone", "one.mkv: no film that ffmpeg can show (it has sound or text alone)"),
+        ("mixed encodings", "one.srt:83: not in UTF-8"),
+        ("no transcript", "one.mkv: no one{.srt"),
+        ("no time", "one.srt:22: 'five' is no time"),
+        ("stranger", "one.cha:2: DAD is not among @Participants"),
+    ],
+)
+def test_spoilt_films_and_transcripts(folder, name, why):
+    spoil(folder, name)
+    with pytest.raises(UserError) as error:
+        data.main(["video", "--videos=films", *FLAGS])
+    assert one_line(error) and why in str(error.value)
+    assert not (folder / "data" / "video" / "meta.json").exists()
+
+
+def test_an_unknown_speaker_is_named(folder):
+    with pytest.raises(UserError, match="--speakers DAD: not in films"):
+        data.main(["video", "--videos=films", "--speakers=DAD", *FLAGS])
+
+
+def test_without_ffmpeg_one_line_says_how_to_get_it(monkeypatch):
+    import sys
+
+    monkeypatch.setattr(films.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(UserError, match="pip install imageio-ffmpeg"):
+        films.find_ffmpeg()
+
+
+def test_pictures_come_one_at_a_time(folder):
+    """No film is ever held whole: the first frame is there before the last is decoded."""
+    frames = films.read_frames(folder / "films" / "one.mkv", 10)
+    first = next(frames)
+    assert first.shape == (36, 64, 3)
+    frames.close()  # and the program that decodes is ended
+
+
+def test_meta_tells_the_template(folder):
+    data.main(["video", "--videos=films", *FLAGS, "--template=baby_v1"])
+    meta = json.load(open("data/video/meta.json"))
+    assert meta["template"] == {"name": "baby_v1", "system": ""}
