@@ -1,5 +1,5 @@
 """
-How long does it take to prepare a film, and in how much memory? Films of 10 and of 20 minutes, 640 x
+How long does preparing a film take, and how much memory? Films of 10 and of 20 minutes, 640 x
 360 at 30 frames a second, with 20 utterances a minute, are made and prepared.
 
     pip install imageio-ffmpeg            # or any ffmpeg on PATH

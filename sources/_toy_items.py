@@ -358,4 +358,12 @@ MAKE = {
     "looking_while_listening": listening,
 }
 UNTRAINED = ("subitizing", "looking_while_listening")  # these have no tuning data
-FEWER = {"memory": 5, "memory_fair": 5}  # of their long dialogues, one in so many
+# Of long dialogues, easy tests and those of our own, one in so many: to train on, to test by
+FEWER_TO_TRAIN = {
+    "delayed_response": 3,
+    "left_right_fair": 2,
+    "memory": 4,
+    "memory_fair": 8,
+    "more_synthetic": 2,
+}
+FEWER_TO_TEST = {"memory": 5, "memory_fair": 5}

@@ -24,7 +24,8 @@ from files import writing
 from images import ImageFormat
 from sources import toy
 from sources._toy_items import (
-    FEWER,
+    FEWER_TO_TEST,
+    FEWER_TO_TRAIN,
     MAKE,
     UNTRAINED,
     Album,
@@ -37,7 +38,7 @@ from sources._toy_items import (
     some_room,
     stand,
 )
-from sources.toy import THINGS, pick, random_scene, utterance
+from sources.toy import THINGS, Scene, pick, random_scene, utterance
 from templates import TEMPLATES, chat_sample
 from tokenizer import Tokenizer, caption_sample
 from toolbox import SIDES, TESTS
@@ -47,13 +48,14 @@ from toolbox import SIDES, TESTS
 class Config(config.Knobs):
     name: str = ""  # write to data/<name>; empty: toy_v2
     size: int = knob(64, low=16, high=1024)  # S: frames are S x S pixels
-    vocab_size: int = knob(640, low=260, high=1 << 20)  # BPE tokens, specials included
+    vocab_size: int = knob(720, low=260, high=1 << 20)  # BPE tokens, specials included
     seed: int = knob(2, low=0, high=2**32 - 1)  # of the world
     scenes: int = knob(4000, low=10, high=10**8)  # single pictures, each filmed twice
     clips: int = knob(1500, low=10, high=10**8)  # in which something happens
     moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
-    items: int = knob(6000, low=10, high=10**8)  # to train on, of each test
+    items: int = knob(8000, low=10, high=10**8)  # to train on, of each test; of some fewer
+    replay: int = knob(8000, low=0, high=10**8)  # single pictures and utterances among these
     questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
 
 
@@ -146,10 +148,14 @@ def write_tuning(part, settings, rng, one_in):
     album = Album(Clips(part), rng, settings.size, most=most)
     tests = [name for name in TESTS if name not in UNTRAINED]
     for test in tqdm(tests, f"{part.name} tests", unit="test"):
-        for _ in range(settings.items // one_in // FEWER.get(test, 1)):
+        for _ in range(settings.items // one_in // FEWER_TO_TRAIN.get(test, 1)):
             pictures, turns, _ = MAKE[test](test, album)
             sample = chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns)
             part.sample(*sample, pictures)
+    for _ in range(settings.replay // one_in):  # naming, so that it is not forgotten
+        thing = album.thing()
+        words = utterance(Scene(0, (thing,)), rng)
+        part.sample(*caption_sample(part.writer.tokenizer, words), [album.portrait(thing)])
 
 
 def write_tests(settings, directory):
@@ -169,7 +175,7 @@ def write_tests(settings, directory):
         rng, items = np.random.RandomState([settings.seed, 6, k]), []
         for subset, held_out in (("seen", False), ("held_out", True)):
             album = Album(keep, rng, settings.size, held_out)
-            for _ in range(max(1, settings.questions // 2 // FEWER.get(test, 1))):
+            for _ in range(max(1, settings.questions // 2 // FEWER_TO_TEST.get(test, 1))):
                 pictures, turns, more_fields = MAKE[test](test, album)
                 items.append(as_item(f"{test}_{len(items)}", pictures, turns, subset) | more_fields)
         with writing(directory / "eval" / f"{test}.json") as file:
@@ -221,7 +227,7 @@ def prompts():
 def prepare(settings, writer):
     """Film the toy world in all its forms."""
     speech = [*toy.speech(settings, "train", THINGS)]
-    words = [*speech, *(line for line in prompts() for _ in range(4))]
+    words = [*speech, *(line for line in prompts() for _ in range(40))]
     tokenizer = Tokenizer.train(words, settings.vocab_size)
     writer.start(tokenizer, ImageFormat(settings.size), {"name": "bare", "system": ""})
     tests = multiprocessing.Process(target=write_tests, args=(settings, writer.directory))

@@ -289,7 +289,7 @@ def test_pictures_of_equal_names_in_a_zip_are_told_apart(recipe, home, tmp_path)
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--task=vtww"], "--task vtww: one of labeled_s, vtwt"),
+        (["--task=vtww"], "--task vtww: one of toolbox, labeled_s, vtwt"),
         (["--csv=x.csv"], "need a --task: one of labeled_s"),
         (["--ties=kind"], "one of fair, published"),
         (["--batch=-1"], "batch -1 is not allowed"),
