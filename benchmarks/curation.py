@@ -4,7 +4,7 @@ on all of it judges which (curate.py). How many does it find, and what is a mode
 trained on all, on what it kept, and on the true pairs alone?
 
     python train.py configs/toy.py                # its tower is taken, and its tests
-    python benchmarks/curation.py                 # about 15 minutes on 2 cores
+    python benchmarks/curation.py                 # about 12 minutes on 2 cores
 """
 
 import csv
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from places import Places  # noqa: E402
 from sources import hold_out, pairs, toy  # noqa: E402
 
-PICTURES, WRONG, MIN_GAIN = 6000, 0.4, 0.05
+PICTURES, WRONG, MIN_GAIN = 4000, 0.4, 0.05
 FOLDER = Path("data/curation")
 
 
@@ -64,7 +64,7 @@ def train(name):
     """Train on data/curation_<name>; returns {test: score}, on the toy world's own tests."""
     out = f"out/curation_{name}"
     flags = [f"--data=data/curation_{name}", f"--out={out}", "--init=out/toy", "--evaluate=False"]
-    call("train.py", *flags, "--phase2_steps=1500")
+    call("train.py", *flags, "--phase2_steps=1200")
     scores = {}
     for task in ("labeled_s", "vtwt", "baby_winoground"):
         tests = Path("data/toy/eval")

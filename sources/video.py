@@ -167,15 +167,19 @@ def write_film(part, film, chosen, path, template, settings, clip):
     """Write what was said over a film, of the utterances `chosen`; returns the next clip number.
     path: the file of its frames."""
     tokenizer, size = part.writer.tokenizer, settings.size
-    frames = np.memmap(path, np.uint8, "r").reshape(-1, size, size, 3)
-    rows = {number: row for row, number in enumerate(film.wanted) if row < len(frames)}
+    shape = size, size, 3
+    count = path.stat().st_size // int(np.prod(shape))
+    rows = {number: row for row, number in enumerate(film.wanted[:count])}
     images, over = {}, {}
-    for i in chosen:
-        clip += 1
-        over[i] = [number for number in film.over[i] if number in rows]
-        for number in over[i]:
-            if number not in images:
-                images[number] = part.image(np.array(frames[rows[number]]), clip)
+    with open(path, "rb") as file:
+        for i in chosen:
+            clip += 1
+            over[i] = [number for number in film.over[i] if number in rows]
+            for number in over[i]:
+                if number not in images:
+                    file.seek(rows[number] * int(np.prod(shape)))
+                    frame = np.fromfile(file, np.uint8, int(np.prod(shape))).reshape(shape)
+                    images[number] = part.image(frame, clip)
     for i in chosen:
         words, shown = film.said[i].words, [images[number] for number in over[i]]
         for image in shown:
