@@ -191,12 +191,12 @@ def turns_of(row):
 
 def ask(rows, subject):
     """What the model says: of each row a list, an answer for each of its rounds. Its own answers
-    stay in the context."""
+    stay in the context; where it has talked that full, it says nothing more, and a line says so."""
     loaded, settings = subject.loaded, subject.settings
     name, system = loaded.choose_template(settings.template)
     template = TEMPLATES[name or "bare"]
     stop = end_tokens(loaded.tokenizer, template)
-    said = [[] for _ in rows]
+    said, full, room = [[] for _ in rows], 0, loaded.model.gpt.config.block_size
     for number in range(max(len(turns_of(row)) for row in rows)):
         prompts, shown, asked = [], [], []
         for row, own in zip(rows, said):
@@ -207,19 +207,24 @@ def ask(rows, subject):
             embeds = subject.embeds(row["image"][:pictures])
             turns = [*zip(questions, own), (questions[-1], None)]
             tokens, _ = chat_sample(loaded.tokenizer, template, turns, system)
-            prompts.append(expand(tokens, loaded.tokenizer.image, [len(e) for e in embeds]))
-            shown.append(embeds)
-            asked.append(own)
-        room = loaded.model.gpt.config.block_size
-        longest = max(map(len, prompts))
-        if longest >= room:
-            raise UserError(
-                f"{len(shown[0])} pictures and their question make {longest} tokens; this model "
-                f"holds {room}, its answer included"
-            )
+            tokens = expand(tokens, loaded.tokenizer.image, [len(e) for e in embeds])
+            if len(tokens) < room:
+                prompts.append(tokens)
+                shown.append(embeds)
+                asked.append(own)
+                continue
+            if number == 0:
+                raise UserError(
+                    f"{pictures} pictures and their question make {len(tokens)} tokens; this model "
+                    f"holds {room}, its answer included"
+                )
+            own.append("")
+            full += 1
         answers = choice.answers_to(loaded, prompts, shown, stop, max_new_tokens=10, batch=64)
         for own, answer in zip(asked, answers):
             own.append(answer.replace("<image>", ""))  # a model that knows little may say even that
+    if full:
+        print(f"{full} rounds did not fit into the context of {room} tokens: they count as unread")
     return said
 
 

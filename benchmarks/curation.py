@@ -9,6 +9,7 @@ trained on all, on what it kept, and on the true pairs alone?
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from places import Places  # noqa: E402
 from sources import hold_out, pairs, toy  # noqa: E402
 
 PICTURES, WRONG, MIN_GAIN = 4000, 0.4, 0.05
-FOLDER = Path("data/curation")
+FOLDER, TOWER = Path("data/curation"), Path("out/curation_tower")
 
 
 def call(script, *flags):
@@ -63,7 +64,7 @@ def prepare(name, table, *flags):
 def train(name):
     """Train on data/curation_<name>; returns {test: score}, on the toy world's own tests."""
     out = f"out/curation_{name}"
-    flags = [f"--data=data/curation_{name}", f"--out={out}", "--init=out/toy", "--evaluate=False"]
+    flags = [f"--data=data/curation_{name}", f"--out={out}", f"--init={TOWER}", "--evaluate=False"]
     call("train.py", *flags, "--phase2_steps=1200")
     scores = {}
     for task in ("labeled_s", "vtwt", "baby_winoground"):
@@ -77,6 +78,8 @@ def train(name):
 
 
 def main():
+    TOWER.mkdir(parents=True, exist_ok=True)
+    shutil.copy("out/toy/vision.pt", TOWER)  # alone: the words are learnt anew
     true = draw()
     prepare("all", "all")
     scores = {"all": train("all")}

@@ -14,6 +14,7 @@ n_embd = 96  # small, so that many samples are seen in these minutes
 block_size = 512  # Memory: 29 pictures of 4 tokens, 15 rounds of some 22
 image_pool = 4  # 64 patches, 4 tokens a picture
 vision_steps = 800
+phase0_batch = 4  # rows of 512 tokens
 phase2_steps = 2000
 phase3_steps = 9000
 phase3_lr = 2e-3

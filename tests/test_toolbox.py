@@ -407,6 +407,27 @@ def test_all_phases_and_all_tests(made, monkeypatch, capsys):
     assert model["parts"]["seeing"]["image_pool"] == 2
 
 
+def test_a_context_that_is_full_counts_as_unread(made, monkeypatch, capsys):
+    """A model that talks on and on has no room left in Memory; one question too many is an error."""
+    import checkpoint
+
+    monkeypatch.chdir(made.parent.parent)
+    loaded = checkpoint.load("out/v2/phase3.pt")
+    loaded.model.gpt.config.block_size = 300
+    settings = evaluation.Config()
+    embed = torch.zeros(4, loaded.model.gpt.config.n_embd)
+    subject = SimpleNamespace(
+        loaded=loaded, settings=settings, embeds=lambda images: [embed] * len(images)
+    )
+    rows = toolbox.read(made / "eval" / "memory.json")[:2]
+    said = toolbox.ask(rows, subject)
+    assert [len(own) for own in said] == [ROUNDS] * 2 and said[0][-1] == ""
+    assert "rounds did not fit into the context of 300 tokens" in capsys.readouterr().out
+    loaded.model.gpt.config.block_size = 8
+    with pytest.raises(UserError, match="this model holds 8"):
+        toolbox.ask(rows, subject)
+
+
 @pytest.mark.parametrize(
     "content, why",
     [
