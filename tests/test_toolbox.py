@@ -408,7 +408,7 @@ def test_all_phases_and_all_tests(made, monkeypatch, capsys):
 
 
 def test_a_context_that_is_full_counts_as_unread(made, monkeypatch, capsys):
-    """A model that talks on and on has no room left in Memory; one question too many is an error."""
+    """A model that talks on has no room left in Memory; a question too long is an error."""
     import checkpoint
 
     monkeypatch.chdir(made.parent.parent)
