@@ -130,9 +130,9 @@ class SampleBatches:
 
     def __init__(self, dataset, split, batch, seed, model, features=None):
         self.samples, self.tokens = dataset.open(split, "samples"), dataset.open(split, "tokens")
-        of_one = self.samples[:, 3] == 1
-        if self.ONE_PICTURE and of_one.any() and not of_one.all():
-            self.samples = self.samples[of_one]
+        if self.ONE_PICTURE:
+            of_one = self.samples[:, 3] == 1
+            self.samples = self.samples[of_one] if of_one.any() else self.samples
         self.learn, self.tokenizer = dataset.open(split, "learn"), dataset.tokenizer
         self.batch, self.seed, self.rows = batch, seed, len(self.samples)
         self.features, self.shown = features, None

@@ -11,13 +11,11 @@ with a question, the answers to choose from, and the number of the right one. Tw
 the model speaks and its words must name the right answer and no other.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 
 import inference
 from config import UserError
+from files import read_list
 from scores import accuracy, lowest, names_in
 from templates import TEMPLATES, chat_sample, end_tokens, expand
 
@@ -48,12 +46,7 @@ def check(item):
 
 def read(path):
     """The questions of a JSON file, one dict each. Raises UserError, with file and item."""
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(items, list) or not items:
-        raise UserError(f"{path}: want a list of questions")
+    items = read_list(path, "questions")
     for i, item in enumerate(items):
         if isinstance(item, dict):
             names = item.get("image") or []

@@ -158,7 +158,8 @@ class Writer:
         self.tokenizer, self.image_format = tokenizer, image_format
         self.directory.mkdir(parents=True, exist_ok=True)
         self.refuse_another_source()
-        (self.directory / "meta.json").unlink(missing_ok=True)
+        for name in ("meta.json", "gains.json"):
+            (self.directory / name).unlink(missing_ok=True)
         for path in self.directory.glob("*.bin"):
             path.unlink()
         self.meta = {

@@ -1,5 +1,5 @@
 """
-What has it learnt? The four BabyVLM tests, grammar pairs, validation loss, and the tower's probes.
+What has it learnt? The four BabyVLM tests, the ten of the Toolbox, grammar pairs, validation loss.
 
     python eval.py --checkpoint out/toy/phase2.pt              # all that the data folder has
     python eval.py --checkpoint out/toy/phase0.pt --zorro DIR  # grammar pairs, words alone

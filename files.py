@@ -39,6 +39,18 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1).encode("utf-8"))
 
 
+def read_list(path, of):
+    """The list in a JSON file, of at least one. of: what it is a list of, to say where there is
+    none. Raises UserError."""
+    try:
+        items = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(items, list) or not items:
+        raise UserError(f"{path}: want a list of {of}")
+    return items
+
+
 def write_csv(path, header, rows):
     """A table as a CSV file, whole or not at all."""
     text = io.StringIO()

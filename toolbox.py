@@ -8,14 +8,15 @@ wording, how an answer is read, their scores, and two controls beside each.
 A test is a JSON file, NAME.json, of {"image": [...], "conversations": [{"from": "human", "value":
 "Touch the image of 'ball' (A)<image> ..."}, {"from": "gpt", "value": "B"}], "subset": "seen"}. The
 model answers in its own words, which are read by a rule: `strict`, ours, takes the answer alone and
-counts what it cannot read; `published` is the original's, traps included: the word "a" counts as A.
+counts what it cannot read; `published` takes a letter as the original does, traps included: the
+word "a" counts as A. (Of numbers and words its rule is not public: the first number, and the
+longest answer that is named.)
 
 One control cannot see: the same model, shown the mean of all pictures each time. One cannot read:
 it takes the picture most like the one asked about, by 32 x 32 pixels, or, where there is none, the
 commonest answer. What a control solves does not test what its name says.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from PIL import Image
 import babyvlm
 import choice
 from config import UserError
+from files import read_list
 from scores import accuracy
 from templates import TEMPLATES, chat_sample, end_tokens, expand
 
@@ -74,6 +76,7 @@ TESTS = {
         "the frame? respond ONLY with 'right' or 'left'.",
         SIDES,
     ),
+    # in our words: the original's are not public
     "delayed_response_open": Test(
         "# in which direction does the {} leave the frame? respond ONLY with the direction.",
         DIRECTIONS,
@@ -89,10 +92,16 @@ TESTS = {
 ROUNDS, LEARNT = 15, 5  # of a Memory dialogue; rounds 1 to 5 show a new thing each
 # The eleven columns whose mean is published as overall
 COLUMNS = (
-    *(("picture_vocabulary", "accuracy"), ("localization", "accuracy"), ("left_right", "accuracy")),
-    *(("spatial_details", "accuracy"), ("delayed_response", "accuracy")),
-    *(("delayed_response_open", "exact"), ("delayed_response_open", "adjacent")),
-    *(("memory", "adjusted"), ("more_synthetic", "accuracy"), ("more_natural", "accuracy")),
+    ("picture_vocabulary", "accuracy"),
+    ("localization", "accuracy"),
+    ("left_right", "accuracy"),
+    ("spatial_details", "accuracy"),
+    ("delayed_response", "accuracy"),
+    ("delayed_response_open", "exact"),
+    ("delayed_response_open", "adjacent"),
+    ("memory", "adjusted"),
+    ("more_synthetic", "accuracy"),
+    ("more_natural", "accuracy"),
     ("object_counting", "accuracy"),
 )
 CONTROLS = ("cannot_see", "cannot_read")
@@ -135,15 +144,10 @@ def check(item):
 
 def read(path):
     """The items of a JSON file. Raises UserError, with file and item."""
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(items, list) or not items:
-        raise UserError(f"{path}: want a list of items")
+    items = read_list(path, "items")
     for i, item in enumerate(items):
         fault = check(item)
-        if not fault and item["image"] and "phrases" not in item:
+        if not fault and "phrases" not in item:
             fault = check_answers(Path(path).stem, item)
         if fault:
             raise UserError(f"{path}: item {i}: {fault}")
@@ -194,7 +198,7 @@ def ask(rows, subject):
     stay in the context; where it has talked that full, it says nothing more, and a line says so."""
     loaded, settings = subject.loaded, subject.settings
     name, system = loaded.choose_template(settings.template)
-    template = TEMPLATES[name or "bare"]
+    template = TEMPLATES[name or "bare"]  # of one that learnt no conversations: the words alone
     stop = end_tokens(loaded.tokenizer, template)
     said, full, room = [[] for _ in rows], 0, loaded.model.gpt.config.block_size
     for number in range(max(len(turns_of(row)) for row in rows)):

@@ -126,8 +126,9 @@ CHILD = "CHI"  # CHILDES' code of the key child
 
 
 def read(path, speakers=()):
-    """The Said of a transcript, in order; those of `speakers` where some are named, "-MOT" for all
-    but her. Without, all but the key child's own. Raises UserError, with file and line."""
+    """(The Said of a transcript in order, all who speak in it). Of the Said those of `speakers`
+    where some are named, "-MOT" for all but her; without, all but the key child's own. Raises
+    UserError, with file and line."""
     said = READERS[Path(path).suffix.lower()](path)
     before = 0.0
     for one in said:

@@ -3,7 +3,7 @@ Phase 0 at BabyLLaVA-V2's published sizes and rates: TinyLlama's shape, from ran
 transcripts; the tower as it comes. Nobody has run it here.
 
     python data.py saycam --frames frames.txt --annotations images.json clips.json moments.json \
-        --fit pad --name saycam_v2                       # images: V2's three JSON files
+        --fit pad --template baby_v1 --name saycam_v2    # V2's three JSON files
 
 Parameters: 2 * 6000 * 2048 embedding and head (here one matrix: 6000 * 2048) + 22 * (2048 * (2048 +
 2 * 256) + 2048 * 2048 of attention + 3 * 2048 * 5632 of the MLP + 2 * 2048) + 2048 = 981 million.

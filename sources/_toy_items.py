@@ -11,6 +11,7 @@ from PIL import Image
 
 from sources import toy
 from sources.toy import COLOURS, ROOMS, THINGS, Thing, draw_room, draw_thing, pick, random_thing
+from sources.toy_chat import article
 from toolbox import DIRECTIONS, LEARNT, LETTERS, NEW, ROUNDS, TESTS, write
 
 # ---------------------------------------------------------------------------------------------
@@ -334,11 +335,11 @@ def listening(test, album):
     target = album.thing()
     other = album.other([target.kind])
     pictures = [album.portrait(target), album.portrait(other)]
-    return pictures, [], {"phrases": [f"look , {a} !" for a in map(article, (target, other))]}
-
-
-def article(thing):
-    return f"an {thing.name}" if thing.name[0] in "aeiou" else f"a {thing.name}"
+    return (
+        pictures,
+        [],
+        {"phrases": [f"look , {article(thing.name)} !" for thing in (target, other)]},
+    )
 
 
 MAKE = {

@@ -11,7 +11,6 @@ many <image> in the human's words, anywhere, as there are pictures, which may be
 vocabulary, template and form of pictures from a model (.pt, or a folder) or from prepared data.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import config
 import huggingface
 from config import UserError, knob
 from data import Data
+from files import read_list
 from images import FITS, NORMS, RESAMPLING, ImageFormat
 from places import Places
 from sources import Talk, hold_out, read_talk, write_samples
@@ -55,13 +55,7 @@ def read_item(item, places, label, mend):
 
 def read_file(path, places, mend):
     """The Talks of a JSON file. mend: see sources.read_talk."""
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(items, list) or not items:
-        raise UserError(f"{path}: want a list of conversations")
-    talks = []
+    items, talks = read_list(path, "conversations"), []
     for i, item in enumerate(items):
         try:
             talks.append(read_item(item, places, f"{path}: item {i}: ", mend))

@@ -5,14 +5,16 @@ interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to 
     python data.py toy_v2
 
 Phase 1 learns from the single pictures, phase 2 from all three kinds, phase 3 from the tests' own
-training parts; two tests have none, as in the original. eval/NAME.json are
-the test parts, with pictures of their own. The pairs of colour and thing that the toy world holds
-out occur in no training picture and in no training word; subsets tell them apart.
+training parts. Two tests have none, as in the original; but phase 3 repeats some named pictures
+(--replay), which the original does not, so that naming is not forgotten. eval/NAME.json are the
+test parts, with pictures of their own. The pairs of colour and thing that the toy world holds out
+occur in no training picture and in no training word; subsets tell them apart.
 """
 
 import json
 import multiprocessing
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from PIL import Image
@@ -30,7 +32,6 @@ from sources._toy_items import (
     UNTRAINED,
     Album,
     Placed,
-    article,
     paint,
     path_out,
     plural,
@@ -39,6 +40,7 @@ from sources._toy_items import (
     stand,
 )
 from sources.toy import THINGS, Scene, pick, random_scene, utterance
+from sources.toy_chat import article
 from templates import TEMPLATES, chat_sample
 from tokenizer import Tokenizer, caption_sample
 from toolbox import SIDES, TESTS
@@ -163,7 +165,7 @@ def write_tests(settings, directory):
     trials = settings.questions / 200
     toy.draw_trials(toy.Config(size=settings.size, seed=settings.seed, trials=trials), directory)
     folder = directory / "eval" / "images"
-    number = iter(range(10**9))
+    number = count()
 
     def keep(frame, new_clip):
         name = f"{next(number):06d}.png"
@@ -198,7 +200,7 @@ def write_grammar(settings, directory):
         lines = []
         for _ in range(settings.questions):
             scene = random_scene(rng, THINGS, 2)
-            wrong = "a" if article(scene.things[0]).startswith("an ") else "an"
+            wrong = "a" if article(scene.things[0].name).startswith("an ") else "an"
             lines += [toy.fill_in(line.replace("{wrong}", wrong), scene) for line in pair]
         with writing(directory / "eval" / "grammar" / f"{name}.txt") as file:
             file.write("\n".join(lines).encode())

@@ -7,7 +7,7 @@ A film is any file that ffmpeg decodes; its transcript has its name and the endi
 (start, end, text) or .cha (CHILDES: the key child's own words are left out, unless --speakers says
 otherwise). Of each utterance come: a pair for each frame that is on the screen while it is said;
 where these are two or more, a clip; and of each stretch of `window` utterances, interleaved
-moments: the middle frame of each, and its words. Each frame is kept once.
+moments: the middle frame of each, and its words. Each frame is kept once a split.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from config import UserError, knob
 from images import FITS, RESAMPLING, ImageFormat, to_square
 from places import on_all_cores
 from sources import Sifted, hold_out
-from templates import TEMPLATES, chat_sample
+from templates import TEMPLATES, chat_sample, check_vocabulary
 from tokenizer import Tokenizer, caption_sample
 
 
@@ -116,7 +116,7 @@ def read_film(job):
     film, image_format, fps, path = job
     if path.exists():
         return ""
-    wanted, last, count = iter(film.wanted), -1, 0
+    wanted, count = iter(film.wanted), 0
     temporary = path.with_suffix(".tmp")
     number = next(wanted, None)
     try:
@@ -129,9 +129,9 @@ def read_film(job):
     except UserError as error:
         temporary.unlink(missing_ok=True)
         return str(error)
-    late = [one for one, numbers in zip(film.said, film.over) if numbers[-1] >= count]
     last = count / fps
-    if late and late[0].end > last + 1 / fps:
+    late = [one for one in film.said if one.end > last + 1 / fps]
+    if late:
         temporary.unlink(missing_ok=True)
         return (
             f"{film.transcript}:{late[0].line}: said until {late[0].end:g} s, but {film.path} ends "
@@ -186,8 +186,8 @@ def write_film(part, film, chosen, path, template, settings, clip):
             part.sample(*caption_sample(tokenizer, words), [image])
         if len(shown) > 1:
             spread = np.linspace(0, len(shown) - 1, min(settings.frames, len(shown)))
-            clip_of = [shown[i] for i in spread.round().astype(int)]
-            part.sample(*caption_sample(tokenizer, words, len(clip_of)), clip_of)
+            spaced = [shown[place] for place in spread.round().astype(int)]
+            part.sample(*caption_sample(tokenizer, words, len(spaced)), spaced)
     chosen = [i for i in chosen if over[i]]
     for stretch in stretches(chosen, settings.window):
         middles = [images[over[i][len(over[i]) // 2]] for i in stretch]
@@ -215,12 +215,13 @@ def prepare(settings, writer):
     if not parts["val"]:
         raise UserError(f"video: {len(items)} utterances; need 10 to hold some out")
     words = [all_films[k].said[i].words for k, i in parts["train"]]
+    tokenizer, template = Tokenizer.train(words, settings.vocab_size), TEMPLATES[settings.template]
+    check_vocabulary(tokenizer, template)
+    writer.refuse_another_source()
     image_format = ImageFormat(settings.size, settings.fit, settings.resample)
     folder = writer.directory / "reading"
     folder.mkdir(parents=True, exist_ok=True)
     paths = read_films(all_films, settings, image_format, folder)
-    tokenizer = Tokenizer.train(words, settings.vocab_size)
-    template = TEMPLATES[settings.template]
     writer.start(tokenizer, image_format, {"name": settings.template, "system": ""})
     for split, chosen in parts.items():
         part, clip = writer.split(split), -1

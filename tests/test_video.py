@@ -153,6 +153,8 @@ def spoil(folder, name):
         path.write_text(srt([(2, 1, "a")]))
     elif name == "past the film":
         path.write_text(srt([*SAID, (50, 51, "late")]))
+    elif name == "a little past, then far":
+        path.write_text(srt([*SAID, (21, 22.4, "nearly in"), (50, 51, "late")]))
     elif name == "empty film":
         (folder / "films" / "one.mkv").write_bytes(b"")
     elif name == "no film":
@@ -180,6 +182,7 @@ def spoil(folder, name):
         ("backwards", "one.srt:6: time runs backwards"),
         ("ends before it starts", "one.srt:2: it ends"),
         ("past the film", "one.srt:82: said until 51 s"),
+        ("a little past, then far", "one.srt:86: said until 51 s"),
         ("empty film", "one.mkv: no film that ffmpeg can show (it is empty)"),
         ("no film", "one.mkv: no film that ffmpeg can show"),
         ("sound alone", "one.mkv: no film that ffmpeg can show (it has sound or text alone)"),
