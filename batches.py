@@ -17,7 +17,9 @@ K targets.
 """
 
 import math
-from dataclasses import dataclass
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,18 +46,44 @@ class Batch:
     def to(self, device, image_format):
         """(tokens, targets, positions, images, arrangement) as tensors; frames become a tower's
         input."""
-        tokens, targets = (torch.as_tensor(x, device=device) for x in (self.tokens, self.targets))
-        positions, images = self.positions, self.images
-        if positions is not None:
-            positions = torch.as_tensor(positions, device=device)
-        if images is not None and images.dtype == np.uint8:
+        parts = (self.tokens, self.targets, self.positions, self.images)
+        tokens, targets, positions, images = (
+            None if part is None else torch.as_tensor(part).to(device, non_blocking=True)
+            for part in parts
+        )
+        if images is not None and images.dtype == torch.uint8:
             images = to_pixels(images, image_format, device)
-        elif images is not None:
-            images = torch.as_tensor(images, device=device)
         arrangement = self.arrangement
         if arrangement is not None:
             arrangement = tuple(torch.as_tensor(part, device=device) for part in arrangement)
         return tokens, targets, positions, images, arrangement
+
+
+def pinned(batch):
+    """The batch with its arrays as tensors in pinned memory: a GPU fetches these while it works."""
+    arrays = {name: part for name, part in vars(batch).items() if isinstance(part, np.ndarray)}
+    as_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).pin_memory()
+    return replace(batch, **{name: as_tensor(array) for name, array in arrays.items()})
+
+
+def made_ahead(make, steps, depth):
+    """Yield make(step) for each step, made by a thread while the model works on the one before;
+    `depth` of them lie ready. What is made follows from its step, not from depth or from time.
+
+    Close it, and the thread has ended."""
+    if not depth:
+        yield from map(make, steps)
+        return
+    thread, coming = ThreadPoolExecutor(1, "batches"), deque()
+    try:
+        for step in steps:
+            coming.append(thread.submit(make, step))
+            if len(coming) > depth:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def round_up(n, parts=8):

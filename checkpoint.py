@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 import vision
-from config import UserError
+from config import UserError, regular
 from files import writing
 from images import ImageFormat
 from model import GPT, BabyLLaVA, GPTConfig, Projector
@@ -40,6 +40,31 @@ from tokenizer import Tokenizer
 from tokenizer_json import parse
 
 FORMAT = 2
+# what unpickling says of a file that is damaged
+DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+)
+KINDS = {  # of what is in every checkpoint
+    "phase": str,
+    "step": int,
+    "done": bool,
+    "settings": dict,
+    "decided": dict,
+    "parents": dict,
+    "source": str,
+    "corpus": str,
+    "images": dict,
+    "parts": dict,
+    "weights": dict,
+}
 BACKENDS = ("attention", "norm")  # of a GPTConfig: the machine's choice, not the model's
 
 
@@ -180,7 +205,10 @@ def has_other_images(checkpoint, dataset):
 def save(path, checkpoint):
     """Write a checkpoint, whole or not at all."""
     with writing(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's words for what the disk said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,12 +220,12 @@ def read_torch(path, safe=()):
     may occur. Raises UserError for no file, a foreign one or one cut short."""
     try:
         with torch.serialization.safe_globals(list(safe)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(regular(path), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such checkpoint; python train.py configs/toy.py makes one"
         ) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from None
 
@@ -210,6 +238,9 @@ def read(path):
         raise UserError(f"{path}: of an earlier version (format 1, now {FORMAT}): train it again")
     if found != FORMAT:
         raise UserError(f"{path}: not a nanoBabyLLaVA checkpoint of format {FORMAT}")
+    for key, kind in KINDS.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise UserError(f"{path}: a damaged checkpoint: its {key} is no {kind.__name__}")
     return checkpoint
 
 

@@ -20,6 +20,7 @@ import difflib
 import inspect
 import math
 import operator
+import os
 import re
 import sys
 import typing
@@ -72,13 +73,22 @@ def literal(node):
     raise ValueError("not a literal")
 
 
+def regular(path):
+    """The path, where it is a file or nothing at all. Raises UserError for a folder, a pipe or a
+    device: to open a pipe that nobody writes to is to wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise UserError(f"{path}: {what}, and not a file")
+    return path
+
+
 def read_file(path):
     """[(name, value, "file:line")] of a config file."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(regular(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         raise UserError(f"{path}:{line}: not Python syntax") from None
     found = []

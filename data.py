@@ -28,11 +28,12 @@ import numpy as np
 
 import config
 from config import UserError
-from files import only_one, write_json, writing
+from files import locked, named, only_one, read_json, write_json, writing
 from images import ImageFormat, Picture
 from tokenizer_json import parse
 
 FORMAT = 2  # of data/<name>; readers refuse another
+DRAWN = ("toy", "toy_chat", "toy_v2")  # sources that need nothing but themselves
 # What a row of each bin is: type and shape. "token" is uint16, or uint32 for large vocabularies.
 BINS = {
     "text": ("token", ()),  # utterances, each closed by <eos>, end to end: phase 0
@@ -65,14 +66,16 @@ class Bin:
     def put(self, values):
         """Append rows."""
         content = np.ascontiguousarray(values, self.dtype).tobytes()
-        self.file.write(content)
+        with named(self.path):
+            self.file.write(content)
         self.sha256.update(content)
         self.rows += len(content) // self.row_bytes
 
     def close(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with named(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
 
 
 class SplitWriter:
@@ -176,7 +179,7 @@ class Writer:
         """Raise UserError where the folder holds what another source made: its eval/ and all."""
         path = self.directory / "meta.json"
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8")).get("source")
+            found = read_json(path).get("source")
             if found != self.source:
                 raise UserError(
                     f"{self.directory} was made by `data.py {found}`: give another --name, or "
@@ -261,6 +264,17 @@ def prepare(source, argv):
         if getattr(settings, "curate", ""):
             importlib.import_module("curate").sift(writer, settings)
         return directory, writer.finish()
+
+
+def draw_if_missing(directory):
+    """Draw a drawn world that is not there yet. Of several processes that want it the first draws,
+    and the others wait for its lock: on the file system, where nothing times out."""
+    source, meta = str(directory).removeprefix("data/"), Path(directory) / "meta.json"
+    if source in DRAWN and not meta.exists():
+        Path("data").mkdir(exist_ok=True)
+        with locked(f"data/.{source}.lock"):
+            if not meta.exists():
+                prepare(source, [])
 
 
 # ---------------------------------------------------------------------------------------------

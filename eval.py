@@ -15,7 +15,6 @@ A new test is an entry in TASKS: its columns, which of them name pictures, its r
 """
 
 import copy
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ import weights
 from batches import PairBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from data import Data
-from files import read_csv, read_log, write_json, writing
+from files import read_csv, read_json, read_log, read_text, write_json, writing
 from images import read_picture
 from places import Places
 from scores import accuracy
@@ -263,7 +262,7 @@ def zorro(directory, loaded, batch):
         raise UserError(f"{directory}: no .txt files of sentence pairs")
     paradigms = {}
     for path in tqdm(files, "zorro", unit="file"):
-        lines = [line.lower().strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.lower().strip() for line in read_text(path).splitlines()]
         lines = [line for line in lines if line]
         if len(lines) % 2 or not lines:
             raise UserError(f"{path}: {len(lines)} sentences are no pairs")
@@ -394,7 +393,7 @@ def main(argv):
     if settings.csv and TASKS[settings.task].published:
         tasks, files = {}, []  # with what this checkpoint scored on other files given by --csv
         for path in sorted(out.glob("results_*.json")):
-            other = json.loads(path.read_text(encoding="utf-8"))
+            other = read_json(path)
             alike = all(other.get(key) == results[key] for key in ("digest", "shuffled", "ties"))
             if alike and other.get("csv"):
                 tasks |= other["tasks"]

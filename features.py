@@ -4,7 +4,7 @@ What a frozen tower makes of each frame, computed once and mapped into memory ev
 A file in data/<name>/features/ is found by a key: a digest of the tower's weights and architecture,
 the layer, CLS, the normalisation, and the frames themselves. So several towers live side by side,
 and none is ever mistaken for another, nor are frames that were drawn anew.
-Letters: F frames, P image tokens an image, E vision width.
+Letters: F frames, P outputs of the tower an image, E vision width.
 """
 
 import hashlib
@@ -17,27 +17,28 @@ from tqdm import tqdm
 
 import vision
 from data import open_bin
-from files import locked
+from files import claimed, named, open_or_create
 from images import to_pixels
 
+BLOCK = 256  # frames, by which the work is shared and a kill can cost
 
-def fingerprint(tower, select_layer=-1, keep_cls=False, image_pool=1):
+
+def fingerprint(tower, select_layer=-1, keep_cls=False):
     """What tells the features of one tower from another's: weights, architecture (heads, registers
-    and the way of interpolating are in no weight), layer, pooling, whether CLS is among them."""
-    pooled = [image_pool] if image_pool > 1 else []
-    how = json.dumps([vision.describe(tower), select_layer, keep_cls, *pooled], sort_keys=True)
+    and the way of interpolating are in no weight), layer, whether CLS is among them."""
+    how = json.dumps([vision.describe(tower), select_layer, keep_cls], sort_keys=True)
     return hashlib.sha256((how + vision.weights_digest(tower.state_dict())).encode()).hexdigest()
 
 
 def find(dataset, split, model):
     """Where the features are, or will be, that `model` (a BabyLLaVA) makes of a split's frames."""
-    key = fingerprint(model.tower, model.select_layer, model.keep_cls, model.image_pool)
+    key = fingerprint(model.tower, model.select_layer, model.keep_cls)
     return dataset.features_path(split, key)
 
 
 def shape(dataset, split, model):
     """(F, P, E) of the features of a split."""
-    P = model.image_tokens(dataset.image_format.size)
+    P = model.tower.num_patches(dataset.image_format.size) + model.keep_cls
     return dataset.count(split, "frames"), P, model.tower.width
 
 
@@ -58,29 +59,47 @@ def extract(model, frames, image_format, device, batch=64):
 
 
 def store(dataset, split, model, device):
-    """The features (F, P, E) float16 of a split, computed where they are not there yet, going on
-    where a killed run stopped. If another process is computing the same ones, wait for it."""
+    """The features (F, P, E) float16 of a split, computed where they are not there yet."""
     path, whole = find(dataset, split, model), shape(dataset, split, model)
-    frames = dataset.open(split, "frames")
-    row_bytes = 2 * whole[1] * whole[2]
-    path.parent.mkdir(exist_ok=True)
-    with locked(path.with_suffix(".lock")):
-        if not path.exists():
-            compute(model, frames, dataset.image_format, device, path, row_bytes)
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        frames = dataset.open(split, "frames")
+        row_bytes = 2 * whole[1] * whole[2]
+        compute(model, frames, dataset.image_format, device, path, row_bytes)
     return open_bin(path, "float16", whole, "delete it")
 
 
 def compute(model, frames, image_format, device, path, row_bytes):
-    """Write the features of frames to a file, after those that are in its .partial."""
-    partial = path.with_suffix(".partial")
-    done = partial.stat().st_size // row_bytes if partial.exists() else 0
-    with open(partial, "r+b" if done else "wb") as file:
-        file.truncate(done * row_bytes)  # a row that was cut short is computed again
-        file.seek(0, os.SEEK_END)
-        with tqdm(total=len(frames), initial=done, desc="features", unit="frame") as bar:
-            for block in extract(model, frames[done:], image_format, device):
-                file.write(block.tobytes())
-                bar.update(len(block))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Write the features of frames to a file, a block of frames at a time.
+
+    All who want the same file share the work: the processes of a run, several runs, one that goes
+    on where another was killed. Of each block a byte of .done says that it is written, and that
+    byte's lock, which ends with its holder, that somebody is at it. So nobody waits for longer than
+    a block takes, and nobody in a collective, which would time out."""
+    partial, done = path.with_suffix(".partial"), path.with_suffix(".done")
+    blocks = range(0, len(frames), BLOCK)
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    bar = tqdm(total=len(blocks), desc="features", unit="block", disable=not is_first)
+    with named(partial), open_or_create(partial) as rows, open_or_create(done) as flags, bar:
+        rows.truncate(len(frames) * row_bytes)
+        flags.truncate(len(blocks) + 1)
+        is_done = lambda number: os.pread(flags.fileno(), 1, number) == b"\1"
+        for wait in (False, True):  # first what nobody is at; then what is still not done
+            for number, start in enumerate(blocks):
+                if is_done(number) or path.exists():
+                    continue
+                with claimed(flags, number, wait) as is_mine:
+                    if is_mine and not is_done(number):
+                        some = frames[start : start + BLOCK]
+                        rows.seek(start * row_bytes)
+                        for block in extract(model, some, image_format, device):
+                            rows.write(block.tobytes())
+                        rows.flush()
+                        os.fsync(rows.fileno())
+                        os.pwrite(flags.fileno(), b"\1", number)
+                bar.update(sum(map(is_done, range(len(blocks)))) - bar.n)
+        with claimed(flags, len(blocks), wait=True):
+            if not path.exists():
+                os.replace(partial, path)
+            for leftover in (partial, done):
+                leftover.unlink(missing_ok=True)

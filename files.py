@@ -6,15 +6,31 @@ import csv
 import io
 import json
 import os
+import platform
+import re
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from config import UserError
+from config import UserError, regular
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+HOST = re.sub(r"[^\w-]", "-", platform.node())  # which of the machines that share a disk
+
+
+@contextmanager
+def named(path):
+    """Say which file, where the system complains of one that is open: of a full disk, say."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 @contextmanager
@@ -22,9 +38,9 @@ def writing(path):
     """A binary file that appears at `path` whole or not at all, also when the power fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,13 +55,30 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1).encode("utf-8"))
 
 
+def read_text(path):
+    """The text in a file in UTF-8. Raises OSError, and UserError with the line where it is not."""
+    content = Path(regular(path)).read_bytes()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}:{line}: not in UTF-8 ({error.reason}): convert it, for example with iconv"
+        ) from None
+
+
+def read_json(path):
+    """What a JSON file holds. Raises OSError, UserError."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+
+
 def read_list(path, of):
     """The list in a JSON file, of at least one. of: what it is a list of, to say where there is
     none. Raises UserError."""
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    items = read_json(path)
     if not isinstance(items, list) or not items:
         raise UserError(f"{path}: want a list of {of}")
     return items
@@ -64,7 +97,7 @@ def read_csv(path, columns):
 
     Raises OSError for a missing file, UserError for a missing column, an empty cell in `columns`,
     or no rows."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with open(regular(path), newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
             header = reader.fieldnames or []
@@ -100,6 +133,49 @@ def locked(path, wait=True):
         yield
 
 
+def open_or_create(path):
+    """A file to read and write anywhere in it, by several processes at a time."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+
+
+@contextmanager
+def claimed(file, number, wait):
+    """Hold the lock of one byte of a file, which ends with the process however it ends; yields
+    whether it is held. With `wait`, only once it is. (No locks on Windows: all claim all.)"""
+    if fcntl is None:
+        yield True
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
+    except (BlockingIOError, PermissionError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, number)
+
+
+def remove_leftovers(folder):
+    """Remove what writing() left in a folder when a run was killed: files of processes that are no
+    more, and on a disk that machines share other machines' of yesterday."""
+    for path in folder.rglob("*.*.*.tmp"):
+        host, process = path.name.split(".")[-3:-1]
+        is_old = time.time() - path.stat().st_mtime > 24 * 3600
+        if process.isdigit() and (is_old if host != HOST else not is_running(int(process))):
+            path.unlink(missing_ok=True)
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def only_one(folder, doing):
     """Be the only process that is `doing` this in a folder, else raise UserError."""
@@ -111,6 +187,7 @@ def only_one(folder, doing):
         except BlockingIOError:
             message = f"{folder}: another run is {doing} here; wait for it, or choose another"
             raise UserError(message + " folder") from None
+        remove_leftovers(folder)
         yield
 
 
@@ -129,7 +206,7 @@ def read_log(path):
 
 def append_log(path, entry):
     """Add an entry, a dict, to a log.jsonl."""
-    with open(path, "a", encoding="utf-8") as file:
+    with named(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 

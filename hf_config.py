@@ -7,6 +7,7 @@ import json
 import re
 from itertools import pairwise
 
+import files
 import vision
 from config import UserError
 from convnets import ConvNeXt
@@ -82,11 +83,9 @@ def read_json(path, default=None):
     if default is not None and not path.exists():
         return default
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not an object")
     return content
@@ -285,7 +284,7 @@ def find_template(folder, kind):
     for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json"):
         written += json.dumps(read_json(folder / name, {}).get("chat_template", ""))
     if (folder / "chat_template.jinja").exists():
-        written += (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        written += files.read_text(folder / "chat_template.jinja")
     signs = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml", "[INST]": "mistral"}
     for sign, template in (signs | {"ASSISTANT": "v1"}).items():
         if sign in written:

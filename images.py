@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 import tiles
-from config import UserError
+from config import UserError, regular
 from places import ZipEntry, on_all_cores, read_entry
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every DINO release's
@@ -25,6 +25,7 @@ NORMS = {  # mean and deviation of the pixels that a tower was trained on
     "clip": (CLIP_MEAN, CLIP_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # SigLIP's
 }
+Image.MAX_IMAGE_PIXELS = None  # check_size() decides, before anything is unpacked
 FITS = ("squash", "pad", "crop", "centre")
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -76,25 +77,42 @@ class Picture:
 # Reading it
 
 
-def open_picture(location):
-    """A picture file or ZipEntry as an upright RGB PIL image.
+def check_size(name, width, height):
+    """Refuse a picture that would take more memory than pictures do: what makes it square may
+    make a square of its longer side, or a strip as long as its sides differ."""
+    longer, shorter = max(width, height), min(width, height)
+    if longer > 1 << 14 or width * height > 10**8 or longer > 200 * shorter:
+        raise UserError(
+            f"{name}: {width} x {height} pixels: want at most 16,384 a side, a hundred million "
+            "in all, and no side over 200 times the other"
+        )
 
-    16-bit, grey, palette and CMYK all become RGB, and transparency white. Raises UserError when
+
+def load_picture(location):
+    """A picture file or ZipEntry as an upright PIL image, of whatever mode. Raises UserError when
     there is no whole picture to read."""
     name = location.name if isinstance(location, ZipEntry) else location
     try:
         in_zip = isinstance(location, ZipEntry)
-        with Image.open(io.BytesIO(read_entry(location)) if in_zip else location) as image:
+        source = io.BytesIO(read_entry(location)) if in_zip else regular(location)
+        with Image.open(source) as image:
+            check_size(name, *image.size)
             image.load()
-            image = ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(image)
     except (FileNotFoundError, NotADirectoryError):  # the latter: a name within a zip
         raise UserError(f"{name}: no such image") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{name}: not a picture that Pillow can read") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: cannot be read whole ({error})") from None
+
+
+def open_picture(location):
+    """A picture file or ZipEntry as an upright RGB PIL image: 16-bit, grey, palette and CMYK all
+    become RGB, and transparency white. Raises UserError."""
+    image = load_picture(location)
     if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip at 255, not scale
-        high_byte = np.asarray(image, np.int64) >> 8
+        high_byte = np.asarray(image, np.int32) >> 8
         image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -178,5 +196,7 @@ def normalise(pixels, image_format):
 def to_pixels(frames, image_format, device="cpu"):
     """Frames (N, S, S, 3) uint8 -> a tower's input (N, 3, S, S): the one way in, in training,
     feature extraction and sampling alike."""
-    frames = torch.as_tensor(np.array(frames), device=device)
+    if not isinstance(frames, torch.Tensor):
+        frames = torch.as_tensor(np.array(frames))
+    frames = frames.to(device)
     return normalise(frames.permute(0, 3, 1, 2) / 255, image_format)

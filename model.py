@@ -7,8 +7,7 @@ what the projector makes of the tower's features, and the words after them atten
     <image> x P   look , a red ball ! <eos>        loss on the words and <eos> only
 
 Parameter names follow Hugging Face's Llama (q, k, v and gate, up are each stacked into one), so
-that such a checkpoint maps 1:1. No file, no argv, no print in here. A new block, another attention
-or another projector is a change in this file alone.
+that such a checkpoint maps 1:1. A new block, attention or projector is a change in this file alone.
 Letters: B batch, T sequence length, C model width, H heads, D head width, V vocabulary, N images,
 P image tokens an image, E vision width, S image side in pixels, K targets.
 """
@@ -352,24 +351,27 @@ class BabyLLaVA(nn.Module):
         return self.tower.num_patches(size) // self.image_pool**2 + self.keep_cls
 
     def encode_images(self, pixels):
-        """What the tower makes of pixels (N, 3, S, S): (N, P, E), CLS first if it is kept."""
-        features = self.tower(pixels, self.select_layer)
-        if self.image_pool > 1:
-            patches = features[:, 1:].transpose(1, 2)  # (N, E, patches)
-            side = int(patches.shape[2] ** 0.5)
-            means = F.avg_pool2d(patches.unflatten(2, (side, side)), self.image_pool)
-            features = torch.cat([features[:, :1], means.flatten(2).transpose(1, 2)], 1)
-        return features[:, 0 if self.keep_cls else 1 :]
+        """What the tower makes of pixels (N, 3, S, S): (N, patches, E), CLS first if it is kept."""
+        return self.tower(pixels, self.select_layer)[:, 0 if self.keep_cls else 1 :]
+
+    def pool(self, projected):
+        """Means of image_pool x image_pool patches, (N, patches, C) -> (N, P, C); CLS stays."""
+        cls, patches = projected.tensor_split([int(self.keep_cls)], dim=1)
+        side = math.isqrt(patches.shape[1])
+        means = F.avg_pool2d(patches.mT.unflatten(2, (side, side)), self.image_pool)
+        return torch.cat([cls, means.flatten(2).mT], 1)
 
     def project(self, images, arrangement=None):
         """The embeddings (M, C) that the placeholders get, one after the other.
 
-        images: pixels (N, 3, S, S), features (N, P, E), or what this method made of them. Without
-        an arrangement M = N * P, all in order; else (index (M, k), weight (M, k)) of tiles.py."""
+        images: pixels (N, 3, S, S), features (N, patches, E), or what this method made of them.
+        Without an arrangement M = N * P, all in order; else (index (M, k), weight (M, k)) of
+        tiles.py. Pooled last, as LLaVA-NeXT's videos: what the projector finds outlives a mean."""
         if images.ndim == 2:
             return images
         features = self.encode_images(images) if images.ndim == 4 else images
-        projected = self.projector(features.to(self.gpt.embed_tokens.weight.dtype)).flatten(0, 1)
+        projected = self.projector(features.to(self.gpt.embed_tokens.weight.dtype))
+        projected = (self.pool(projected) if self.image_pool > 1 else projected).flatten(0, 1)
         if arrangement is None:
             return projected
         index, weight = arrangement

@@ -9,6 +9,8 @@ with eyes and words is put together from.
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -76,6 +78,39 @@ class Processes:
             dist.barrier()
 
 
+@dataclass
+class Run:
+    """A phase that is set up: all that the loop needs."""
+
+    settings: object  # train.Config
+    name: str
+    dataset: object  # data.Data
+    processes: Processes
+    parents: dict
+    decided: dict  # {knob: value} that later phases inherit
+    raw_model: torch.nn.Module  # to save and evaluate; `model` is the same under compile and DDP
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    train_batches: object
+    val_batches: object
+    start: int
+    steps: int
+    batch: int
+    skipped: int = 0  # steps whose gradient was not finite
+
+    @property
+    def path(self):
+        return Path(self.settings.out) / f"{self.name}.pt"
+
+    @property
+    def learning(self):
+        return [p for p in self.raw_model.parameters() if p.requires_grad]
+
+    def autocast(self):
+        dtype = compute_dtype(self.settings, self.processes.device)
+        return torch.autocast(self.processes.device.type, dtype, enabled=dtype != torch.float32)
+
+
 def find_processes(settings):
     """This process among torchrun's, or the only one there is."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -86,8 +121,15 @@ def find_processes(settings):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=settings.patience))
     return Processes(rank, world, device)
+
+
+def is_about_others(error):
+    """Whether an error of a collective says that another process is gone or silent."""
+    signs = ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -325,23 +367,41 @@ def check_backends(settings, model, device):
 
 
 # ---------------------------------------------------------------------------------------------
-# Saving a run, a train.Run
+# Checking a run, and saving it
 
 
-def check_finite(tensors, run, step):
+def check_steps(run, taken):
+    """Whether any of the steps taken, (step, rows, loss, norm of the gradient), was skipped because
+    its loss or gradient is not finite. Raises UserError where it was not, or one too many was."""
+    if not taken:
+        return False
+    finite = torch.stack([loss + norm for _, _, loss, norm in taken]).isfinite().tolist()
+    bad = [(step, rows) for (step, rows, _, _), good in zip(taken, finite) if not good]
+    for step, rows in bad:
+        run.skipped += 1
+        if run.skipped > run.settings.skip_bad_steps:
+            some = ", ".join(map(str, rows[:8].tolist())) + (" ..." if len(rows) > 8 else "")
+            held = f"{run.path} holds the last good step" if run.path.exists() else "none was saved"
+            raise UserError(
+                f"{run.name} step {step}: the loss or the gradient of rows {some} is not finite; "
+                f"{held}; lower {run.name}_lr, mend the data, or give --skip_bad_steps"
+            )
+        log = Path(run.settings.out) / "log.jsonl"
+        run.processes.record(log, phase=run.name, step=step, skipped=rows.tolist())
+    return bool(bad)
+
+
+def check_weights(run, step):
     """A run that has gone to NaN stops before it is saved over a good one."""
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise UserError(
-            f"{run.name} step {step}: the loss or a weight is not finite; lower {run.name}_lr. "
-            f"{run.path} holds the last good step, if any"
-        )
+    if not all(bool(parameter.isfinite().all()) for parameter in run.learning):
+        raise UserError(f"{run.name} step {step}: a weight is not finite; lower {run.name}_lr")
 
 
 def save(run, step):
     """Write the checkpoint of a run; see checkpoint.py for what is in it."""
     if not run.processes.is_first:
         return
-    check_finite(run.learning, run, step)
+    check_weights(run, step)
     is_dino, model = isinstance(run.raw_model, DINO), run.raw_model
     if is_dino:
         model = BabyLLaVA(None, tower=run.raw_model.teacher["backbone"])

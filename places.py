@@ -13,9 +13,9 @@ import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 
-import numpy as np
+from config import UserError, regular
 
-from config import UserError
+MOST_BYTES = 1 << 28  # of a picture in a zip
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class ZipEntry:
     archive: str
     name: str
     offset: int
-    length: int
+    length: int  # packed
+    size: int  # unpacked
     method: int
     crc: int
 
@@ -46,7 +47,7 @@ class Places:
     @staticmethod
     def read_zip(path):
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(regular(path)) as archive:
                 infos = archive.infolist()
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: neither a folder nor a whole zip ({error})") from None
@@ -56,6 +57,7 @@ class Places:
                 info.filename,
                 info.header_offset,
                 info.compress_size,
+                info.file_size,
                 info.compress_type,
                 info.CRC,
             )
@@ -103,17 +105,21 @@ class Places:
 
 
 def read_entry(entry):
-    """The bytes of a picture in a zip. Raises UserError when they are damaged."""
+    """The bytes of a picture in a zip. Raises UserError when they are damaged, or as many as no
+    picture has: a few kilobytes may unpack to more than there is memory."""
+    if max(entry.size, entry.length) > MOST_BYTES:
+        raise UserError(f"{entry.name}: {entry.size:,} bytes in {entry.archive}: no picture")
     with open(entry.archive, "rb") as file:
         file.seek(entry.offset + 26)  # the local header: 30 bytes, of which the last are lengths
-        name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+        lengths = file.read(4)  # of the name, and of what else stands before the content
+        name_length, extra_length = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
         file.seek(name_length + extra_length, os.SEEK_CUR)
         content = file.read(entry.length)
     if entry.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{entry.name}: packed in a way not read here; zip it stored or deflated")
     try:
         if entry.method == zipfile.ZIP_DEFLATED:
-            content = zlib.decompress(content, -15)
+            content = zlib.decompressobj(-15).decompress(content, entry.size + 1)
     except zlib.error as error:
         raise UserError(f"{entry.name}: {error}") from None
     if zlib.crc32(content) != entry.crc:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import UserError, regular
 from files import writing
 
 TYPES = {
@@ -35,7 +35,7 @@ class TensorFile:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            with open(path, "rb") as file:
+            with open(regular(path), "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             size = 8 + int.from_bytes(self.map[:8], "little")
             header = json.loads(self.map[8:size])

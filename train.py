@@ -14,7 +14,9 @@ A new phase, or another set of parts that learn, is a row of PHASES below.
 import copy
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +29,11 @@ import eval as evaluation
 import parents as start
 import phases
 import watch
-from batches import ClipBatches, PairBatches, SampleBatches, TextBatches
+from batches import ClipBatches, PairBatches, SampleBatches, TextBatches, made_ahead, pinned
 from config import UserError, knob
 from files import only_one, trim_log
 from model import BabyLLaVA
-from phases import Phase, Processes
+from phases import Phase
 
 
 @dataclass
@@ -103,28 +105,19 @@ class Config(config.Knobs):
     compile: str = knob("", choices=("", "on", "off"))  # torch.compile; empty: on for cuda
     attention: str = knob("auto", choices=("auto", "triton", "sdpa", "reference"))  # see kernels.py
     norm: str = knob("auto", choices=("auto", "triton", "torch", "reference"))  # see kernels.py
+    batches_ahead: int = knob(2, low=0, high=1000)  # made by a thread; 0: none, each when needed
+    patience: float = knob(10.0, low=0.01, high=1e6)  # minutes that processes wait for each other
     # how often, in steps
     log_every: int = knob(10, low=1)  # a line in log.jsonl
     eval_every: int = knob(500, low=1)  # validation loss, or the tower's probes
     eval_batches: int = knob(20, low=1)  # of the validation set, always the same samples
     save_every: int = knob(250, low=1)  # what an interruption can cost at most
+    skip_bad_steps: int = knob(0, low=0)  # so many whose gradient is not finite; then it stops
     evaluate: bool = True  # after phase all: run eval.py on the last checkpoint
 
 
 # ---------------------------------------------------------------------------------------------
 # The phases
-
-
-def watch_tower(run):
-    return watch.probe(run.raw_model.teacher["backbone"], run.dataset)
-
-
-def watch_loss(run):
-    limit = run.settings.eval_batches * run.batch
-    rank, world = run.processes.rank, run.processes.world
-    image_format = run.dataset.image_format
-    loss = watch.val_loss(run.raw_model, run.val_batches, image_format, limit, rank, world)
-    return {"val_loss": loss}
 
 
 PHASES = {
@@ -133,7 +126,7 @@ PHASES = {
         batches=ClipBatches,
         splits=("train",),
         make=phases.new_dino,
-        watch=watch_tower,
+        watch=watch.tower,
         inherited=(
             "patch",
             "vision_width",
@@ -150,7 +143,7 @@ PHASES = {
         batches=TextBatches,
         splits=("train", "val"),
         make=phases.new_gpt,
-        watch=watch_loss,
+        watch=watch.loss,
         inherited=(
             "n_layer",
             "n_head",
@@ -167,7 +160,7 @@ PHASES = {
         batches=PairBatches,
         splits=("train", "val"),
         make=phases.new_projector,
-        watch=watch_loss,
+        watch=watch.loss,
         starts_from=("vision", "phase0"),
         inherited=(
             "select_layer",
@@ -184,7 +177,7 @@ PHASES = {
         batches=SampleBatches,
         splits=("train", "val"),
         make=phases.from_phase_before,
-        watch=watch_loss,
+        watch=watch.loss,
         starts_from=("phase1",),
         knobs=("dropout", "phase2_learn", *phases.LATER_KNOBS),
     ),
@@ -194,7 +187,7 @@ PHASES = {
         batches=SampleBatches,
         splits=("chat_train", "chat_val"),
         make=phases.from_phase_before,
-        watch=watch_loss,
+        watch=watch.loss,
         starts_from=("phase2",),
         knobs=("dropout", "phase3_learn", *phases.LATER_KNOBS),
     ),
@@ -225,38 +218,6 @@ def choose_phases(settings, dataset):
 
 # ---------------------------------------------------------------------------------------------
 # Setting a phase up
-
-
-@dataclass
-class Run:
-    """A phase that is set up: all that the loop needs."""
-
-    settings: Config
-    name: str
-    dataset: data.Data
-    processes: Processes
-    parents: dict
-    decided: dict  # {knob: value} that later phases inherit
-    raw_model: torch.nn.Module  # to save and evaluate; `model` is the same under compile and DDP
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None
-    train_batches: object
-    val_batches: object
-    start: int
-    steps: int
-    batch: int
-
-    @property
-    def path(self):
-        return Path(self.settings.out) / f"{self.name}.pt"
-
-    @property
-    def learning(self):
-        return [p for p in self.raw_model.parameters() if p.requires_grad]
-
-    def autocast(self):
-        dtype = phases.compute_dtype(self.settings, self.processes.device)
-        return torch.autocast(self.processes.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def set_up(settings, name, dataset, processes):
@@ -296,7 +257,7 @@ def set_up(settings, name, dataset, processes):
     ]
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
-    return Run(
+    return phases.Run(
         settings=settings,
         name=name,
         dataset=dataset,
@@ -326,24 +287,27 @@ def learning_rate(step, steps, warmup):
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(steps - warm, 1))
 
 
-def micro_batches(run, step):
-    """This process's share of a step's batch, in grad_accum pieces."""
+def make_batches(run, step):
+    """(rows of the whole batch, tokens a row, this process's share of it in grad_accum pieces)."""
     rows, length = run.train_batches.plan(step)
     size = len(rows) // (run.processes.world * run.settings.grad_accum)
     first = run.processes.rank * size * run.settings.grad_accum
     starts = range(first, first + size * run.settings.grad_accum, size)
-    return [run.train_batches.read(rows[i : i + size], length, i) for i in starts]
+    pieces = [run.train_batches.read(rows[i : i + size], length, i) for i in starts]
+    if run.processes.device.type == "cuda":
+        pieces = [pinned(piece) for piece in pieces]
+    return rows, length, pieces
 
 
-def take_step(run, step):
-    """Forward, backward, update. Returns the loss, mean over all targets of the whole batch."""
+def take_step(run, step, batches):
+    """Forward, backward, update. Returns the loss, mean over all targets of the whole batch, and
+    the norm of the gradient."""
     world, settings = run.processes.world, run.settings
     for group in run.optimizer.param_groups:
         group["lr"] = group["highest_lr"] * learning_rate(step, run.steps, settings.warmup)
     # All randomness of a step follows from its number, so a resumed run repeats none of it.
     # Dropout draws other masks on each rank, so results differ by rank where it is on.
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + run.processes.rank)
-    batches = micro_batches(run, step)
     total = torch.tensor(float(sum(batch.count for batch in batches)), device=run.processes.device)
     if world > 1:
         dist.all_reduce(total)
@@ -358,46 +322,58 @@ def take_step(run, step):
         loss = loss * (batch.count / total) * world
         loss.backward()
         loss_sum += loss.detach() / world
-    torch.nn.utils.clip_grad_norm_(run.learning, settings.grad_clip)
-    run.optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(run.learning, settings.grad_clip)
+    if not settings.skip_bad_steps or norm.isfinite():  # the same on all ranks
+        run.optimizer.step()
+        run.raw_model.after_step(step / run.steps)
     run.optimizer.zero_grad(set_to_none=True)
-    run.raw_model.after_step(step / run.steps)
-    return loss_sum
+    return loss_sum, norm
+
+
+def watch_and_save(run, step):
+    """What is due between two steps: to look how it learns, to save."""
+    settings, is_last = run.settings, step == run.steps
+    if step % settings.eval_every == 0 or is_last:
+        with run.autocast():
+            metrics = PHASES[run.name].watch(run)
+        log = Path(settings.out) / "log.jsonl"
+        run.processes.record(log, phase=run.name, step=step, **metrics)
+        values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        values = values or "no eval/probe.csv to probe the tower with"
+        run.processes.print(f"{run.name} step {step}: {values}")
+    if is_last or (step > run.start and step % settings.save_every == 0):
+        phases.save(run, step)
 
 
 def loop(run):
-    """Train from run.start to run.steps. It goes round once more than there are steps, so that the
-    last evaluation and save are no second copy."""
+    """Train from run.start to run.steps."""
     settings, processes, log = run.settings, run.processes, Path(run.settings.out) / "log.jsonl"
     progress = tqdm(total=run.steps, initial=run.start, desc=run.name, disable=processes.rank > 0)
-    clock, units = time.perf_counter(), 0  # since when, and how much was seen since
-    for step in range(run.start, run.steps + 1):
-        is_last = step == run.steps
-        if step % settings.eval_every == 0 or is_last:
-            with run.autocast():
-                metrics = PHASES[run.name].watch(run)
-            processes.record(log, phase=run.name, step=step, **metrics)
-            values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            values = values or "no eval/probe.csv to probe the tower with"
-            processes.print(f"{run.name} step {step}: {values}")
-            clock, units = time.perf_counter(), 0
-        if is_last or (step > run.start and step % settings.save_every == 0):
-            phases.save(run, step)
-        if is_last:
-            break
-        loss = take_step(run, step)
-        progress.update()
-        rows, length = run.train_batches.plan(step)  # tokens of images and of padding count too
-        units += len(rows) * (length if PHASES[run.name].unit == "tokens/s" else 1)
-        if step % settings.log_every == 0:
-            if processes.world > 1:
+    steps, unit = range(run.start, run.steps), PHASES[run.name].unit
+    coming = made_ahead(partial(make_batches, run), steps, settings.batches_ahead)
+    clock, units, taken = time.perf_counter(), 0, []  # units: what was seen since the clock's time
+    with closing(coming), progress:
+        for step, (rows, length, batches) in zip(steps, coming):
+            began = time.perf_counter()
+            watch_and_save(run, step)
+            clock += time.perf_counter() - began
+            loss, norm = take_step(run, step, batches)
+            progress.update()
+            units += len(rows) * (length if unit == "tokens/s" else 1)  # padding counts too
+            taken.append((step, rows, loss, norm))
+            is_due = step % settings.log_every == 0
+            if is_due and processes.world > 1:
                 dist.all_reduce(loss)
-            phases.check_finite([loss], run, step)
-            speed = {PHASES[run.name].unit: round(units / (time.perf_counter() - clock))}
-            progress.set_postfix(loss=f"{float(loss):.3f}", **speed)
-            entry = {"loss": round(float(loss), 5), "lr": run.optimizer.param_groups[0]["lr"]}
-            processes.record(log, phase=run.name, step=step, **entry, **speed)
-    progress.close()
+            if is_due or settings.skip_bad_steps:
+                skipped = phases.check_steps(run, taken)
+                taken.clear()
+            if is_due and not skipped:
+                speed = {unit: round(units / (time.perf_counter() - clock))}
+                progress.set_postfix(loss=f"{float(loss):.3f}", **speed)
+                entry = {"loss": round(float(loss), 5), "lr": run.optimizer.param_groups[0]["lr"]}
+                processes.record(log, phase=run.name, step=step, **entry, **speed)
+    phases.check_steps(run, taken)
+    watch_and_save(run, run.steps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -438,11 +414,7 @@ def load_settings(argv):
 
 def train(settings, processes):
     """All phases that are asked for, and the tests after the last."""
-    source = settings.data.removeprefix("data/")
-    is_there = (Path(settings.data) / "meta.json").exists()
-    if processes.is_first and source in ("toy", "toy_chat", "toy_v2") and not is_there:
-        data.prepare(source, [])
-    processes.wait()
+    data.draw_if_missing(settings.data)
     dataset = data.Data(settings.data)
     names = choose_phases(settings, dataset)
     if not names:
@@ -473,6 +445,13 @@ def main(argv):
                 train(settings, processes)
         else:
             train(settings, processes)
+    except RuntimeError as error:
+        if processes.world == 1 or not phases.is_about_others(error):
+            raise
+        raise UserError(
+            f"rank {processes.rank} stops: another process ended, or did not answer within "
+            f"{settings.patience:g} minutes (--patience); what it said is the reason"
+        ) from None
     finally:
         if processes.world > 1:
             dist.destroy_process_group()

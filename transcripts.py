@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from config import UserError, regular
 from files import read_csv
 
 
@@ -39,7 +39,7 @@ def seconds(text, where):
 
 def read_lines(path):
     """The lines of a text in UTF-8, or UTF-16 where it says so. Raises UserError."""
-    content = Path(path).read_bytes()
+    content = Path(regular(path)).read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return content.decode(encoding).splitlines()

@@ -61,3 +61,18 @@ def probe(tower, dataset):
         labels = np.unique([row[name] for row in rows], return_inverse=True)[1]
         accuracies[name] = linear_probe(outputs, torch.tensor(labels), len(rows) * 3 // 4)
     return accuracies
+
+
+# ---------------------------------------------------------------------------------------------
+# What a phase's row in train.py names: {measure: value} of a phases.Run, for the log
+
+
+def tower(run):
+    return probe(run.raw_model.teacher["backbone"], run.dataset)
+
+
+def loss(run):
+    limit, image_format = run.settings.eval_batches * run.batch, run.dataset.image_format
+    rank, world = run.processes.rank, run.processes.world
+    mean = val_loss(run.raw_model, run.val_batches, image_format, limit, rank, world)
+    return {"val_loss": mean}

@@ -6,7 +6,6 @@ Other people's weights, in and out: where they are opened, whatever form they ar
     python weights.py export out/toy/phase2.pt DIR        # a folder that transformers opens
 """
 
-import json
 from pathlib import Path
 
 import checkpoint
@@ -14,6 +13,7 @@ import config
 import export
 import huggingface
 from config import UserError
+from files import read_json
 from towers import DoesNotFit, read_file, tower_of
 
 
@@ -57,7 +57,7 @@ def main(argv):
         raise UserError("want: python weights.py export CHECKPOINT.pt DIR")
     source, folder = Path(argv[1]), argv[2]
     loaded, results = checkpoint.load(source), source.parent / "results.json"
-    scores = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+    scores = read_json(results) if results.exists() else None
     if scores and scores["digest"] != loaded.checkpoint["digest"]:
         scores = None  # of another checkpoint
     export.export(loaded, folder, scores)

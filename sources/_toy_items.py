@@ -225,7 +225,7 @@ def localization(test, album):
         picture = album.paint(placed, some_room(album.rng), some_light(album.rng))
         return picture, [(thing.kind, LETTERS[q]) for thing, q in zip(things, quarters)]
 
-    picture, asked = album.take("quarters", draw, 2 * album.scenes)
+    picture, asked = album.take("quarters", draw, 4 * album.scenes)
     kind, letter = pick(album.rng, asked) if album.most else asked[0]
     return one(test, [picture], letter, kind)
 
@@ -361,10 +361,14 @@ MAKE = {
 UNTRAINED = ("subitizing", "looking_while_listening")  # these have no tuning data
 # Of long dialogues, easy tests and those of our own, one in so many: to train on, to test by
 FEWER_TO_TRAIN = {
-    "delayed_response": 3,
-    "left_right_fair": 2,
-    "memory": 4,
-    "memory_fair": 8,
-    "more_synthetic": 2,
+    "localization": 2,
+    "left_right": 4,
+    "left_right_fair": 4,
+    "delayed_response": 6,
+    "delayed_response_open": 3,
+    "memory": 6,
+    "memory_fair": 12,
+    "more_synthetic": 4,
+    "more_natural": 2,
 }
 FEWER_TO_TEST = {"memory": 5, "memory_fair": 5}

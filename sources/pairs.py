@@ -12,10 +12,9 @@ file that are said over a validation picture are left out of training.
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from config import UserError, knob
-from files import read_csv
+from files import read_csv, read_text
 from images import FITS, RESAMPLING, ImageFormat
 from places import Places
 from sources import Captioned, Sifted, hold_out, keep_out, make_tokenizer, write_samples
@@ -37,10 +36,7 @@ class Config(Sifted):
 
 def read_lines(path):
     """The lines of a text file that are not blank."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8 ({error})") from None
+    lines = read_text(path).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 

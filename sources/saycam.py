@@ -13,7 +13,6 @@ by --train, --val, --test instead of --annotations. Without validation files eve
 the training files is held out.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError, knob
+from files import read_json
 from images import FITS, RESAMPLING, ImageFormat
 from places import Places
 from sources import (
@@ -98,10 +98,7 @@ def read_item(item, mend):
 
 def read_annotations(path, mend):
     """The Utterances of a JSON file; those without words are passed over."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    content = read_json(path)
     items = content.get("data") if isinstance(content, dict) else content
     utterances = []
     for i, item in enumerate(items if isinstance(items, list) else [None]):

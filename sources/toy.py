@@ -23,9 +23,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import config
-from config import UserError, knob
+from config import UserError, knob, regular
 from files import write_csv
-from images import ImageFormat
+from images import ImageFormat, load_picture
 from tokenizer import Tokenizer, caption_sample
 
 
@@ -471,25 +471,23 @@ def load_kinds(directory):
     """THINGS, or {name: RGBA image} from a directory of transparent PNGs.
 
     The name is the first sentence of the .txt beside the PNG ("A green apple." -> "green apple"),
-    else the file's. Passed over: pictures with no transparency, and names of over three words."""
+    else the file's. Passed over: pictures with no transparency, names of over three words or with
+    other signs than words have."""
     if not directory:
         return THINGS
     sprites = {}
     for path in sorted(Path(directory).rglob("*.png")):
         text, title = path.with_suffix(".txt"), re.sub("[_-]", " ", path.stem)
         if text.exists():
-            title = text.read_text(encoding="utf-8", errors="replace")
+            title = regular(text).read_text(encoding="utf-8", errors="replace")
         words = re.split(r"[.!?(\n]", title.lower())[0].split()
         if words[:1] in (["a"], ["an"], ["the"]):
             words = words[1:]
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGBA")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
+        image = load_picture(path).convert("RGBA")
         alpha = image.getchannel("A")
         has_transparency = alpha.getbbox() and alpha.getextrema()[0] == 0
-        if has_transparency and 0 < len(words) <= 3:
+        is_name = 0 < len(words) <= 3 and all(re.fullmatch(r"[\w'-]+", word) for word in words)
+        if has_transparency and is_name:
             image = image.crop(alpha.getbbox())
             image.thumbnail((160, 160))
             sprites.setdefault(" ".join(words), image)

@@ -56,8 +56,8 @@ class Config(config.Knobs):
     clips: int = knob(1500, low=10, high=10**8)  # in which something happens
     moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
-    items: int = knob(8000, low=10, high=10**8)  # to train on, of each test; of some fewer
-    replay: int = knob(8000, low=0, high=10**8)  # single pictures and utterances among these
+    items: int = knob(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
+    replay: int = knob(6000, low=0, high=10**8)  # single pictures and utterances among these
     questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
 
 
@@ -71,6 +71,27 @@ EVENTS = {
     "joins": ["{the} goes on {the2} .", "now {the} is on {the2} ."],
 }
 CLOTHS = ((90, 90, 110), (150, 110, 90), (100, 130, 110))
+
+
+# A word to say after. A test quotes what it asks for, and a word in quotes is another token than
+# the same word after a space: one that was never heard would mean nothing.
+SAY = ["say '{thing}' !", "can you say '{thing}' ?", "'{thing}' , yes , a '{thing}' ."]
+
+
+def talk(scene, rng):
+    """What is said over a scene; over one thing every fourth time a word to say after."""
+    if len(scene.things) == 1 and rng.randint(4) == 0:
+        return toy.fill_in(pick(rng, SAY), scene, rng)
+    return utterance(scene, rng)
+
+
+def speech(settings, split):
+    """toy.py's utterances, and as many words to say after as talk() would."""
+    rng = np.random.RandomState([settings.seed, toy.SPLITS[split][0], 8])
+    for line in toy.speech(settings, split, THINGS):
+        yield line
+        if rng.randint(8) == 0:
+            yield toy.fill_in(pick(rng, SAY), random_scene(rng, THINGS, 1), rng)
 
 
 def happen(rng, size, frames=5):
@@ -104,7 +125,7 @@ def moments(rng, size):
     """4 to 8 (frame, utterance) of one afternoon: what was there stays, something new comes."""
     scene, told = random_scene(rng, THINGS), []
     for _ in range(rng.randint(4, 9)):
-        told.append((toy.film(scene, rng, size, THINGS), utterance(scene, rng)))
+        told.append((toy.film(scene, rng, size, THINGS), talk(scene, rng)))
         if rng.randint(2):
             scene = random_scene(rng, THINGS)
     return told
@@ -133,7 +154,7 @@ def write_heard(part, settings, rng, one_in):
         for number in range(2):  # filmed twice, and twice something is said
             image = keep(toy.film(scene, rng, settings.size, THINGS), number == 0)
             for _ in range(2):
-                part.sample(*caption_sample(tokenizer, utterance(scene, rng)), [image])
+                part.sample(*caption_sample(tokenizer, talk(scene, rng)), [image])
     for _ in tqdm(range(settings.clips // one_in), f"{part.name} clips", unit="clip"):
         frames, words = happen(rng, settings.size)
         images = [keep(frame, i == 0) for i, frame in enumerate(frames)]
@@ -146,7 +167,7 @@ def write_heard(part, settings, rng, one_in):
 
 def write_tuning(part, settings, rng, one_in):
     """The training parts of the tests."""
-    most = max(2, 20 // one_in), max(2, settings.items // 4 // one_in)
+    most = max(2, 20 // one_in), max(2, settings.items // 12 // one_in)
     album = Album(Clips(part), rng, settings.size, most=most)
     tests = [name for name in TESTS if name not in UNTRAINED]
     for test in tqdm(tests, f"{part.name} tests", unit="test"):
@@ -156,7 +177,7 @@ def write_tuning(part, settings, rng, one_in):
             part.sample(*sample, pictures)
     for _ in range(settings.replay // one_in):  # naming, so that it is not forgotten
         thing = album.thing()
-        words = utterance(Scene(0, (thing,)), rng)
+        words = talk(Scene(0, (thing,)), rng)
         part.sample(*caption_sample(part.writer.tokenizer, words), [album.portrait(thing)])
 
 
@@ -228,8 +249,7 @@ def prompts():
 
 def prepare(settings, writer):
     """Film the toy world in all its forms."""
-    speech = [*toy.speech(settings, "train", THINGS)]
-    words = [*speech, *(line for line in prompts() for _ in range(40))]
+    words = [*speech(settings, "train"), *(line for line in prompts() for _ in range(40))]
     tokenizer = Tokenizer.train(words, settings.vocab_size)
     writer.start(tokenizer, ImageFormat(settings.size), {"name": "bare", "system": ""})
     tests = multiprocessing.Process(target=write_tests, args=(settings, writer.directory))
@@ -237,7 +257,7 @@ def prepare(settings, writer):
     for split, (number, one_in) in toy.SPLITS.items():
         rngs = [np.random.RandomState([settings.seed, number, 10 + k]) for k in range(2)]
         part = writer.split(split)
-        part.text(toy.speech(settings, split, THINGS))
+        part.text(speech(settings, split))
         write_heard(part, settings, rngs[0], one_in)
         write_tuning(writer.split(f"chat_{split}"), settings, rngs[1], one_in)
     tests.join()

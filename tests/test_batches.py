@@ -252,32 +252,30 @@ def test_towers_that_differ_in_anything_have_files_of_their_own(own_copy):
 
 
 def test_features_go_on_where_they_stopped(own_copy, monkeypatch):
+    """Stopped within the third of six blocks: two are not computed again, and all bytes are the
+    same as if nothing had happened."""
     dataset, model = own_copy
+    monkeypatch.setattr(features, "BLOCK", 4)
     features.store(dataset, "train", model, "cpu")
     path = features.find(dataset, "train", model)
     whole = path.read_bytes()
     path.unlink()
     extract, asked = features.extract, []
 
-    def broken(model, frames, *rest):
+    def counted(model, frames, *rest):
         asked.append(len(frames))
-        yield next(extract(model, frames[:10], *rest))
-        raise KeyboardInterrupt
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return extract(model, frames, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(features, "extract", broken)
+    monkeypatch.setattr(features, "extract", counted)
+    with pytest.raises(KeyboardInterrupt):
         features.store(dataset, "train", model, "cpu")
-    with open(path.with_suffix(".partial"), "ab") as file:
-        file.write(b"\x01\x02\x03")  # a row cut short by the power failing
-    monkeypatch.setattr(
-        features, "extract", lambda m, f, *rest: asked.append(len(f)) or extract(m, f, *rest)
-    )
-    features.store(dataset, "train", model, "cpu")
-    assert asked == [24, 14]
-    a, b = (np.frombuffer(content, np.float16) for content in (whole, path.read_bytes()))
-    assert np.abs(a - b).max() < 1e-2  # other batches round otherwise
-    features.store(dataset, "train", model, "cpu")
-    assert asked == [24, 14]  # once is enough
+    assert not path.exists()
+    for _ in range(2):  # the second time there is nothing to do
+        features.store(dataset, "train", model, "cpu")
+        assert asked == [4] * 7 and path.read_bytes() == whole
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_partial_features_of_another_world_are_not_gone_on_with(own_copy, monkeypatch, tmp_path):
@@ -298,16 +296,30 @@ def test_partial_features_of_another_world_are_not_gone_on_with(own_copy, monkey
     assert np.abs(stored[:10]).sum() > 0
 
 
-def test_two_processes_at_once_make_one_file(own_copy):
+def test_processes_share_the_work_and_make_one_file(own_copy):
+    """Three at once, of which one is killed at its first block: the others do that one too."""
     dataset, model = own_copy
     code = (
-        "import sys, checkpoint, data, features\n"
-        "model = checkpoint.load(sys.argv[1]).model\n"
+        "import os, sys, time, checkpoint, data, features\n"
+        "model, extract = checkpoint.load(sys.argv[1]).model, features.extract\n"
+        "def slow(*arguments):\n"
+        "    print('block', flush=True)\n"
+        "    time.sleep(60 if sys.argv[3] == 'hangs' else 0.2)\n"
+        "    yield from extract(*arguments)\n"
+        "features.extract, features.BLOCK = slow, 2\n"
         "features.store(data.Data(sys.argv[2]), 'train', model, 'cpu')"
     )
     where = [str(Path("out/full/phase2.pt").resolve()), str(dataset.directory)]
-    runs = [subprocess.Popen([sys.executable, "-c", code, *where], cwd=ROOT) for _ in range(3)]
-    assert [run.wait() for run in runs] == [0, 0, 0]
+    start = lambda how: subprocess.Popen(
+        [sys.executable, "-c", code, *where, how], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    hung = start("hangs")
+    assert hung.stdout.readline() == "block\n"  # it has claimed one
+    runs = [start("works") for _ in range(2)]
+    assert runs[0].stdout.readline() == "block\n"
+    hung.kill()
+    blocks = [1 + runs[0].communicate()[0].count("block"), runs[1].communicate()[0].count("block")]
+    assert [run.returncode for run in runs] == [0, 0] and sum(blocks) == 12 and min(blocks) > 0
     stored, frames = features.open_stored(dataset, "train", model), dataset.open("train", "frames")
     live = next(features.extract(model, frames, dataset.image_format, "cpu"))
     assert np.abs(stored - live).max() < 1e-2

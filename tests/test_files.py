@@ -1,12 +1,14 @@
 """Files that are whole or not there, CSVs, logs, locks."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, one_line
 
-from config import UserError
+import files
+from config import UserError, regular
 from files import only_one, read_csv, read_log, trim_log, write_csv, writing
 
 
@@ -16,6 +18,66 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half")
         1 / 0  # noqa: B018
     assert (tmp_path / "x").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    code = "import os, sys; sys.path.insert(0, sys.argv[1]); import files\n"
+    code += "with files.writing('x') as file: os._exit(9)"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, check=False)
+    others = tmp_path / "x.another-machine.1.tmp"
+    others.write_bytes(b"")
+    mine = tmp_path / f"y.{files.HOST}.{os.getpid()}.tmp"
+    mine.write_bytes(b"")
+    assert len(list(tmp_path.iterdir())) == 4
+    with only_one(tmp_path, "testing"):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", others.name, mine.name}
+    os.utime(others, (0, 0))
+    with only_one(tmp_path, "testing"):
+        assert not others.exists() and mine.exists()
+
+
+def test_the_system_says_which_file_it_cannot_write(tmp_path):
+    """A disk that is full, or a file that may not grow: the line says which."""
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import checkpoint, config, files, torch\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "write = {'json': lambda: files.write_json('a.json', 'x' * 20_000),\n"
+        "  'pt': lambda: checkpoint.save('a.pt', {'x': torch.zeros(9999)}),\n"
+        "  'log': lambda: files.append_log('a.log', {'x': 'y' * 20_000})}\n"
+        "config.run(lambda argv: write[argv[1]]())"
+    )
+    for kind in ("json", "pt", "log"):
+        (tmp_path / f"a.{kind}").write_bytes(b"old")
+        command = [sys.executable, "-c", code, str(ROOT), kind]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert f"a.{kind}" in done.stderr and "File too large" in done.stderr
+        assert (tmp_path / f"a.{kind}").read_bytes()[:3] == b"old"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("read", [files.read_text, files.read_json, regular])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: a pipe or a device, and not a file"):
+        read(tmp_path / "pipe")
+    with pytest.raises(UserError, match="a folder"):
+        read(tmp_path)
+
+
+def test_what_is_no_json_is_one_clear_line(tmp_path):
+    for content, message in (
+        (b"{", "not JSON"),
+        (b"[" * 99999, "not JSON"),
+        (b"\n\xff", ":2: not in"),
+    ):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(UserError, match=message) as error:
+            files.read_json(tmp_path / "x.json")
+        assert one_line(error)
 
 
 def test_a_table_comes_back_with_its_line_numbers(tmp_path):

@@ -1,6 +1,9 @@
 """Finding pictures, reading every kind of them, making them square."""
 
+import os
+import tracemalloc
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,7 +95,11 @@ def test_pixels_are_normalised_and_nothing_else():
         (lambda p: None, "no such image"),
         (lambda p: p.write_text("hello"), "not a picture"),
         (lambda p: p.write_bytes(b""), "not a picture"),
-        (lambda p: p.mkdir(), "cannot be read"),
+        (lambda p: p.mkdir(), "a folder"),
+        (lambda p: os.mkfifo(p), "a pipe"),  # to open it would be to wait for ever
+        (lambda p: picture(p, size=(20_000, 30)), "20000 x 30 pixels"),
+        (lambda p: picture(p, size=(3, 1000)), "3 x 1000 pixels"),
+        (lambda p: picture(p, size=(10_001, 10_000)), "10001 x 10000 pixels"),
     ],
 )
 def test_a_bad_picture_is_one_clear_line(tmp_path, make, message):
@@ -174,6 +181,22 @@ def test_a_flipped_bit_inside_a_zip_is_noticed(tmp_path):
     (tmp_path / "z.zip").write_bytes(content)
     with pytest.raises(UserError, match="damaged in"):
         read_image(Places([tmp_path / "z.zip"]).find("x.jpg"), SMALL)
+
+
+def test_what_no_picture_is_stays_packed(tmp_path, monkeypatch):
+    """A zip bomb, by what its index says and by what it says wrongly."""
+    with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("large.png", bytes(300 << 20))
+        archive.writestr("lies.png", bytes(100 << 20))
+    place = Places([tmp_path / "z.zip"])
+    tracemalloc.start()
+    with pytest.raises(UserError, match="314,572,800 bytes in .*z.zip: no picture"):
+        read_image(place.find("large.png"), SMALL)
+    lies = replace(place.find("lies.png"), size=1000)
+    with pytest.raises(UserError, match="damaged in .*z.zip"):
+        read_image(lies, SMALL)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
 
 
 def test_all_are_read_in_order_and_failures_are_lines(tmp_path):

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, furthest, make_corpus, one_line, same, shell, weights
@@ -23,6 +27,7 @@ import phases
 import sample
 import train
 import vision
+from batches import made_ahead
 from config import UserError
 from files import read_log
 
@@ -542,6 +547,107 @@ def test_a_mistake_of_ours_keeps_its_traceback(recipe, home, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(home):
     with pytest.raises(UserError, match="lower phase0_lr"):
         run("--phase=0", "--tower=language", "--phase0_lr=1e30", "--phase0_steps=40", out="out/nan")
+
+
+@pytest.fixture
+def spoilt(recipe, home):
+    """A copy of the corpus in which the features of one frame are infinite; the samples that show
+    it."""
+    shutil.rmtree("data/spoilt", ignore_errors=True)
+    shutil.copytree("data/tiny", "data/spoilt")
+    dataset = data.Data("data/spoilt")
+    model = checkpoint.load("out/full/phase2.pt").model
+    stored = np.memmap(
+        features.find(dataset, "train", model),
+        "float16",
+        "r+",
+        shape=features.shape(dataset, "train", model),
+    )
+    stored[5] = np.inf
+    stored.flush()
+    samples, shown = dataset.open("train", "samples"), dataset.open("train", "shown")
+    return {row for row, sample in enumerate(samples.tolist()) if shown[sample[2]] == 5}
+
+
+def test_a_step_that_is_not_finite_is_named_with_its_samples(spoilt, recipe):
+    folder = begin(recipe, "inf", "vision", "phase0")
+    flags = ["--data=data/spoilt", "--phase=1", "--phase1_steps=12", "--eval_every=100"]
+    with pytest.raises(UserError, match=r"phase1 step \d+: the loss or .* rows [\d, ]+") as error:
+        run(*flags, "--save_every=100", out="out/inf")
+    assert one_line(error) and "none was saved" in str(error.value)
+    named = {
+        int(row) for row in re.search("rows ([\\d, ]+)", str(error.value)).group(1).split(", ")
+    }
+    assert spoilt & named and not (folder / "phase1.pt").exists()
+
+
+def test_bad_steps_are_skipped_and_logged_as_often_as_allowed(spoilt, recipe):
+    folder = begin(recipe, "skip", "vision", "phase0")
+    flags = ["--data=data/spoilt", "--phase=1", "--phase1_steps=12", "--eval_every=100"]
+    run(*flags, "--skip_bad_steps=100", out="out/skip")
+    entries = [e for e in read_log(folder / "log.jsonl") if "loss" in e or "skipped" in e]
+    skipped = [entry for entry in entries if "skipped" in entry]
+    assert [entry["step"] for entry in entries] == list(range(12))
+    assert len(skipped) > 1 and all(spoilt & set(entry["skipped"]) for entry in skipped)
+    assert all(w.isfinite().all() for w in weights(folder / "phase1.pt").values())
+    for allowed in (len(skipped) - 1, len(skipped)):
+        (folder / "phase1.pt").unlink()
+        if allowed < len(skipped):
+            with pytest.raises(UserError, match="not finite"):
+                run(*flags, f"--skip_bad_steps={allowed}", out="out/skip")
+        else:
+            run(*flags, f"--skip_bad_steps={allowed}", out="out/skip")
+
+
+@pytest.mark.parametrize("phase, flags", [("vision", ["--tower=vision"]), ("phase2", [])])
+def test_nothing_but_its_settings_decides_what_a_run_learns(recipe, home, phase, flags):
+    """Not how many batches lie ready, how often it is watched, saved or logged."""
+    found = []
+    for how in (["--batches_ahead=0"], ["--batches_ahead=7", "--eval_every=1", "--log_every=3"]):
+        folder = begin(recipe, "ahead", "vision", "phase0", "phase1")
+        (folder / f"{phase}.pt").unlink(missing_ok=True)
+        number = "0" if phase == "vision" else "2"
+        run("--phase", number, *flags, *how, "--save_every=1", out="out/ahead")
+        found.append(weights(folder / f"{phase}.pt"))
+    assert same(*found)
+
+
+def test_batches_are_made_ahead_in_order_and_the_thread_ends():
+    made, threads = [], threading.active_count()
+    coming = made_ahead(lambda step: made.append(step) or step * step, range(9), 3)
+    assert next(coming) == 0
+    while len(made) < 4:  # three lie ready, and no more are made
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert made == [0, 1, 2, 3] and list(coming) == [n * n for n in range(1, 9)]
+    coming = made_ahead(lambda step: 1 // (2 - step), range(9), 3)
+    with pytest.raises(ZeroDivisionError):  # where the batch is asked for
+        [*coming]
+    coming = made_ahead(lambda step: step, iter(range(10**9)), 3)
+    next(coming)
+    coming.close()
+    assert threading.active_count() == threads
+
+
+def test_ctrl_c_ends_a_run_at_once_and_it_goes_on(recipe, home):
+    folder = begin(recipe, "stopped", "vision", "phase0", "phase1")
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--data=data/tiny",
+        "--out=out/stopped",
+        *SMALL,
+    ]
+    command += ["--phase=2", "--phase2_steps=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(read_log(folder / "log.jsonl")) < 20:
+        time.sleep(0.05)
+    began = time.time()
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and said.splitlines()[-1] == "interrupted"
+    assert time.time() - began < 10 and "Traceback" not in said
+    assert checkpoint.read(folder / "phase2.pt")["step"] > 0
 
 
 def test_a_given_tower_is_used_as_it_is(recipe, home):
