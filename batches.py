@@ -113,6 +113,17 @@ class Order:
         return chosen
 
 
+def damaged(path):
+    return UserError(f"{path}: damaged, its numbers point past what there is: prepare it again")
+
+
+def check_tokens(stream, tokenizer, path):
+    """Raise UserError where a token is none of the vocabulary's."""
+    if stream.max(initial=0) >= tokenizer.vocab_size:
+        raise damaged(path)
+    return stream
+
+
 def some_rows(n, limit):
     """All of 0 .. n - 1, or `limit` of them chosen once for all, in order."""
     if not limit or limit >= n:
@@ -126,7 +137,8 @@ class TextBatches:
     BIN = "text"
 
     def __init__(self, dataset, split, batch, seed, model=None, features=None):
-        self.text = dataset.open(split, "text")
+        self.text, self.tokenizer = dataset.open(split, "text"), dataset.tokenizer
+        self.path = dataset.path(split, "text")
         self.T = min(model.gpt.config.block_size, len(self.text) - 1)
         if self.T < 1:
             raise UserError(f"{dataset.path(split, 'text')}: {len(self.text)} tokens are too few")
@@ -144,6 +156,7 @@ class TextBatches:
     def read(self, rows, length, first=0):
         begins = rows * length
         stream = np.stack([self.text[b : b + length + 1] for b in begins]).astype(np.int64)
+        check_tokens(stream, self.tokenizer, self.path)
         return Batch(stream[:, :-1], stream[:, 1:].reshape(-1), None, None, len(rows) * length)
 
 
@@ -162,11 +175,14 @@ class SampleBatches:
             of_one = self.samples[:, 3] == 1
             self.samples = self.samples[of_one] if of_one.any() else self.samples
         self.learn, self.tokenizer = dataset.open(split, "learn"), dataset.tokenizer
+        self.path = dataset.path(split, "tokens")
         self.batch, self.seed, self.rows = batch, seed, len(self.samples)
         self.features, self.shown = features, None
         if dataset.count(split, "shown"):
             self.shown, self.images = (dataset.open(split, kind) for kind in ("shown", "images"))
             self.frames = dataset.open(split, "frames")
+        self.check_pointers(dataset, split)
+        if self.shown is not None:
             self.count_image_tokens(model, dataset.image_format)
         self.block_size = model.gpt.config.block_size
         longest = int(max(self.lengths(part).max() for part in self.parts()))
@@ -188,6 +204,22 @@ class SampleBatches:
         if self.tiled:
             self.image_tokens = count_tokens(self.images[:, 1:], self.side, self.max_tiles)
         self.totals = np.append(0, self.image_tokens[self.shown].cumsum())
+
+    def check_pointers(self, dataset, split):
+        """Raise UserError where a row of a bin points past the end of another: a damaged disk, or
+        bins of two preparations."""
+        tokens, shown = len(self.tokens), dataset.count(split, "shown")
+        for rows in self.parts():
+            first, count, first_shown, images = self.samples[rows].astype(np.float64).T
+            points_past = (first + count > tokens) | (first_shown + images > shown)
+            if points_past.any() or not count.all():
+                raise damaged(dataset.path(split, "samples"))
+        if self.shown is not None:
+            if self.shown.max() >= len(self.images):
+                raise damaged(dataset.path(split, "shown"))
+            images = self.images[:].astype(np.float64)
+            if (images[:, 0] + images[:, 1] * images[:, 2] >= len(self.frames)).any():
+                raise damaged(dataset.path(split, "images"))
 
     def parts(self, size=1 << 16):
         return (np.arange(i, min(i + size, self.rows)) for i in range(0, self.rows, size))
@@ -252,12 +284,15 @@ class SampleBatches:
             tokens = slice(first_token, first_token + n_tokens)
             ids = self.tokens[tokens]
             repeats = np.ones(len(ids), np.int64)
+            if (ids == self.tokenizer.image).sum() != n_images:
+                raise damaged(self.path)
             if n_images:  # each <image> becomes as many placeholders as it has tokens
                 shown.append(self.shown[first_shown : first_shown + n_images])
                 repeats[ids == self.tokenizer.image] = self.image_tokens[shown[-1]]
             end = int(repeats.sum())
             stream[i, :end] = np.repeat(ids, repeats)
             learn[i, :end] = np.repeat(self.learn[tokens], repeats)
+        check_tokens(stream, self.tokenizer, self.path)
         positions = np.flatnonzero(learn[:, 1:])
         targets = stream[:, 1:].reshape(-1)[positions]
         padding = round_up(max(len(positions), 1), parts=4) - len(positions)

@@ -249,3 +249,8 @@ def run(main):
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except (MemoryError, RuntimeError) as error:  # the latter: torch's words for it
+        words = "" if isinstance(error, MemoryError) else str(error)
+        if words and "allocate memory" not in words and "out of memory" not in words:
+            raise
+        sys.exit("error: out of memory: take a smaller batch, a smaller model or smaller pictures")

@@ -227,8 +227,8 @@ def run_task(task, path, images, loaded, settings):
     if None in locations:
         missing = names[locations.index(None)]
         raise UserError(
-            f"{' and '.join(places.paths)}: no {missing}, which {task} asks for; --images takes "
-            "several folders or zips"
+            f"{' and '.join(places.paths)}: no {missing}, which {task} asks for in "
+            f"{path}; --images takes several folders or zips"
         )
     subject = Subject(loaded, rows, names, locations, settings)
     results = {"all": test.rule(rows, subject, settings.ties)}

@@ -1,5 +1,6 @@
 """Batches: a pure function of (seed, step), each sample once a pass, targets where they belong."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus
+from conftest import ROOT, make_corpus, one_line
 
 import checkpoint
 import features
@@ -202,6 +203,37 @@ def test_the_other_frame_is_of_the_same_clip(world):
         assert np.array_equal(a, stored[card]) and np.array_equal(b, stored[card ^ 1])  # two a clip
     half = found.read(rows[12:], start, first=12)
     assert np.array_equal(half.others, pairs.others[12:])
+
+
+@pytest.mark.parametrize(
+    "kind, place, value",
+    [
+        ("text", 3, 65535),  # no token of this vocabulary
+        ("tokens", 3, 65535),
+        ("tokens", 0, "image"),  # an <image> more than the sample has
+        ("samples", (2, 0), 10**9),  # points past the tokens
+        ("samples", (2, 1), 0),
+        ("samples", (2, 2), 2**63),
+        ("shown", 2, 10**6),
+        ("images", (2, 0), 10**6),
+        ("images", (2, slice(1, 3)), 100),
+    ],
+)
+def test_a_damaged_bin_is_one_clear_line(recipe, home, tmp_path, kind, place, value):
+    shutil.copytree("data/tiny", tmp_path / "d")
+    dataset = Data(tmp_path / "d")
+    model = checkpoint.load("out/full/phase2.pt").model
+    found = dataset.open("train", kind)
+    whole = np.memmap(dataset.path("train", kind), found.dtype, "r+", shape=found.shape)
+    if value == "image":
+        place, value = int(dataset.open("train", "samples")[0, 0]) + 2, dataset.tokenizer.image
+    whole[place] = value
+    whole.flush()
+    with pytest.raises(UserError, match=f"train_{kind}.bin: damaged") as error:
+        batches = (TextBatches if kind == "text" else SampleBatches)(dataset, "train", 8, 1, model)
+        for step in range(2 * batches.rows // 8):
+            batches.read(*batches.plan(step))
+    assert one_line(error)
 
 
 # ---- features
