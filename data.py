@@ -28,7 +28,7 @@ import numpy as np
 
 import config
 from config import UserError
-from files import locked, named, only_one, read_json, write_json, writing
+from files import locked, named, only_one, read_json, read_text, write_json, writing
 from images import ImageFormat, Picture
 from tokenizer_json import parse
 
@@ -295,21 +295,28 @@ class Data:
             half = any(self.directory.glob("*.partial")) or any(self.directory.glob("*.bin"))
             why = f"{self.directory} is half prepared" if half else f"no {path}"
             raise UserError(f"{why}: run `python data.py {source} ...` first")
-        self.meta = json.loads(path.read_text(encoding="utf-8"))
-        if self.meta["format"] != FORMAT:
-            command = f"python data.py {self.meta['source']} --name {name}"
+        self.meta = read_json(path)
+        version = self.meta.get("format") if isinstance(self.meta, dict) else None
+        if version != FORMAT:
             raise UserError(
-                f"{self.directory}: format {self.meta['format']}, this version reads "
-                f"{FORMAT}: remake it with `{command} ...`"
+                f"{self.directory}: format {version}, this version reads {FORMAT}: remake it with "
+                f"`python data.py {source} ...`"
             )
-        ranks = (self.directory / "tokenizer.tiktoken").read_text()
-        self.tokenizer = parse(ranks, self.meta["tokenizer"])
+        try:
+            check_meta(self.meta)
+            self.image_format = ImageFormat.parse(self.meta["images"])
+            self.tokenizer = parse(
+                read_text(self.directory / "tokenizer.tiktoken"), self.meta["tokenizer"]
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: damaged, or tokenizer.tiktoken beside it ({error!r}): prepare it again"
+            ) from None
         if self.tokenizer.digest() != self.meta["tokenizer_digest"]:
             raise UserError(
                 f"{self.directory}: its tokenizer is not the one that made its bins: "
                 f"remake it with `python data.py {self.meta['source']} --name {name}`"
             )
-        self.image_format = ImageFormat.parse(self.meta["images"])
 
     def count(self, split, kind):
         """Rows of a bin; 0 where there is none."""
@@ -335,6 +342,23 @@ class Data:
         frames = self.meta["splits"][split]["frames_digest"]
         how = hashlib.sha256(f"{self.image_format} {fingerprint}".encode()).hexdigest()
         return self.directory / "features" / f"{frames[:16]}_{how[:24]}.bin"
+
+
+def check_meta(meta):
+    """Raise KeyError, TypeError or ValueError where meta.json is not as Writer.finish left it."""
+    for key in ("source", "corpus", "tokenizer", "tokenizer_digest"):
+        if not isinstance(meta[key], str):
+            raise TypeError(key)
+    for number in (meta["vocab_size"], meta["images"]["size"]):
+        if type(number) is not int or not 0 < number < 1 << 31:
+            raise ValueError(number)
+    for split, counts in meta["splits"].items():
+        for kind in (*BINS, "characters"):
+            count = counts.get(kind, 0)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{split} {kind} {count}")
+        if counts.get("frames") and not isinstance(counts["frames_digest"], str):
+            raise TypeError("frames_digest")
 
 
 def open_bin(path, dtype, shape, remedy="prepare its folder again"):

@@ -364,7 +364,8 @@ def loop(run):
             is_due = step % settings.log_every == 0
             if is_due and processes.world > 1:
                 dist.all_reduce(loss)
-            if is_due or settings.skip_bad_steps:
+            saves_next = (step + 1) % settings.save_every == 0
+            if is_due or saves_next or settings.skip_bad_steps:
                 skipped = phases.check_steps(run, taken)
                 taken.clear()
             if is_due and not skipped:

@@ -362,7 +362,7 @@ UNTRAINED = ("subitizing", "looking_while_listening")  # these have no tuning da
 # Of long dialogues, easy tests and those of our own, one in so many: to train on, to test by
 FEWER_TO_TRAIN = {
     "localization": 2,
-    "left_right": 4,
+    "left_right": 2,
     "left_right_fair": 4,
     "delayed_response": 6,
     "delayed_response_open": 3,

@@ -86,12 +86,17 @@ def talk(scene, rng):
 
 
 def speech(settings, split):
-    """toy.py's utterances, and as many words to say after as talk() would."""
+    """toy.py's utterances, words to say after, and now and then what the tests will say, without
+    pictures and with any answer: tokens that phase 0 never meets end as one and the same vector,
+    pushed away from all that is said, and A would look like B for thousands of steps."""
     rng = np.random.RandomState([settings.seed, toy.SPLITS[split][0], 8])
     for line in toy.speech(settings, split, THINGS):
         yield line
         if rng.randint(8) == 0:
             yield toy.fill_in(pick(rng, SAY), random_scene(rng, THINGS, 1), rng)
+        if rng.randint(8) == 0:
+            test = pick(rng, [test for test in TESTS.values() if test.answers])
+            yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {pick(rng, test.answers)}"
 
 
 def happen(rng, size, frames=5):
@@ -237,12 +242,17 @@ def as_item(name, pictures, turns, subset):
     return {"id": name, "image": pictures, "conversations": said, "subset": subset}
 
 
+def fill_prompt(test, kind):
+    """A prompt of a test, without its pictures."""
+    word = plural(kind) if "many" in test.prompt or "more" in test.prompt else kind
+    return test.prompt.replace("{}", word).replace("#", " ")
+
+
 def prompts():
     """All that the tests say, for the vocabulary to learn from."""
     for test in TESTS.values():
         for kind in THINGS:
-            word = plural(kind) if "many" in test.prompt or "more" in test.prompt else kind
-            yield test.prompt.replace("{}", word).replace("#", " ")
+            yield fill_prompt(test, kind)
     for number in range(1, 13):
         yield f"{number}"
 

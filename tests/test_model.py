@@ -251,6 +251,26 @@ def test_features_and_frames_give_the_same_words():
     assert model.image_tokens(16) == features.shape[1] == 4
 
 
+@pytest.mark.parametrize("keep_cls", [False, True])
+def test_pooling_is_the_mean_of_what_the_projector_makes_of_neighbours(keep_cls):
+    model = tiny({"image_pool": 2, "keep_cls": keep_cls})
+    model.tower = ViT(32, 8, 12, 2, 2).eval()
+    features = torch.randn(3, 16 + keep_cls, 12)
+    with torch.no_grad():
+        found = model.project(features).view(3, -1, 32)
+        assert model.image_tokens(32) == found.shape[1] == 4 + keep_cls
+        for n in range(3):
+            rows = [model.projector(row) for row in features[n]]
+            cls, patches = rows[: int(keep_cls)], rows[int(keep_cls) :]
+            for y in range(2):
+                for x in range(2):
+                    corner = 8 * y + 2 * x
+                    four = [patches[corner + i] for i in (0, 1, 4, 5)]
+                    mean = sum(four) / 4
+                    assert (found[n, keep_cls + 2 * y + x] - mean).abs().max() < 1e-5
+            assert not keep_cls or (found[n, 0] - cls[0]).abs().max() < 1e-5
+
+
 def test_one_batch_is_learnt_by_heart():
     model, (tokens, features) = tiny(), with_image()
     targets = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,9 +28,12 @@ import phases
 import sample
 import train
 import vision
-from batches import made_ahead
+from batches import SampleBatches, made_ahead
 from config import UserError
 from files import read_log
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import processes  # noqa: E402
 
 LEARNING_TOWER = ["--phase2_learn", "projector", "gpt", "tower=5e-4"]
 
@@ -278,6 +282,47 @@ def test_two_processes_train_the_model_of_one(recipe, home):
     frozen = weights(home / "out/two/frozen.pt")
     assert furthest(frozen, weights(recipe / "phase2.pt")) < 2e-4
     assert furthest(weights(home / "out/two/phase2.pt"), weights(folder / "phase2.pt")) < 1e-3
+
+
+@pytest.mark.parametrize("ranks, pieces", [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2)])
+def test_every_sample_is_seen_once_a_pass_however_many_share_it(recipe, home, ranks, pieces):
+    """And from step 5 on by another number of processes, as after a resume."""
+    dataset = data.Data("data/tiny")
+    model = checkpoint.load("out/full/phase2.pt").model
+    batches = SampleBatches(dataset, "train", 8, 1, model)
+    batches.read = lambda rows, length, first: list(rows)
+    seen, steps = [], batches.rows // 8 * batches.WINDOW  # whole windows of it, and whole passes
+    for step in range(steps):
+        sharing = 1 if step >= 5 else ranks
+        for rank in range(sharing):
+            run = SimpleNamespace(
+                train_batches=batches,
+                processes=phases.Processes(rank, sharing, torch.device("cpu")),
+                settings=SimpleNamespace(grad_accum=pieces),
+            )
+            rows, _, pieces_of = train.make_batches(run, step)
+            assert len(rows) == 8 and len(pieces_of) == pieces
+            seen += [int(row) for piece in pieces_of for row in piece]
+    times = np.bincount(seen, minlength=batches.rows)
+    assert times.min() >= steps * 8 // batches.rows - 1 and times.max() - times.min() <= 1
+
+
+def test_a_process_that_dies_ends_the_others_and_its_job(recipe, home):
+    """Within a minute, and the one that is left says why it stops; the job then goes on."""
+    folder = begin(recipe, "orphan", "vision", "phase0", "phase1")
+    flags = ["--data=data/tiny", "--out=out/orphan", *SMALL, "--phase=2"]
+    command = processes.torchrun(2, str(ROOT / "train.py"), *flags, port=29517)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run_ = subprocess.Popen(
+        [*command, "--phase2_steps=100000"], stderr=subprocess.PIPE, text=True, env=env
+    )
+    processes.wait_for(lambda: len(read_log(folder / "log.jsonl")) > 5)
+    began = time.time()
+    os.kill(processes.workers_of(run_)[1], signal.SIGKILL)
+    said = run_.communicate(timeout=120)[1]
+    assert run_.returncode != 0 and time.time() - began < 60
+    assert "error: rank 0 stops: another process ended" in said or "Signal 9" in said
+    assert checkpoint.read(folder / "phase2.pt")["step"] > 0
 
 
 def test_finished_phases_are_left_alone(recipe, home, capfd):
