@@ -4,11 +4,12 @@ interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to 
 
     python data.py toy_v2
 
-Phase 1 learns from the single pictures, phase 2 from all three kinds, phase 3 from the tests' own
-training parts. Two tests have none, as in the original; but phase 3 repeats some named pictures
-(--replay), which the original does not, so that naming is not forgotten. eval/NAME.json are the
-test parts, with pictures of their own. The pairs of colour and thing that the toy world holds out
-occur in no training picture and in no training word; subsets tell them apart.
+Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the single pictures,
+phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
+the original; but phase 3 repeats some named pictures (--replay), which the original does not, so
+that naming is not forgotten. eval/NAME.json are the test parts, with pictures of their own. The
+pairs of colour and thing that the toy world holds out occur in no training picture and in no
+training word; subsets tell them apart.
 """
 
 import json
