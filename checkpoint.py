@@ -241,6 +241,12 @@ def read(path):
     for key, kind in KINDS.items():
         if not isinstance(checkpoint.get(key), kind):
             raise UserError(f"{path}: a damaged checkpoint: its {key} is no {kind.__name__}")
+    try:
+        ImageFormat.parse(checkpoint["images"])
+        if checkpoint["tokenizer"]:
+            parse(checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"])
+    except DAMAGE as error:
+        raise UserError(f"{path}: a damaged checkpoint ({error!r})") from None
     return checkpoint
 
 
@@ -257,7 +263,11 @@ def build(checkpoint, device="cpu", **backends):
         projector = Projector(**parts["projector"])
     image_token = tokenizer.image if tokenizer else None
     model = BabyLLaVA(gpt, projector, tower, image_token, **parts.get("seeing", {}))
-    model.load_state_dict(checkpoint["weights"])
+    try:
+        model.load_state_dict(checkpoint["weights"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"weights that do not fit the model they are of ({reason})") from None
     image_format = ImageFormat.parse(checkpoint["images"])
     return Loaded(model.eval().to(device), tokenizer, image_format, checkpoint)
 

@@ -308,7 +308,7 @@ class Data:
             self.tokenizer = parse(
                 read_text(self.directory / "tokenizer.tiktoken"), self.meta["tokenizer"]
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{path}: damaged, or tokenizer.tiktoken beside it ({error!r}): prepare it again"
             ) from None

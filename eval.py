@@ -231,7 +231,10 @@ def run_task(task, path, images, loaded, settings):
             f"{path}; --images takes several folders or zips"
         )
     subject = Subject(loaded, rows, names, locations, settings)
-    results = {"all": test.rule(rows, subject, settings.ties)}
+    try:
+        results = {"all": test.rule(rows, subject, settings.ties)}
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     subsets = sorted({row["subset"] for row in rows if row.get("subset")})
     if len(subsets) > 1:
         for subset in subsets:

@@ -69,10 +69,17 @@ def read_text(path):
 
 def read_json(path):
     """What a JSON file holds. Raises OSError, UserError."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
+    if r"\ud" in text.lower():  # half of a pair that stands alone is no character
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: not in Unicode ({error.reason})") from None
+    return content
 
 
 def read_list(path, of):

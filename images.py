@@ -47,6 +47,10 @@ class ImageFormat:
     canvases: tuple = ()
     max_tiles: int = 0
 
+    def __post_init__(self):
+        if type(self.size) is not int or not 0 < self.size <= 1 << 14:
+            raise ValueError(f"frames of {self.size!r} pixels")
+
     @classmethod
     def parse(cls, fields):
         """The ImageFormat of a dict that went through JSON or a checkpoint."""

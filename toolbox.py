@@ -124,6 +124,8 @@ def check(item):
         return 'want {"image": [...], "conversations": [...]}'
     if not all(isinstance(name, str) for name in item["image"]):
         return "its image must be a list of names"
+    if not isinstance(item.get("subset", ""), str):
+        return "its subset must be a name"
     if "phrases" in item:  # Looking While Listening
         phrases = item["phrases"]
         whole = isinstance(phrases, list) and all(isinstance(p, str) and p for p in phrases)

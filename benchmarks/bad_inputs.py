@@ -215,8 +215,9 @@ def configs(rng, folder):
     if rng.randrange(2):
         spoil(rng, folder / "cfg.py")
     else:
-        line = f"{rng.choice(KNOBS['train'])} = {rng.choice(ODD_WORDS)}"
-        replace(folder / "cfg.py", line.encode("utf-8", "replace"))
+        odd = f"{rng.choice(KNOBS['train'])} = {rng.choice(ODD_WORDS)}"
+        lines = (folder / "cfg.py").read_text() + odd
+        replace(folder / "cfg.py", lines.encode("utf-8", "replace"))
     return "train", "cfg.py --phase 0 --tower language".split(), "cfg.py"
 
 
@@ -443,7 +444,8 @@ def try_cases(numbers, good, seed, home, report):
             code, said, megabytes = attempt(script, words, folder)
             wrong = fault(code, said, megabytes, folder, before)
             line = said.strip().replace("\r", "\n").split("\n")[-1]
-            if code == 1 and not wrong and named not in line and " rows " not in line:
+            places = (named, "pictures", "films", "hf", " rows ")  # or the folder that it is in
+            if code == 1 and not wrong and not any(place in line for place in places):
                 wrong = "file not named"
             entry = [number, kind, code, wrong, f"{script} {' '.join(words)}"[:300], said[-1500:]]
             found.append(entry)

@@ -207,6 +207,8 @@ def read_talk(item, mend=False):
     TypeError."""
     names, turns = item.get("image") or [], read_turns(item["conversations"])
     names = [names] if isinstance(names, str) else list(names)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("its image must be a name, or a list of names")
     if any("<image>" in answer for _, answer in turns):
         raise ValueError("an <image> in an answer")
     asked = sum(question.count("<image>") for question, _ in turns)

@@ -88,6 +88,8 @@ def read_item(item, mend):
             return Utterance(turns[0][1], names, turns=turns)
         words = next(turn["value"] for turn in turns if turn["from"] == "gpt")
     names = [names] if isinstance(names, str) else list(names)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("names")
     similarities = item.get("similarity")
     if isinstance(similarities, (int, float)):
         similarities = [similarities] * len(names)
