@@ -17,13 +17,12 @@ K targets.
 """
 
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from checks import check_pointers, check_tokens, damaged
 from config import UserError
 from images import to_pixels
 from tiles import arrange, count_tokens, join
@@ -59,33 +58,6 @@ class Batch:
         return tokens, targets, positions, images, arrangement
 
 
-def pinned(batch):
-    """The batch with its arrays as tensors in pinned memory: a GPU fetches these while it works."""
-    arrays = {name: part for name, part in vars(batch).items() if isinstance(part, np.ndarray)}
-    as_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).pin_memory()
-    return replace(batch, **{name: as_tensor(array) for name, array in arrays.items()})
-
-
-def made_ahead(make, steps, depth):
-    """Yield make(step) for each step, made by a thread while the model works on the one before;
-    `depth` of them lie ready. What is made follows from its step, not from depth or from time.
-
-    Close it, and the thread has ended."""
-    if not depth:
-        yield from map(make, steps)
-        return
-    thread, coming = ThreadPoolExecutor(1, "batches"), deque()
-    try:
-        for step in steps:
-            coming.append(thread.submit(make, step))
-            if len(coming) > depth:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
-    finally:
-        thread.shutdown(cancel_futures=True)
-
-
 def round_up(n, parts=8):
     """n, or a little more: between 2^k and 2^(k + 1) a multiple of 2^k / parts, but of 8 at least.
     With 8 parts there are 8 lengths a doubling, and from 64 on at most an eighth is padding."""
@@ -111,17 +83,6 @@ class Order:
             chosen[decks == deck] = used[deck][cards[decks == deck]]
         self.decks = used  # the next call will want one of these again
         return chosen
-
-
-def damaged(path):
-    return UserError(f"{path}: damaged, its numbers point past what there is: prepare it again")
-
-
-def check_tokens(stream, tokenizer, path):
-    """Raise UserError where a token is none of the vocabulary's."""
-    if stream.max(initial=0) >= tokenizer.vocab_size:
-        raise damaged(path)
-    return stream
 
 
 def some_rows(n, limit):
@@ -181,7 +142,7 @@ class SampleBatches:
         if dataset.count(split, "shown"):
             self.shown, self.images = (dataset.open(split, kind) for kind in ("shown", "images"))
             self.frames = dataset.open(split, "frames")
-        self.check_pointers(dataset, split)
+        check_pointers(self, dataset, split)
         if self.shown is not None:
             self.count_image_tokens(model, dataset.image_format)
         self.block_size = model.gpt.config.block_size
@@ -204,22 +165,6 @@ class SampleBatches:
         if self.tiled:
             self.image_tokens = count_tokens(self.images[:, 1:], self.side, self.max_tiles)
         self.totals = np.append(0, self.image_tokens[self.shown].cumsum())
-
-    def check_pointers(self, dataset, split):
-        """Raise UserError where a row of a bin points past the end of another: a damaged disk, or
-        bins of two preparations."""
-        tokens, shown = len(self.tokens), dataset.count(split, "shown")
-        for rows in self.parts():
-            first, count, first_shown, images = self.samples[rows].astype(np.float64).T
-            points_past = (first + count > tokens) | (first_shown + images > shown)
-            if points_past.any() or not count.all():
-                raise damaged(dataset.path(split, "samples"))
-        if self.shown is not None:
-            if self.shown.max() >= len(self.images):
-                raise damaged(dataset.path(split, "shown"))
-            images = self.images[:].astype(np.float64)
-            if (images[:, 0] + images[:, 1] * images[:, 2] >= len(self.frames)).any():
-                raise damaged(dataset.path(split, "images"))
 
     def parts(self, size=1 << 16):
         return (np.arange(i, min(i + size, self.rows)) for i in range(0, self.rows, size))

@@ -77,8 +77,7 @@ def regular(path):
     """The path, where it is a file or nothing at all. Raises UserError for a folder, a pipe or a
     device: to open a pipe that nobody writes to is to wait for ever."""
     if os.path.exists(path) and not os.path.isfile(path):
-        what = "a folder" if os.path.isdir(path) else "a pipe or a device"
-        raise UserError(f"{path}: {what}, and not a file")
+        raise UserError(f"{path}: a folder, a pipe or a device, and not a file")
     return path
 
 
@@ -250,7 +249,6 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (MemoryError, RuntimeError) as error:  # the latter: torch's words for it
-        words = "" if isinstance(error, MemoryError) else str(error)
-        if words and "allocate memory" not in words and "out of memory" not in words:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         sys.exit("error: out of memory: take a smaller batch, a smaller model or smaller pictures")

@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 
 import config
+from checks import check_meta
 from config import UserError
-from files import locked, named, only_one, read_json, read_text, write_json, writing
+from files import named, only_one, read_json, read_text, write_json, writing
 from images import ImageFormat, Picture
 from tokenizer_json import parse
 
 FORMAT = 2  # of data/<name>; readers refuse another
-DRAWN = ("toy", "toy_chat", "toy_v2")  # sources that need nothing but themselves
 # What a row of each bin is: type and shape. "token" is uint16, or uint32 for large vocabularies.
 BINS = {
     "text": ("token", ()),  # utterances, each closed by <eos>, end to end: phase 0
@@ -266,17 +266,6 @@ def prepare(source, argv):
         return directory, writer.finish()
 
 
-def draw_if_missing(directory):
-    """Draw a drawn world that is not there yet. Of several processes that want it the first draws,
-    and the others wait for its lock: on the file system, where nothing times out."""
-    source, meta = str(directory).removeprefix("data/"), Path(directory) / "meta.json"
-    if source in DRAWN and not meta.exists():
-        Path("data").mkdir(exist_ok=True)
-        with locked(f"data/.{source}.lock"):
-            if not meta.exists():
-                prepare(source, [])
-
-
 # ---------------------------------------------------------------------------------------------
 # Reading what was prepared
 
@@ -296,14 +285,17 @@ class Data:
             why = f"{self.directory} is half prepared" if half else f"no {path}"
             raise UserError(f"{why}: run `python data.py {source} ...` first")
         self.meta = read_json(path)
-        version = self.meta.get("format") if isinstance(self.meta, dict) else None
+        if not isinstance(self.meta, dict):
+            raise UserError(f"{path}: damaged: prepare it again")
+        version = self.meta.get("format")
         if version != FORMAT:
+            command = f"python data.py {self.meta.get('source', source)} --name {name}"
             raise UserError(
                 f"{self.directory}: format {version}, this version reads {FORMAT}: remake it with "
-                f"`python data.py {source} ...`"
+                f"`{command} ...`"
             )
         try:
-            check_meta(self.meta)
+            check_meta(self.meta, BINS)
             self.image_format = ImageFormat.parse(self.meta["images"])
             self.tokenizer = parse(
                 read_text(self.directory / "tokenizer.tiktoken"), self.meta["tokenizer"]
@@ -342,23 +334,6 @@ class Data:
         frames = self.meta["splits"][split]["frames_digest"]
         how = hashlib.sha256(f"{self.image_format} {fingerprint}".encode()).hexdigest()
         return self.directory / "features" / f"{frames[:16]}_{how[:24]}.bin"
-
-
-def check_meta(meta):
-    """Raise KeyError, TypeError or ValueError where meta.json is not as Writer.finish left it."""
-    for key in ("source", "corpus", "tokenizer", "tokenizer_digest"):
-        if not isinstance(meta[key], str):
-            raise TypeError(key)
-    for number in (meta["vocab_size"], meta["images"]["size"]):
-        if type(number) is not int or not 0 < number < 1 << 31:
-            raise ValueError(number)
-    for split, counts in meta["splits"].items():
-        for kind in (*BINS, "characters"):
-            count = counts.get(kind, 0)
-            if type(count) is not int or count < 0:
-                raise ValueError(f"{split} {kind} {count}")
-        if counts.get("frames") and not isinstance(counts["frames_digest"], str):
-            raise TypeError("frames_digest")
 
 
 def open_bin(path, dtype, shape, remedy="prepare its folder again"):

@@ -38,7 +38,7 @@ import weights
 from batches import PairBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from data import Data
-from files import read_csv, read_json, read_log, read_text, write_json, writing
+from files import read_csv, read_json, read_log, read_text, remove_leftovers, write_json, writing
 from images import read_picture
 from places import Places
 from scores import accuracy
@@ -370,6 +370,7 @@ def write(results, entries, items, out, task):
     suffix = (f"_{task}" if task else "") + shuffled
     sheet = report.contact_sheet(entries) if entries else None
     names = [f"results{suffix}.json", f"report{suffix}.html"]
+    remove_leftovers(out)
     write_json(out / names[0], results)
     with writing(out / names[1]) as file:
         file.write(report.page(results, sheet, read_log(out / "log.jsonl")).encode("utf-8"))

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 import tiles
 from config import UserError, regular
-from places import ZipEntry, on_all_cores, read_entry
+from places import ZipEntry, check_size, on_all_cores, read_entry
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every DINO release's
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -79,17 +79,6 @@ class Picture:
 
 # ---------------------------------------------------------------------------------------------
 # Reading it
-
-
-def check_size(name, width, height):
-    """Refuse a picture that would take more memory than pictures do: what makes it square may
-    make a square of its longer side, or a strip as long as its sides differ."""
-    longer, shorter = max(width, height), min(width, height)
-    if longer > 1 << 14 or width * height > 10**8 or longer > 200 * shorter:
-        raise UserError(
-            f"{name}: {width} x {height} pixels: want at most 16,384 a side, a hundred million "
-            "in all, and no side over 200 times the other"
-        )
 
 
 def load_picture(location):

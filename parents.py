@@ -26,6 +26,28 @@ def is_done_elsewhere(settings, name):
     return is_run(settings.init) and there.exists() and not here.exists()
 
 
+def choose_phases(settings, dataset, phases):
+    """The names in train.py's table that --phase and --tower ask for; of `all`, those that the data
+    has something to learn from for."""
+    narrowed = {"both": ("vision", "phase0"), "vision": ("vision",), "language": ("phase0",)}
+    if settings.phase == "0":
+        return narrowed[settings.tower]
+    if settings.tower != "both":
+        raise UserError(f"--tower {settings.tower} narrows --phase 0, not --phase {settings.phase}")
+    if settings.phase == "1":  # with those of its parents that come ready and need no training
+        ready = {"vision": settings.vision_weights, "phase0": settings.language_weights}
+        return (*(name for name, source in ready.items() if source), "phase1")
+    if settings.phase != "all":
+        return (f"phase{settings.phase}",)
+    return tuple(
+        name
+        for name, phase in phases.items()
+        if all(dataset.count(split, phase.batches.BIN) for split in phase.splits)
+        and getattr(settings, f"{name}_steps")
+        and (phase.starts_from or not is_done_elsewhere(settings, name))
+    )
+
+
 def find_parents(settings, name, phases, dataset, report):
     """{name: finished checkpoint} that a phase starts from, on data that fits them.
 

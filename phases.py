@@ -18,15 +18,17 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import checkpoint
+import data
 import features
 import lora
 import vision
 from batches import SampleBatches
 from config import UserError
 from dino import DINO
-from files import append_log
+from files import append_log, locked
 from model import GPT, BabyLLaVA, GPTConfig, Projector, projector_fault
 
+DRAWN = ("toy", "toy_chat", "toy_v2")  # sources that need nothing but themselves
 # knobs that concern phases 2 and 3
 LATER_KNOBS = ("init", "lora_rank", "lora_alpha")
 # knobs that concern all of them
@@ -130,6 +132,17 @@ def is_about_others(error):
     """Whether an error of a collective says that another process is gone or silent."""
     signs = ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+def draw_if_missing(directory):
+    """Draw a drawn world that is not there yet. Of several processes that want it the first draws,
+    and the others wait for its lock: on the file system, where nothing times out."""
+    source, meta = str(directory).removeprefix("data/"), Path(directory) / "meta.json"
+    if source in DRAWN and not meta.exists():
+        Path("data").mkdir(exist_ok=True)
+        with locked(f"data/.{source}.lock"):
+            if not meta.exists():
+                data.prepare(source, [])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,14 +8,15 @@ import base64
 import codecs
 import hashlib
 import heapq
+import json
 import re
 from collections import Counter, defaultdict
 from itertools import pairwise
+from pathlib import Path
 
 import tiktoken
 
-from config import UserError
-from files import read_json
+from config import UserError, regular
 
 # Words with the space before them, numbers, punctuation, other space. Plain \w and \d, because
 # Python's re (which counts) and tiktoken's regex (which encodes) both know them.
@@ -158,7 +159,10 @@ class Tokenizer:
     @classmethod
     def of_words(cls, path):
         """Word-level from a {"word": id} file, ids kept; its own <pad> and <eos> go unused."""
-        words = read_json(path)
+        try:
+            words = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
         whole = isinstance(words, dict) and "<unk>" in words and "" not in words
         if not whole or sorted(words.values(), key=str) != sorted(range(len(words)), key=str):
             raise UserError(f"{path}: want {{word: id}} with ids 0 to n - 1 and an <unk>")

@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import ahead
 import config
 import data
 import eval as evaluation
 import parents as start
 import phases
 import watch
-from batches import ClipBatches, PairBatches, SampleBatches, TextBatches, made_ahead, pinned
+from batches import ClipBatches, PairBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from files import only_one, trim_log
 from model import BabyLLaVA
@@ -194,28 +195,6 @@ PHASES = {
 }
 
 
-def choose_phases(settings, dataset):
-    """The names in PHASES that --phase and --tower ask for; of `all`, those that the data has
-    something to learn from for."""
-    narrowed = {"both": ("vision", "phase0"), "vision": ("vision",), "language": ("phase0",)}
-    if settings.phase == "0":
-        return narrowed[settings.tower]
-    if settings.tower != "both":
-        raise UserError(f"--tower {settings.tower} narrows --phase 0, not --phase {settings.phase}")
-    if settings.phase == "1":  # with those of its parents that come ready and need no training
-        ready = {"vision": settings.vision_weights, "phase0": settings.language_weights}
-        return (*(name for name, source in ready.items() if source), "phase1")
-    if settings.phase != "all":
-        return (f"phase{settings.phase}",)
-    return tuple(
-        name
-        for name, phase in PHASES.items()
-        if all(dataset.count(split, phase.batches.BIN) for split in phase.splits)
-        and getattr(settings, f"{name}_steps")
-        and (phase.starts_from or not start.is_done_elsewhere(settings, name))
-    )
-
-
 # ---------------------------------------------------------------------------------------------
 # Setting a phase up
 
@@ -289,13 +268,13 @@ def learning_rate(step, steps, warmup):
 
 def make_batches(run, step):
     """(rows of the whole batch, tokens a row, this process's share of it in grad_accum pieces)."""
-    rows, length = run.train_batches.plan(step)
-    size = len(rows) // (run.processes.world * run.settings.grad_accum)
-    first = run.processes.rank * size * run.settings.grad_accum
-    starts = range(first, first + size * run.settings.grad_accum, size)
+    (rows, length), pieces = run.train_batches.plan(step), run.settings.grad_accum
+    size = len(rows) // (run.processes.world * pieces)
+    first = run.processes.rank * size * pieces
+    starts = range(first, first + size * pieces, size)
     pieces = [run.train_batches.read(rows[i : i + size], length, i) for i in starts]
     if run.processes.device.type == "cuda":
-        pieces = [pinned(piece) for piece in pieces]
+        pieces = [ahead.pinned(piece) for piece in pieces]
     return rows, length, pieces
 
 
@@ -350,7 +329,7 @@ def loop(run):
     settings, processes, log = run.settings, run.processes, Path(run.settings.out) / "log.jsonl"
     progress = tqdm(total=run.steps, initial=run.start, desc=run.name, disable=processes.rank > 0)
     steps, unit = range(run.start, run.steps), PHASES[run.name].unit
-    coming = made_ahead(partial(make_batches, run), steps, settings.batches_ahead)
+    coming = ahead.made_ahead(partial(make_batches, run), steps, settings.batches_ahead)
     clock, units, taken = time.perf_counter(), 0, []  # units: what was seen since the clock's time
     with closing(coming), progress:
         for step, (rows, length, batches) in zip(steps, coming):
@@ -364,8 +343,7 @@ def loop(run):
             is_due = step % settings.log_every == 0
             if is_due and processes.world > 1:
                 dist.all_reduce(loss)
-            saves_next = (step + 1) % settings.save_every == 0
-            if is_due or saves_next or settings.skip_bad_steps:
+            if is_due or settings.skip_bad_steps or (step + 1) % settings.save_every == 0:
                 skipped = phases.check_steps(run, taken)
                 taken.clear()
             if is_due and not skipped:
@@ -415,9 +393,9 @@ def load_settings(argv):
 
 def train(settings, processes):
     """All phases that are asked for, and the tests after the last."""
-    data.draw_if_missing(settings.data)
+    phases.draw_if_missing(settings.data)
     dataset = data.Data(settings.data)
-    names = choose_phases(settings, dataset)
+    names = start.choose_phases(settings, dataset, PHASES)
     if not names:
         raise UserError(f"{settings.data}: it has nothing to learn from; prepare it with more")
     for name in names:

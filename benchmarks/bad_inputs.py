@@ -1,10 +1,11 @@
 """
 Spoilt input of every kind, and what the commands make of it; see reliability.py.
 
-A case is a folder of good files of which one was spoilt, or a command line that was, and the command
-that meets it; it follows from a seed and its number. It must end in success or in one line; not in a
-traceback, nor after 30 seconds, nor with more than 2 GB, nor with a file written where none should.
-Commands run in forks of one process that has imported everything, so that a case takes a moment.
+A case is a folder of good files of which one was spoilt, or a command line that was, and the
+command that meets it; it follows from a seed and its number. It must end in success or in one line;
+not in a traceback, nor after 30 seconds, nor with more than 2 GB, nor with a file written where
+none should be. Commands run in forks of one process that has imported everything, so that a case
+takes a moment.
 """
 
 import dataclasses
@@ -33,8 +34,9 @@ ODD_VALUES = (
     [], {}, [[]], [None], {"": ""}, "\ud800", [1] * 999, "NaN", "é",
 )  # fmt: skip
 ODD_WORDS = (
-    "", "0", "-1", "1e9999", "nan", "x", "None", "True", "()", "[1]", "1,2", "'", "\\", "%s", "../..",
-    "/dev/zero", "/proc/self/mem", "pipe", "data", "data/w", "cfg.py", "é", "\udc80", "1" * 5000, "--",
+    "", "0", "-1", "1e9999", "nan", "x", "None", "True", "()", "[1]", "1,2", "'", "\\", "%s",
+    "../..", "/dev/zero", "/proc/self/mem", "pipe", "data", "data/w", "cfg.py", "é", "\udc80",
+    "1" * 5000, "--",
 )  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def make_good(good):
     must(command("data.py", "toy", TOY.replace("300 ", "24 ", 1).replace("2000", "200")), good)
     must(command("train.py", FEW), good)
     must(command("weights.py", "export out/w/phase2.pt hf"), good)
-    flags = [word for word in FEW.split() if "steps=" not in word and "out=" not in word]
+    flags = [word for word in FEW.split()[1:] if "steps=" not in word and "out=" not in word]
     lines = [word[2:].replace("=", " = ", 1) for word in flags]
     lines = [f'{n} = "{v}"' if not v[0].isdigit() and v != "False" else f"{n} = {v}"
              for n, v in (line.split(" = ") for line in lines)]  # fmt: skip
@@ -252,7 +254,7 @@ def zips(rng, folder):
             for picture in sorted((folder / "pictures").iterdir()):
                 name = picture.name
                 if how == 2:  # names that lead elsewhere, or are another's too
-                    name = rng.choice(("../", "/tmp/", "a/", "a/../b/", "..\\", "")) + name
+                    name = rng.choice(("../", "/etc/", "a/", "a/../b/", "..\\", "")) + name
                 archive.write(picture, name)
                 if how == 3:
                     archive.write(picture, f"b/{name}")
@@ -366,11 +368,12 @@ def play(script, words, folder):
     """In a fork: the command, as from a shell; never returns."""
     os.setsid()
     os.chdir(folder)
-    said = os.open("stderr", os.O_WRONLY | os.O_CREAT)
+    said = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(1, 0)
-    sys.stdin, sys.argv = open(0), [script, *words]  # noqa: SIM115
+    sys.stdin, sys.stderr = open(0), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = [script, *words]
     code = 0
     try:
         sys.modules["config"].run(sys.modules[script].main)

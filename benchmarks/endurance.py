@@ -52,7 +52,8 @@ class Tower:
 
 def waiting(home, settings):
     """Steps on batches that are read, beside steps on one batch again and again, in turn."""
-    from batches import SampleBatches, made_ahead
+    from ahead import made_ahead
+    from batches import SampleBatches
     from model import GPT, BabyLLaVA, GPTConfig, Projector
 
     torch.set_num_threads(os.cpu_count())

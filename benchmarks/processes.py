@@ -15,8 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TOY = "--name=w --size=16 --scenes=300 --clip_frames=4 --lines=2000 --trials=0.1 --vocab_size=300"
 SMALL = (
-    "--data=data/w --out=out/w --patch=8 --vision_width=16 --vision_depth=2 --vision_heads=2 "
-    "--prototypes=16 --n_layer=2 --n_head=2 --n_embd=16 --block_size=48 --vision_batch=8 "
+    f"{ROOT}/configs/toy.py --data=data/w --out=out/w --patch=8 --vision_width=16 "
+    "--vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 --n_head=2 --n_embd=16 "
+    "--block_size=48 --vision_batch=8 "
     "--phase0_batch=8 --phase1_batch=8 --phase2_batch=8 --phase3_batch=8 --device=cpu "
     "--vision_steps=60 --phase0_steps=80 --phase1_steps=80 --phase2_steps=80 --eval_every=40 "
     "--save_every=15 --log_every=1 --evaluate=False"
@@ -96,9 +97,8 @@ def ranks(home, settings):
         os.kill(workers_of(run)[1], signals)
         run.wait(timeout=600)
         took = time.perf_counter() - clock
-        print(
-            f"a rank {name} (--patience=0.2): the job ends after {took:.0f} s, exit {run.returncode}"
-        )
+        ends = f"the job ends after {took:.0f} s, exit {run.returncode}"
+        print(f"a rank {name} (--patience=0.2): {ends}")
     out = "restarted"
     words = torchrun(2, "--max-restarts=1", *train_flags(out))
     run = start(words, home)

@@ -144,7 +144,7 @@ def make_scenes(home):
         ("phase1", "--phase 1"),
         ("phase2", "--phase 2"),
     ):
-        words = command("train.py", flags, SMALL)
+        words = command("train.py", SMALL, flags)
         if name == "phase1":
             scenes.append(Scene("features", before, words, "data/w/features"))
         scenes.append(Scene(f"train.py {name}", before, words, "out/w"))

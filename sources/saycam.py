@@ -178,15 +178,12 @@ def prepare(settings, writer):
     if not settings.frames or not (settings.annotations or settings.train):
         raise UserError("saycam: give --frames ZIP_OR_FOLDER and --annotations FILE.json ...")
     shown, speech = read_all_annotations(settings)
+    files = " ".join([*settings.annotations, *settings.train])
     if not shown["train"]:
-        raise UserError(
-            f"{' '.join(settings.annotations)}: no pairs to train on: one for training must have frames"
-        )
+        raise UserError(f"{files}: no pairs to train on: one for training must have frames")
     if not shown["val"]:
         count = len(shown["train"])
-        raise UserError(
-            f"{' '.join(settings.annotations)}: {count} utterances with frames; need 10, or files for --val"
-        )
+        raise UserError(f"{files}: {count} utterances with frames; need 10, or files for --val")
     places = Places([settings.frames])
     find = lambda name: places.find(name) or os.path.join(settings.frames, name)
     pictures = {split: [] for split in shown if shown[split]}

@@ -213,9 +213,8 @@ def prepare(settings, writer):
     items = [(k, i) for k, film in enumerate(all_films) for i in range(len(film.said))]
     parts = hold_out(items)
     if not parts["val"]:
-        raise UserError(
-            f"{', '.join(str(film.transcript) for film in all_films[:3])}: {len(items)} utterances; need 10 to hold some out"
-        )
+        some = " ".join(str(film.transcript) for film in all_films[:3])
+        raise UserError(f"{some}: {len(items)} utterances; need 10 to hold some out")
     words = [all_films[k].said[i].words for k, i in parts["train"]]
     tokenizer, template = Tokenizer.train(words, settings.vocab_size), TEMPLATES[settings.template]
     check_vocabulary(tokenizer, template)

@@ -226,7 +226,7 @@ def test_another_size_starts_anew(fake):
         ("[1]", "item 0 is no utterance"),
         ('[{"image": "a.jpg", "conversations": []}]', "item 0 is no utterance"),
         ('[{"utterance": "a", "frame_filenames": ["x", "y"], "similarity": [1]}]', "not as many"),
-        ('["hello", "baby"]', "one JSON for training must have frames"),
+        ('["hello", "baby"]', "one for training must have frames"),
     ],
 )
 def test_a_bad_json_is_one_clear_line(fake, content, message):

@@ -28,7 +28,8 @@ import phases
 import sample
 import train
 import vision
-from batches import SampleBatches, made_ahead
+from ahead import made_ahead
+from batches import SampleBatches
 from config import UserError
 from files import read_log
 

@@ -1,0 +1,53 @@
+"""
+What the numbers in a prepared folder may say: a damaged disk, or bins of two preparations, end in a
+line that names the file.
+"""
+
+import numpy as np
+
+from config import UserError
+
+
+def check_meta(meta, bins):
+    """Raise KeyError, TypeError or ValueError where meta.json is not as Writer.finish left it."""
+    for key in ("source", "corpus", "tokenizer", "tokenizer_digest"):
+        if not isinstance(meta[key], str):
+            raise TypeError(key)
+    for number in (meta["vocab_size"], meta["images"]["size"]):
+        if type(number) is not int or not 0 < number < 1 << 31:
+            raise ValueError(number)
+    for split, counts in meta["splits"].items():
+        for kind in (*bins, "characters"):
+            count = counts.get(kind, 0)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{split} {kind} {count}")
+        if counts.get("frames") and not isinstance(counts["frames_digest"], str):
+            raise TypeError("frames_digest")
+
+
+def damaged(path):
+    return UserError(f"{path}: damaged, its numbers point past what there is: prepare it again")
+
+
+def check_tokens(stream, tokenizer, path):
+    """Raise UserError where a token is none of the vocabulary's."""
+    if stream.max(initial=0) >= tokenizer.vocab_size:
+        raise damaged(path)
+    return stream
+
+
+def check_pointers(batches, dataset, split):
+    """Raise UserError where a row of a bin points past the end of another: a damaged disk, or
+    bins of two preparations."""
+    tokens, shown = len(batches.tokens), dataset.count(split, "shown")
+    for rows in batches.parts():
+        first, count, first_shown, images = batches.samples[rows].astype(np.float64).T
+        points_past = (first + count > tokens) | (first_shown + images > shown)
+        if points_past.any() or not count.all():
+            raise damaged(dataset.path(split, "samples"))
+    if batches.shown is not None:
+        if batches.shown.max() >= len(batches.images):
+            raise damaged(dataset.path(split, "shown"))
+        images = batches.images[:].astype(np.float64)
+        if (images[:, 0] + images[:, 1] * images[:, 2] >= len(batches.frames)).any():
+            raise damaged(dataset.path(split, "images"))
