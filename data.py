@@ -37,13 +37,13 @@ FORMAT = 2  # of data/<name>; readers refuse another
 # What a row of each bin is: type and shape. "token" is uint16, or uint32 for large vocabularies.
 BINS = {
     "text": ("token", ()),  # utterances, each closed by <eos>, end to end: phase 0
+    "images": ("uint32", (5,)),  # first frame, tile rows, columns (0: none), original width, height
     "frames": ("uint8", ("S", "S", 3)),  # pictures, or tiles of pictures
     "clips": ("uint32", ()),  # of each frame: frames of one clip share a number; numbers rise
-    "images": ("uint32", (5,)),  # first frame, tile rows, columns (0: none), original width, height
     "tokens": ("token", ()),  # every sample's tokens, one <image> where an image stands
-    "learn": ("uint8", ()),  # of each token: 1 where it is a target
     "shown": ("uint32", ()),  # the images a sample shows, in the order of its <image>s
     "samples": ("uint64", (4,)),  # first token, tokens, first of `shown`, images
+    "learn": ("uint8", ()),  # of each token: 1 where it is a target
 }
 
 
@@ -198,7 +198,7 @@ class Writer:
         self.meta["splits"] = {}
         for name, split in self.splits.items():
             counts = self.meta["splits"][name] = {"characters": split.characters}
-            for kind, written in split.bins.items():
+            for kind, written in sorted(split.bins.items(), key=lambda b: [*BINS].index(b[0])):
                 written.close()
                 counts[kind] = written.rows
                 corpus.update(f"{name} {kind} {written.sha256.hexdigest()}".encode())

@@ -8,6 +8,9 @@ finds it by its name.
 """
 
 import hashlib
+import multiprocessing
+import os
+import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError, knob
-from files import writing
+from files import named, writing
 from images import read_all
 from templates import TEMPLATES, chat_sample
 from tokenizer import Tokenizer, caption_sample
@@ -49,6 +52,28 @@ class Talk:
     locations: list
     turns: list
     label: str
+
+
+def begin(work, *arguments):
+    """Begin work(*arguments) in a process of its own, beside what this one does."""
+    process = multiprocessing.Process(target=work_aside, args=(work, *arguments))
+    process.start()
+    return process
+
+
+def work_aside(work, *arguments):
+    """What the system complains of is this process's exit code, for end() to tell."""
+    try:
+        work(*arguments)
+    except OSError as error:
+        sys.exit(error.errno or 1)
+
+
+def end(process, path):
+    """Wait for a process that writes to a path. Raises OSError where it could not."""
+    process.join()
+    if process.exitcode:
+        raise OSError(process.exitcode, os.strerror(abs(process.exitcode)), path)
 
 
 def hold_out(items, key=None):
@@ -106,11 +131,13 @@ def read_images(part, locations, clips, labels, max_skipped):
             if not isinstance(result, str):
                 number = part.image(result, clips[row])
                 for kind in ("images", "frames"):  # what a kill must not take
-                    part.bins[kind].file.flush()
+                    with named(part.bins[kind].path):
+                        part.bins[kind].file.flush()
                 yield number
                 continue
             skipped[row] = labels[row] + result
-            log.write(f"{row}\t{skipped[row]}\n")
+            with named(log_path):
+                log.write(f"{row}\t{skipped[row]}\n")
             if len(skipped) > max_skipped * len(locations):
                 raise UserError(
                     f"{skipped[row]}; {len(skipped)} such of {len(locations)}, "

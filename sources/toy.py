@@ -11,7 +11,6 @@ All randomness is numpy's RandomState, whose stream is frozen for ever (NEP 19),
 flat integer polygons, so that a seed gives the same bytes on every machine.
 """
 
-import multiprocessing
 import re
 import shutil
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import config
 from config import UserError, knob, regular
 from files import write_csv
 from images import ImageFormat, load_picture
+from sources import begin, end
 from tokenizer import Tokenizer, caption_sample
 
 
@@ -436,8 +436,7 @@ def prepare(settings, writer):
     kinds = load_kinds(settings.sprites)
     tokenizer = Tokenizer.train(speech(settings, "train", kinds), settings.vocab_size)
     writer.start(tokenizer, ImageFormat(settings.size))
-    trials = multiprocessing.Process(target=draw_trials, args=(settings, writer.directory))
-    trials.start()  # beside the frames: they share no random numbers
+    trials = begin(draw_trials, settings, writer.directory)  # they share no random numbers
     for split, (_, one_in) in SPLITS.items():
         part = writer.split(split)
         part.text(speech(settings, split, kinds))
@@ -447,9 +446,7 @@ def prepare(settings, writer):
             image = part.image(frame, clip)
             for caption in captions:
                 part.sample(*caption_sample(tokenizer, caption), [image])
-    trials.join()
-    if trials.exitcode:
-        raise OSError(f"{writer.directory}/eval: the trials could not be drawn")
+    end(trials, f"{writer.directory}/eval")
 
 
 def draw_trials(settings, directory):

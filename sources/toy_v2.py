@@ -13,7 +13,6 @@ training word; subsets tell them apart.
 """
 
 import json
-import multiprocessing
 from dataclasses import dataclass
 from itertools import count
 
@@ -25,7 +24,7 @@ import config
 from config import knob
 from files import writing
 from images import ImageFormat
-from sources import toy
+from sources import begin, end, toy
 from sources._toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
@@ -263,14 +262,11 @@ def prepare(settings, writer):
     words = [*speech(settings, "train"), *(line for line in prompts() for _ in range(40))]
     tokenizer = Tokenizer.train(words, settings.vocab_size)
     writer.start(tokenizer, ImageFormat(settings.size), {"name": "bare", "system": ""})
-    tests = multiprocessing.Process(target=write_tests, args=(settings, writer.directory))
-    tests.start()  # beside the rest: they share no random numbers
+    tests = begin(write_tests, settings, writer.directory)  # they share no random numbers
     for split, (number, one_in) in toy.SPLITS.items():
         rngs = [np.random.RandomState([settings.seed, number, 10 + k]) for k in range(2)]
         part = writer.split(split)
         part.text(speech(settings, split))
         write_heard(part, settings, rngs[0], one_in)
         write_tuning(writer.split(f"chat_{split}"), settings, rngs[1], one_in)
-    tests.join()
-    if tests.exitcode:
-        raise OSError(f"{writer.directory}/eval: the tests could not be drawn")
+    end(tests, f"{writer.directory}/eval")

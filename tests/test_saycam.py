@@ -401,3 +401,23 @@ def test_a_clip_without_its_images_is_an_error_or_mended(fake):
     dataset = prepare("--mend", annotations=("v2_train.json",))
     counts = [dataset.open(split, "samples")[:, 3].tolist() for split in ("train", "val")]
     assert sum(counts, []).count(4) == len(items) // 3
+
+
+def test_a_preparation_gone_on_with_has_the_same_id(tmp_path, monkeypatch):
+    """The order in which bins were opened once went into the corpus's id: checkpoints of the one
+    refused the other."""
+    monkeypatch.chdir(tmp_path)
+    fake_saycam.write("s", utterances=(12, 4, 4), size=32)
+    flags = "--frames s/frames.txt --annotations s/train.json s/val.json --size 16".split()
+    whole = data.prepare("saycam", ["--name=whole", *flags, "--vocab_size=300"])[1]
+
+    def full(self, values, put=data.Bin.put):
+        if self.path.name == "train_frames.partial" and self.rows == 20:
+            raise OSError(28, "No space left on device", str(self.path))
+        put(self, values)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="train_frames"):
+        patch.setattr(data.Bin, "put", full)
+        data.prepare("saycam", ["--name=again", *flags, "--vocab_size=300"])
+    again = data.prepare("saycam", ["--name=again", *flags, "--vocab_size=300"])[1]
+    assert again == whole
