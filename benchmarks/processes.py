@@ -3,6 +3,7 @@ Many processes: torchrun with 1, 2 and 4 of them, and two nodes; see reliability
 these tries share: how a command is run.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -94,9 +95,11 @@ def ranks(home, settings):
         run = start(torchrun(2, *train_flags(out, "--phase2_steps=100000", "--patience=0.2")), home)
         wait_for(lambda out=out: (home / f"out/{out}/phase2.pt").exists())
         clock = time.perf_counter()
-        os.kill(workers_of(run)[1], signals)
+        workers = workers_of(run)
+        os.kill(workers[1], signals)
         run.wait(timeout=600)
         took = time.perf_counter() - clock
+        kill(workers)  # one that is stopped hears nothing else
         ends = f"the job ends after {took:.0f} s, exit {run.returncode}"
         print(f"a rank {name} (--patience=0.2): {ends}")
     out = "restarted"
@@ -121,10 +124,16 @@ def start(words, folder):
 
 
 def end(run):
+    workers = workers_of(run)  # torchrun's are in sessions of their own
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    for pid in workers_of(run):  # torchrun's are in sessions of their own
-        os.kill(pid, signal.SIGKILL)
+    kill(workers)
+
+
+def kill(workers):
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def wait_for(condition, seconds=300):
@@ -145,7 +154,7 @@ def workers_of(run):
         except OSError:
             continue
         rank = [word for word in words if word.startswith(b"RANK=")]
-        if rank and int(parent) in (run.pid, 1):
+        if rank and int(parent) == run.pid:
             found[int(rank[0][5:])] = int(folder.name)
     return [found[rank] for rank in sorted(found)]
 
