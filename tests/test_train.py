@@ -685,7 +685,13 @@ def test_ctrl_c_ends_a_run_at_once_and_it_goes_on(recipe, home):
         *SMALL,
     ]
     command += ["--phase=2", "--phase2_steps=100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
+    )
     while len(read_log(folder / "log.jsonl")) < 20:
         time.sleep(0.05)
     began = time.time()
