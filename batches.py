@@ -102,7 +102,7 @@ class TextBatches:
         self.path = dataset.path(split, "text")
         self.T = min(model.gpt.config.block_size, len(self.text) - 1)
         if self.T < 1:
-            raise UserError(f"{dataset.path(split, 'text')}: {len(self.text)} tokens are too few")
+            raise UserError(f"{self.path}: {len(self.text)} tokens are too few")
         self.rows = (len(self.text) - 1) // self.T
         self.batch, self.order = batch, Order(self.rows, seed)
 

@@ -33,7 +33,7 @@ import torch
 
 import vision
 from config import UserError, regular
-from files import writing
+from files import about, writing
 from images import ImageFormat
 from model import GPT, BabyLLaVA, GPTConfig, Projector
 from tokenizer import Tokenizer
@@ -274,4 +274,5 @@ def build(checkpoint, device="cpu", **backends):
 
 def load(path, device="cpu"):
     """The Loaded of a file that train.py wrote. Raises UserError, as read() does."""
-    return build(read(Path(path)), device)
+    with about(path):
+        return build(read(Path(path)), device)

@@ -1,6 +1,6 @@
 """
-What the numbers in a prepared folder may say: a damaged disk, or bins of two preparations, end in a
-line that names the file.
+What numbers in files may say, so that damage ends in a line that names the file: in a prepared
+folder, after a fault of the disk or where bins of two preparations met; in a picture's header.
 """
 
 import numpy as np
@@ -13,9 +13,8 @@ def check_meta(meta, bins):
     for key in ("source", "corpus", "tokenizer", "tokenizer_digest"):
         if not isinstance(meta[key], str):
             raise TypeError(key)
-    for number in (meta["vocab_size"], meta["images"]["size"]):
-        if type(number) is not int or not 0 < number < 1 << 31:
-            raise ValueError(number)
+    if type(meta["vocab_size"]) is not int:
+        raise TypeError("vocab_size")
     for split, counts in meta["splits"].items():
         for kind in (*bins, "characters"):
             count = counts.get(kind, 0)
@@ -33,7 +32,6 @@ def check_tokens(stream, tokenizer, path):
     """Raise UserError where a token is none of the vocabulary's."""
     if stream.max(initial=0) >= tokenizer.vocab_size:
         raise damaged(path)
-    return stream
 
 
 def check_pointers(batches, dataset, split):
@@ -51,3 +49,14 @@ def check_pointers(batches, dataset, split):
         images = batches.images[:].astype(np.float64)
         if (images[:, 0] + images[:, 1] * images[:, 2] >= len(batches.frames)).any():
             raise damaged(dataset.path(split, "images"))
+
+
+def check_size(name, width, height):
+    """Refuse a picture that would take more memory than pictures do: what makes it square may
+    make a square of its longer side, or a strip as long as its sides differ."""
+    longer, shorter = max(width, height), min(width, height)
+    if longer > 1 << 14 or width * height > 10**8 or longer > 200 * shorter:
+        raise UserError(
+            f"{name}: {width} x {height} pixels: want at most 16,384 a side, a hundred million "
+            "in all, and no side over 200 times the other"
+        )

@@ -249,6 +249,6 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (MemoryError, RuntimeError) as error:  # the latter: torch's words for it
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not re.search("(allocate|out of) memory", str(error) or "out of memory"):
             raise
         sys.exit("error: out of memory: take a smaller batch, a smaller model or smaller pictures")

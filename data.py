@@ -284,9 +284,8 @@ class Data:
             half = any(self.directory.glob("*.partial")) or any(self.directory.glob("*.bin"))
             why = f"{self.directory} is half prepared" if half else f"no {path}"
             raise UserError(f"{why}: run `python data.py {source} ...` first")
-        self.meta = read_json(path)
-        if not isinstance(self.meta, dict):
-            raise UserError(f"{path}: damaged: prepare it again")
+        found = read_json(path)
+        self.meta = found if isinstance(found, dict) else {}
         version = self.meta.get("format")
         if version != FORMAT:
             command = f"python data.py {self.meta.get('source', source)} --name {name}"

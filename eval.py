@@ -38,7 +38,16 @@ import weights
 from batches import PairBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from data import Data
-from files import read_csv, read_json, read_log, read_text, remove_leftovers, write_json, writing
+from files import (
+    about,
+    read_csv,
+    read_json,
+    read_log,
+    read_text,
+    remove_leftovers,
+    write_json,
+    writing,
+)
 from images import read_picture
 from places import Places
 from scores import accuracy
@@ -231,10 +240,8 @@ def run_task(task, path, images, loaded, settings):
             f"{path}; --images takes several folders or zips"
         )
     subject = Subject(loaded, rows, names, locations, settings)
-    try:
+    with about(path):
         results = {"all": test.rule(rows, subject, settings.ties)}
-    except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     subsets = sorted({row["subset"] for row in rows if row.get("subset")})
     if len(subsets) > 1:
         for subset in subsets:

@@ -77,29 +77,43 @@ def compute(model, frames, image_format, device, path, row_bytes):
     byte's lock, which ends with its holder, that somebody is at it. So nobody waits for longer than
     a block takes, and nobody in a collective, which would time out."""
     partial, done = path.with_suffix(".partial"), path.with_suffix(".done")
-    blocks = range(0, len(frames), BLOCK)
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    bar = tqdm(total=len(blocks), desc="features", unit="block", disable=not is_first)
-    with named(partial), open_or_create(partial) as rows, open_or_create(done) as flags, bar:
-        rows.truncate(len(frames) * row_bytes)
-        flags.truncate(len(blocks) + 1)
-        is_done = lambda number: os.pread(flags.fileno(), 1, number) == b"\1"
-        for wait in (False, True):  # first what nobody is at; then what is still not done
-            for number, start in enumerate(blocks):
-                if is_done(number) or path.exists():
-                    continue
-                with claimed(flags, number, wait) as is_mine:
-                    if is_mine and not is_done(number):
-                        some = frames[start : start + BLOCK]
-                        rows.seek(start * row_bytes)
-                        for block in extract(model, some, image_format, device):
-                            rows.write(block.tobytes())
-                        rows.flush()
-                        os.fsync(rows.fileno())
-                        os.pwrite(flags.fileno(), b"\1", number)
-                bar.update(sum(map(is_done, range(len(blocks)))) - bar.n)
-        with claimed(flags, len(blocks), wait=True):
-            if not path.exists():
+    starts, is_first = range(0, len(frames), BLOCK), int(os.environ.get("RANK", 0)) == 0
+    bar = tqdm(total=len(starts), desc="features", unit="block", disable=not is_first)
+    with named(partial), open_or_create(done) as flags, bar:
+        flags.truncate(len(starts) + 1)  # the last byte's lock is for the end
+        with open_or_create(partial) as rows:
+            rows.truncate(len(frames) * row_bytes)
+            for wait in (False, True):  # first what nobody is at; then what is still not done
+                for number, start in enumerate(starts):
+                    if path.exists() or read_flags(flags)[number]:
+                        continue
+                    with claimed(flags, number, wait) as is_mine:
+                        if is_mine and not read_flags(flags)[number]:
+                            some = frames[start : start + BLOCK]
+                            blocks = extract(model, some, image_format, device)
+                            write_block(rows, start * row_bytes, blocks)
+                            flags.seek(number)
+                            flags.write(b"\1")
+                    bar.update(sum(read_flags(flags)) - bar.n)
+        with claimed(flags, len(starts), wait=True):
+            if path.exists():
+                partial.unlink(missing_ok=True)
+            else:
                 os.replace(partial, path)
-            for leftover in (partial, done):
-                leftover.unlink(missing_ok=True)
+    done.unlink(missing_ok=True)
+
+
+def read_flags(flags):
+    """The bytes of .done, a 1 where a block is written."""
+    flags.seek(0)
+    return flags.read()
+
+
+def write_block(rows, first_byte, blocks):
+    """Write arrays one after the other into an open file, and onto the disk."""
+    rows.seek(first_byte)
+    for block in blocks:
+        content = memoryview(block.tobytes())
+        while content:  # a disk may take less at a time than it is given
+            content = content[rows.write(content) :]
+    os.fsync(rows.fileno())

@@ -34,6 +34,17 @@ def named(path):
 
 
 @contextmanager
+def about(path):
+    """Say which file, where a UserError does not."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from None
+
+
+@contextmanager
 def writing(path):
     """A binary file that appears at `path` whole or not at all, also when the power fails."""
     path = Path(path)
@@ -56,10 +67,12 @@ def write_json(path, value):
 
 
 def read_text(path):
-    """The text in a file in UTF-8. Raises OSError, and UserError with the line where it is not."""
+    """The text in a file in UTF-8, or UTF-16 where it says so. Raises OSError, and UserError with
+    the line where it is not."""
     content = Path(regular(path)).read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        return content.decode(encoding).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(
@@ -142,7 +155,7 @@ def locked(path, wait=True):
 
 def open_or_create(path):
     """A file to read and write anywhere in it, by several processes at a time."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
 
 
 @contextmanager
@@ -166,7 +179,7 @@ def claimed(file, number, wait):
 def remove_leftovers(folder):
     """Remove what writing() left in a folder when a run was killed: files of processes that are no
     more, and on a disk that machines share other machines' of yesterday."""
-    for path in folder.rglob("*.*.*.tmp"):
+    for path in (path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.*.*.tmp")):
         host, process = path.name.split(".")[-3:-1]
         is_old = time.time() - path.stat().st_mtime > 24 * 3600
         if process.isdigit() and (is_old if host != HOST else not is_running(int(process))):

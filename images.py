@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageOps
 
 import tiles
+from checks import check_size
 from config import UserError, regular
-from places import ZipEntry, check_size, on_all_cores, read_entry
+from places import ZipEntry, on_all_cores, read_entry
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every DINO release's
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -96,7 +97,7 @@ def load_picture(location):
         raise UserError(f"{name}: no such image") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{name}: not a picture that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{name}: cannot be read whole ({error})") from None
 
 

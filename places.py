@@ -104,17 +104,6 @@ class Places:
         return whole[0] if whole else None
 
 
-def check_size(name, width, height):
-    """Refuse a picture that would take more memory than pictures do: what makes it square may
-    make a square of its longer side, or a strip as long as its sides differ."""
-    longer, shorter = max(width, height), min(width, height)
-    if longer > 1 << 14 or width * height > 10**8 or longer > 200 * shorter:
-        raise UserError(
-            f"{name}: {width} x {height} pixels: want at most 16,384 a side, a hundred million "
-            "in all, and no side over 200 times the other"
-        )
-
-
 def read_entry(entry):
     """The bytes of a picture in a zip. Raises UserError when they are damaged, or as many as no
     picture has: a few kilobytes may unpack to more than there is memory."""

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, regular
-from files import read_csv
+from config import UserError
+from files import read_csv, read_text
 
 
 @dataclass
@@ -37,24 +37,11 @@ def seconds(text, where):
     return int(hours or 0) * 3600 + int(minutes) * 60 + int(whole) + float(f"0.{part or 0}")
 
 
-def read_lines(path):
-    """The lines of a text in UTF-8, or UTF-16 where it says so. Raises UserError."""
-    content = Path(regular(path)).read_bytes()
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return content.decode(encoding).splitlines()
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}:{line}: not in UTF-8 ({error.reason}): convert it, for example with iconv"
-        ) from None
-
-
 def read_subtitles(path):
     """The Said of an .srt or .vtt file: blocks, each of a line with --> and lines of words. A
     speaker is who a vtt's <v NAME> names."""
     said, current = [], None
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if "-->" in line:
             first, _, rest = line.partition("-->")
             second = (rest.split() or [""])[0]  # a vtt has settings after the time
@@ -86,7 +73,7 @@ def read_chat(path):
     mark, milliseconds between two bells; others have no time and are passed over. Raises UserError
     for a speaker who is not among @Participants."""
     tiers, participants = [], None
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.startswith("\t") and tiers:
             tiers[-1][1] += " " + line.strip()  # a tier goes on
         else:

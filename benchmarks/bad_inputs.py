@@ -306,6 +306,16 @@ def stored(rng, folder):
     return "train", f"{few} --phase 1 --init out/w".split(), path.name
 
 
+def transcripts(rng, folder):
+    suffix = rng.choice((".srt", ".csv", ".vtt", ".cha"))
+    path = folder / "films" / f"a{suffix}"
+    if suffix != ".srt":
+        (folder / "films" / "a.srt").unlink()
+        os.replace(folder / f"a{suffix}", path)
+    spoil(rng, path)
+    return "data", "video --videos films --size 8 --vocab_size 300 --name x".split(), path.name
+
+
 KINDS = {
     "config files": configs,
     "flags": flags,
@@ -330,7 +340,7 @@ KINDS = {
         "--checkpoint out/w/phase2.pt --task toolbox --json tests --images pictures --out out/e",
         "tests/*.json",
     ),
-    "transcripts": None,  # below
+    "transcripts": transcripts,
     "zips": zips,
     "pictures": pictures,
     "bins": bins,
@@ -345,19 +355,6 @@ KINDS = {
         "hf/*.safetensors",
     ),
 }
-
-
-def transcripts(rng, folder):
-    suffix = rng.choice((".srt", ".csv", ".vtt", ".cha"))
-    path = folder / "films" / f"a{suffix}"
-    if suffix != ".srt":
-        (folder / "films" / "a.srt").unlink()
-        os.replace(folder / f"a{suffix}", path)
-    spoil(rng, path)
-    return "data", "video --videos films --size 8 --vocab_size 300 --name x".split(), path.name
-
-
-KINDS["transcripts"] = transcripts
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,6 +13,13 @@ import numpy as np
 import torch
 from processes import SMALL, TOY, command, environment, must
 
+import data
+from ahead import made_ahead
+from batches import SampleBatches
+from images import ImageFormat
+from model import GPT, BabyLLaVA, GPTConfig, Projector
+from tokenizer import Tokenizer, caption_sample
+
 # The published model, and as many pairs and features as SAYCam has: (F, P, E), 13 GB
 PAIRS, P, E = 67_000, 49, 2048
 SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 6000, "block_size": 128}
@@ -20,10 +27,6 @@ SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 6000, "block_
 
 def make_corpus(home):
     """Data and features as large as SAYCam's, in sparse files: (samples' batches, a model)."""
-    import data
-    from images import ImageFormat
-    from tokenizer import Tokenizer, caption_sample
-
     words = "look , that is a red ball over there , can you see it ?"
     tokenizer = Tokenizer.train([words] * 9, 300)
     writer = data.Writer(home / "large", "made")
@@ -52,10 +55,6 @@ class Tower:
 
 def waiting(home, settings):
     """Steps on batches that are read, beside steps on one batch again and again, in turn."""
-    from ahead import made_ahead
-    from batches import SampleBatches
-    from model import GPT, BabyLLaVA, GPTConfig, Projector
-
     torch.set_num_threads(os.cpu_count())
     dataset, features = make_corpus(home)
     gpt = GPT(GPTConfig(**SIZES))

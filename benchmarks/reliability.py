@@ -1,7 +1,7 @@
 """
 Is what is promised kept? Things are broken on purpose, many times, and what came of it is counted.
 
-    python benchmarks/reliability.py                      # all of it, some forty minutes
+    python benchmarks/reliability.py                      # all of it
     python benchmarks/reliability.py --what kills --kills 60
     python benchmarks/reliability.py --what inputs --cases 10000
     sudo python benchmarks/reliability.py --what disks nodes   # small disks and networks of its own
@@ -205,7 +205,6 @@ def kills(home, settings):
             print(
                 f"  {scene.name}: exit {code}, {differ} differ, {leftovers(folder)}, {said[-300:]}"
             )
-            shutil.copytree(folder, Path(tempfile.gettempdir()) / f"kept_{os.getpid()}_{number}")
         shutil.rmtree(folder)
     print("| killed in | times | while it ran | the same bits after all |\n|---|---|---|---|")
     for name, kept in equal.items():

@@ -62,18 +62,21 @@ def begin(work, *arguments):
 
 
 def work_aside(work, *arguments):
-    """What the system complains of is this process's exit code, for end() to tell."""
+    """What the system complains of is this process's exit code, and 100, for end() to tell."""
     try:
         work(*arguments)
     except OSError as error:
-        sys.exit(error.errno or 1)
+        sys.exit(100 + error.errno if error.errno else 1)
 
 
 def end(process, path):
-    """Wait for a process that writes to a path. Raises OSError where it could not."""
+    """Wait for a process that writes to a path. Raises OSError where it could not, RuntimeError
+    where it ended otherwise: it has shown its traceback."""
     process.join()
+    if process.exitcode > 100:
+        raise OSError(process.exitcode - 100, os.strerror(process.exitcode - 100), path)
     if process.exitcode:
-        raise OSError(process.exitcode, os.strerror(abs(process.exitcode)), path)
+        raise RuntimeError(f"what writes {path} ended with {process.exitcode}")
 
 
 def hold_out(items, key=None):

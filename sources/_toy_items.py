@@ -335,11 +335,8 @@ def listening(test, album):
     target = album.thing()
     other = album.other([target.kind])
     pictures = [album.portrait(target), album.portrait(other)]
-    return (
-        pictures,
-        [],
-        {"phrases": [f"look , {article(thing.name)} !" for thing in (target, other)]},
-    )
+    phrases = [f"look , {article(thing.name)} !" for thing in (target, other)]
+    return pictures, [], {"phrases": phrases}
 
 
 MAKE = {

@@ -90,12 +90,13 @@ def speech(settings, split):
     pictures and with any answer: tokens that phase 0 never meets end as one and the same vector,
     pushed away from all that is said, and A would look like B for thousands of steps."""
     rng = np.random.RandomState([settings.seed, toy.SPLITS[split][0], 8])
+    asking = [test for test in TESTS.values() if test.answers]
     for line in toy.speech(settings, split, THINGS):
         yield line
         if rng.randint(8) == 0:
             yield toy.fill_in(pick(rng, SAY), random_scene(rng, THINGS, 1), rng)
         if rng.randint(8) == 0:
-            test = pick(rng, [test for test in TESTS.values() if test.answers])
+            test = pick(rng, asking)
             yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {pick(rng, test.answers)}"
 
 

@@ -94,3 +94,22 @@ def test_a_numbered_gpu_is_that_gpu(monkeypatch):
     assert phases.find_processes(train.Config(device="cuda:1")).device == torch.device("cuda", 1)
     with pytest.raises(UserError, match="there are 2 GPUs"):
         checkpoint.choose_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda found: found.pop("corpus"),
+        lambda found: found.update(weights=[]),
+        lambda found: found["images"].update(size="64"),
+        lambda found: found["tokenizer"].update(ranks="no base64"),
+        lambda found: found["weights"].pop("gpt.norm.weight"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_that_names_the_file(recipe, tmp_path, spoil):
+    found = torch.load(recipe / "phase2.pt", weights_only=True)
+    spoil(found)
+    torch.save(found, tmp_path / "spoilt.pt")
+    with pytest.raises(UserError, match="spoilt.pt") as error:
+        checkpoint.load(tmp_path / "spoilt.pt")
+    assert one_line(error)

@@ -130,3 +130,19 @@ def test_a_knob_of_several_values_given_twice_takes_all(tmp_path):
     flags = ["--image", "a.jpg", "--seed=2", "--image=b.jpg", "--image", "c.jpg", "d.jpg"]
     settings = config.load(sample.Config, flags)
     assert settings.image == ("a.jpg", "b.jpg", "c.jpg", "d.jpg") and settings.seed == 2
+
+
+def test_only_a_want_of_memory_is_called_so(monkeypatch):
+    """torch speaks of memory in errors of ours too, and these keep their traceback."""
+
+    def fails(error):
+        def main(argv):
+            raise error
+
+        return main
+
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")):
+        with pytest.raises(SystemExit, match="error: out of memory"):
+            config.run(fails(error))
+    with pytest.raises(RuntimeError, match="layout"):
+        config.run(fails(RuntimeError("view is not compatible with the tensor's memory layout")))

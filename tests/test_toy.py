@@ -5,10 +5,12 @@ import hashlib
 import multiprocessing
 
 import numpy as np
+import pytest
 from conftest import ROOT
 from PIL import Image
 
 import data
+import sources
 from files import read_csv
 from sources import toy
 
@@ -133,3 +135,17 @@ def test_trials_are_the_same_from_a_process_that_shares_nothing(tmp_path):
         spawned = (tmp_path / "spawned" / "eval" / name).read_text()
         assert spawned == (tmp_path / "forked" / "eval" / name).read_text()
         assert "red" in spawned
+
+
+def test_what_a_process_aside_fails_of_is_told_by_the_one_that_waits():
+    def full():
+        raise OSError(28, "No space left on device")
+
+    def wrong():
+        raise SystemExit(1)
+
+    with pytest.raises(OSError, match="No space left on device: 'data/x/eval'"):
+        sources.end(sources.begin(full), "data/x/eval")
+    with pytest.raises(RuntimeError, match="ended with 1"):  # not errno 1
+        sources.end(sources.begin(wrong), "data/x/eval")
+    sources.end(sources.begin(int), "data/x/eval")

@@ -308,8 +308,14 @@ def test_every_sample_is_seen_once_a_pass_however_many_share_it(recipe, home, ra
     assert times.min() >= steps * 8 // batches.rows - 1 and times.max() - times.min() <= 1
 
 
+def test_what_a_lost_process_leaves_its_peers_is_told_from_mistakes_of_ours():
+    words = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:21094"
+    assert phases.is_about_others(RuntimeError(words))
+    assert not phases.is_about_others(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
 def test_a_process_that_dies_ends_the_others_and_its_job(recipe, home):
-    """Within a minute, and the one that is left says why it stops; the job then goes on."""
+    """Within a minute, and what was saved is whole."""
     folder = begin(recipe, "orphan", "vision", "phase0", "phase1")
     flags = ["--data=data/tiny", "--out=out/orphan", *SMALL, "--phase=2"]
     command = processes.torchrun(2, str(ROOT / "train.py"), *flags, port=29517)
@@ -322,7 +328,7 @@ def test_a_process_that_dies_ends_the_others_and_its_job(recipe, home):
     os.kill(processes.workers_of(run_)[1], signal.SIGKILL)
     said = run_.communicate(timeout=120)[1]
     assert run_.returncode != 0 and time.time() - began < 60
-    assert "error: rank 0 stops: another process ended" in said or "Signal 9" in said
+    assert "Signal 9" in said
     assert checkpoint.read(folder / "phase2.pt")["step"] > 0
 
 
