@@ -26,7 +26,7 @@ SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 6000, "block_
 
 
 def make_corpus(home):
-    """Data and features as large as SAYCam's, in sparse files: (samples' batches, a model)."""
+    """Data and features as large as SAYCam's, in sparse files: (data.Data, features)."""
     words = "look , that is a red ball over there , can you see it ?"
     tokenizer = Tokenizer.train([words] * 9, 300)
     writer = data.Writer(home / "large", "made")
