@@ -1,191 +1,487 @@
 """
-Our phase 0 beside BabyLLaVA's own language model, on the same tokens for the same wall-clock time.
+Our speed beside what a user would pick instead: transformers' GPT2LMHeadModel and LlamaForCausalLM
+(phase 0) and LlavaForConditionalGeneration (phases 1 and 2, generation).
 
     pip install transformers
-    python benchmarks/peers.py --data data/childes --minutes 8 --zorro DIR
+    python benchmarks/peers.py                                  # all of it
+    python benchmarks/peers.py --work phase2 --shapes B --modes eager
+    python benchmarks/peers.py --work memory,start
 
-Theirs is transformers' GPT2LMHeadModel with BabyLLaVA's settings: 8 layers, width 256, 32 heads,
-MLP 1024, dropout 0.15, 8 rows of 2048 tokens a step, lr 5e-4, AdamW (0.9, 0.95), decay 0.1, clip 1,
-cosine with 3 % warm-up. Such a step is long on a CPU, so a third run gives the same GPT-2 our rows,
-rate and dropout: what is left of the difference is the model's. Ours is the GPT of model.py at the
-same depth and width, with train.py's optimizer. All take turns, step by step, so that whatever
-else the machine does slows all alike; each one's learning rate falls to 0 as its own share of the
-time runs out. All are scored by eval.py.
+All are given the same shapes, precision and threads, and take turns, step by step, in one process,
+so that whatever else the machine does slows all alike. A step is forward, loss, backward, clipping
+and AdamW: ours is train.py's own take_step(), theirs what their own trainer does. Ratios are those
+of one round, so above 1 ours is faster, and are given as median and quartiles; "best" compares the
+faster of eager and compiled on either side.
+
+Our phases 1 and 2 read features from a file, because the tower is frozen; theirs run it in each
+step. So that this alone does not decide, its time is taken off theirs, measured beside it. Shapes,
+32 words each (10 of them a caption, the others padding), GPT 256 wide, 6,000 tokens:
+
+    S    image 96 / 16 (36 tokens), ViT 192 wide of 4 layers, GPT of 4 layers, 4 heads, batch 8
+    B    image 224 / 16 (196 tokens), ViT 384 wide of 12 layers, GPT of 8 layers, 4 heads, batch 4
+    L    phase 0: no image, GPT of 8 layers, 4 heads, 256 words, all of them targets, batch 8
 """
 
 import dataclasses
-import math
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 import config
-import eval as evaluation
-import watch
-from batches import TextBatches
+import phases
+import train
+from batches import Batch
 from config import knob
-from data import Data
-from model import GPT, BabyLLaVA, GPTConfig
+from images import ImageFormat
+from model import GPT, BabyLLaVA, GPTConfig, Projector
+from vision import ViT
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ("phase0", "phase1", "phase2", "generation", "memory", "start")
+VOCABULARY, WORDS, CAPTION, ANSWER = 6000, 32, 10, 64
+IMAGE, PAD, EOS = 5999, 5998, 5997
 
 
 @dataclasses.dataclass
 class Config(config.Knobs):
-    data: str = "data/childes"  # a folder that `data.py pairs --text FILE` wrote
-    minutes: float = knob(8.0, low=0.01, high=10000.0)  # of training, each
-    zorro: str = ""  # a folder of Zorro's .txt files; empty: bits per character alone
-    rows: int = knob(8, low=1, high=4096)  # ours: rows a step ...
-    length: int = knob(256, low=2, high=1 << 20)  # ... of this many tokens
-    lr: float = knob(2e-3, low=0.0)  # ours, at its highest
-    dropout: float = knob(0.1, low=0.0, high=0.9)  # ours
-    seed: int = knob(1, low=0, high=2**32 - 1)  # of weights and order
+    work: tuple[str, ...] = WORK  # what to measure
+    shapes: tuple[str, ...] = ("S", "B")  # of all but phase 0, which is L
+    modes: tuple[str, ...] = ("eager", "compiled")
+    rounds: int = knob(15, low=3, high=10**6)  # in which all take a step each; the first 3 are lost
     device: str = ""  # cpu or cuda; empty: cuda where there is one
+    one: str = ""  # for memory: measure this one alone, "ours" or "LLaVA"
 
 
-class Peer(torch.nn.Module):
-    """GPT2LMHeadModel, called as eval.py calls a BabyLLaVA."""
-
-    def __init__(self, vocab_size, length, dropout):
-        super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=length,
-            n_embd=256,
-            n_layer=8,
-            n_head=32,
-            n_inner=1024,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        self.net = GPT2LMHeadModel(config)
-        self.length = length
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    side: int  # of an image, in pixels
+    tower: tuple  # width, layers, heads
+    layers: int  # of the GPT
+    batch: int
+    words: int = WORDS
 
     @property
-    def gpt(self):
-        """What eval.py asks a GPT for."""
-        return SimpleNamespace(
-            device=next(self.net.parameters()).device,
-            config=SimpleNamespace(block_size=self.length),
+    def image_tokens(self):
+        return (self.side // 16) ** 2
+
+
+SHAPES = {
+    "S": Shape(96, (192, 4, 3), 4, 8),
+    "B": Shape(224, (384, 12, 6), 8, 4),
+    "L": Shape(0, (), 8, 8, 256),
+}
+
+
+def make_data(shape):
+    """(tokens (B, T) with placeholders first, targets (B, T) aligned with them, -100 where there is
+    none, frames (B, S, S, 3) or None); of shape L all tokens but the first are targets."""
+    rng, P = np.random.RandomState(0), shape.image_tokens
+    tokens = rng.randint(0, 5000, (shape.batch, P + shape.words))
+    tokens[:, :P] = IMAGE
+    targets = np.full_like(tokens, -100)
+    if not P:
+        targets[:, 1:] = tokens[:, 1:]
+        return tokens, targets, None
+    tokens[:, P + CAPTION :] = PAD
+    targets[:, P : P + CAPTION] = tokens[:, P : P + CAPTION]
+    frames = rng.randint(0, 256, (shape.batch, shape.side, shape.side, 3)).astype(np.uint8)
+    return tokens, targets, frames
+
+
+# ---------------------------------------------------------------------------------------------
+# Ours and theirs
+
+
+class Ours:
+    """Our model of a shape and train.py's step on it."""
+
+    def __init__(self, shape, work, device):
+        torch.manual_seed(0)
+        P, sizes = (
+            shape.image_tokens,
+            GPTConfig(VOCABULARY, shape.image_tokens + shape.words + ANSWER, shape.layers, 4, 256),
+        )
+        if P:
+            tower = ViT(shape.side, 16, *shape.tower).requires_grad_(False)
+            projector = Projector("mlp2x_gelu", tower.width, 256)
+            self.model = BabyLLaVA(GPT(sizes), projector, tower, IMAGE).to(device)
+        else:
+            self.model = BabyLLaVA(GPT(sizes)).to(device)
+        tokens, targets, frames = make_data(shape)
+        features, x, y = None, tokens[:, :-1], targets[:, 1:]
+        if P:
+            self.pixels = torch.zeros(shape.batch, 3, shape.side, shape.side, device=device)
+            features = self.model.encode_images(self.pixels).detach().half().cpu().numpy()
+        places = np.flatnonzero(y.flatten() != -100) if P else None
+        wanted = y.flatten()[places] if P else y.flatten()
+        self.batch = Batch(np.ascontiguousarray(x), wanted, places, features, len(wanted))
+        self.prompt = torch.tensor(tokens[:, : P + 1], device=device)
+        self.device, self.work, self.shape = device, work, shape
+
+    def prepare(self, mode):
+        """Make ready for steps in this mode."""
+        settings = train.Config(compile="on" if mode == "compiled" else "off", device="")
+        processes = phases.Processes(0, 1, self.device)
+        parts = [("gpt", 1e-4)] if self.batch.images is None else [("projector", 1e-4)]
+        parts += [("gpt", 1e-4)] if self.work == "phase2" else []
+        groups = phases.set_learning(self.model, [part for part, _ in parts], 1e-4)
+        self.run = phases.Run(
+            settings=settings,
+            name=self.work,
+            dataset=SimpleNamespace(image_format=ImageFormat(self.shape.side or 16)),
+            processes=processes,
+            parents={},
+            decided={},
+            raw_model=self.model,
+            model=phases.wrap(self.model, settings, processes, None),
+            optimizer=phases.make_optimizer(settings, groups, self.device),
+            train_batches=None,
+            val_batches=None,
+            start=0,
+            steps=10**6,
+            batch=self.shape.batch,
         )
 
-    def inputs(self, batch, image_format, seed, step):
-        return batch.to(self.gpt.device, image_format)
+    def step(self):
+        return float(train.take_step(self.run, 10**5, [self.batch])[0])
 
-    def forward(self, tokens, targets=None, positions=None, images=None, arrangement=None):
-        """As BabyLLaVA.forward, of words alone."""
-        logits = self.net(tokens).logits.flatten(0, 1)
-        if positions is not None:
-            logits = logits[positions]
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-100)
-        return logits, loss
+    @torch.no_grad()
+    def look(self, rows):
+        return self.model.encode_images(self.pixels[:1].expand(rows, -1, -1, -1))
+
+    def say(self, rows):
+        """ANSWER greedy tokens after a picture and a word, from pixels on."""
+        features = self.look(rows)
+        said = self.model.generate(self.prompt[:1].expand(rows, -1), features, ANSWER)
+        return torch.stack(list(said), 1)
 
 
-def training(net, batches, rows, lr, piece, seconds, device):
-    """A generator: each next() is one step, its rows `piece` at a time to save memory; yields the
-    seconds spent and tokens seen so far."""
-    learning = list(net.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
+def llava(shape):
+    """LlavaForConditionalGeneration of a shape, with weights that are random."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
     )
-    spent, step = 0.0, 0
-    while spent < seconds:
-        clock = time.perf_counter()
-        done = spent / seconds
-        rate = (
-            min((step + 1) / 10, done / 0.03)
-            if done < 0.03
-            else 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
+
+    width, layers, heads = shape.tower
+    seen = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=shape.side,
+        patch_size=16,
+        projection_dim=width,
+    )
+    settings = LlavaConfig(
+        vision_config=seen,
+        text_config=LlamaConfig(**llama_sizes(shape)),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=shape.image_tokens,
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(settings)
+
+
+def llama_sizes(shape):
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 704,  # as ours
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": shape.image_tokens + shape.words + ANSWER,
+        "tie_word_embeddings": True,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def language_model(kind, shape):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    if kind == "Llama":
+        return LlamaForCausalLM(LlamaConfig(**llama_sizes(shape)))
+    sizes = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=shape.words,
+        n_embd=256,
+        n_layer=shape.layers,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2LMHeadModel(sizes)
+
+
+class Peer:
+    """A model of transformers and what its Trainer does in a step: loss, clipping, AdamW (fused)."""
+
+    def __init__(self, kind, shape, work, device):
+        torch.manual_seed(0)
+        made = llava(shape) if kind == "LLaVA" else language_model(kind, shape)
+        self.model = made.to(device).train()
+        if kind == "LLaVA":
+            self.model.model.vision_tower.requires_grad_(False)
+            if work == "phase1":
+                self.model.model.language_model.requires_grad_(False)
+        tokens, labels, frames = make_data(shape)
+        tokens, labels = torch.tensor(tokens, device=device), torch.tensor(labels, device=device)
+        self.inputs = {"input_ids": tokens, "labels": labels}
+        self.prompt = tokens[:, : shape.image_tokens + 1]
+        if frames is not None:
+            self.pixels = torch.zeros(shape.batch, 3, shape.side, shape.side, device=device)
+            self.inputs["pixel_values"] = self.pixels
+
+    def prepare(self, mode):
+        self.learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.learning, 1e-4, weight_decay=0.1, fused=True)
+        self.called = torch.compile(self.model) if mode == "compiled" else self.model
+        if hasattr(self, "pixels"):
+            tower = self.model.model.vision_tower
+            self.tower = torch.compile(tower) if mode == "compiled" else tower
+
+    def step(self):
+        loss = self.called(**self.inputs, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.learning, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    @torch.no_grad()
+    def look(self, rows=None):
+        """The tower alone, as a step runs it."""
+        pixels = self.pixels if rows is None else self.pixels[:1].expand(rows, -1, -1, -1)
+        self.tower(pixels)
+
+    @torch.no_grad()
+    def say(self, rows):
+        said = self.model.generate(
+            input_ids=self.prompt[:1].expand(rows, -1),
+            attention_mask=torch.ones_like(self.prompt[:1].expand(rows, -1)),
+            pixel_values=self.pixels[:1].expand(rows, -1, -1, -1),
+            max_new_tokens=ANSWER,
+            min_new_tokens=ANSWER,
+            do_sample=False,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr * max(rate, 1e-3)
-        batch = batches.read(*batches.plan(step))
-        tokens, targets = (
-            torch.as_tensor(part, device=device).view(rows, -1)
-            for part in (batch.tokens, batch.targets)
-        )
-        for x, y in zip(tokens.split(piece), targets.split(piece)):
-            (net(x, y)[1] * piece / rows).backward()
-        torch.nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        step += 1
-        spent += time.perf_counter() - clock
-        yield spent, step * rows * batches.T
+        return said[:, self.prompt.shape[1] :]
+
+
+# ---------------------------------------------------------------------------------------------
+# Taking turns
+
+
+def timed(action, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def take_turns(actions, rounds, device):
+    """{name: [ms in each round]}; all act once a round, after three rounds that do not count."""
+    took = {name: [] for name in actions}
+    for number in range(rounds + 3):
+        for name, action in actions.items():
+            ms = timed(action, device)
+            if number >= 3:
+                took[name].append(ms)
+    return took
+
+
+def spread(values, digits):
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
+
+
+def print_times(work, name, took):
+    for (who, mode), values in took.items():
+        print(f"| {work} | {name} | {who} | {mode} | {spread(values, 1)} |", flush=True)
+
+
+def best_ratio(ours, theirs):
+    """Of {mode: values} of both sides the ratios theirs / ours, each side in its faster mode."""
+    a, b = (min(side.values(), key=statistics.median) for side in (ours, theirs))
+    return [y / x for x, y in zip(a, b)]
+
+
+def compare(work, name, took):
+    """Print the times of {(who, mode): ms}, return lines with the ratios to each peer."""
+    print_times(work, name, took)
+    sides = {}
+    for (who, mode), values in took.items():
+        sides.setdefault(who, {})[mode] = values
+    ours, lines = sides.pop("ours"), []
+    for who, modes in sides.items():
+        each = [
+            spread(best_ratio({mode: ours[mode]}, {mode: values}), 2)
+            for mode, values in modes.items()
+        ]
+        lines.append([work, name, who, *each, spread(best_ratio(ours, modes), 2)])
+    return lines
+
+
+def training(settings, work, name, device):
+    """Steps of a phase, ours beside theirs."""
+    shape, kinds = SHAPES[name], ("LLaVA",) if work != "phase0" else ("GPT-2", "Llama")
+    actions, looks = {}, {}
+    for mode in settings.modes:
+        for kind in ("ours", *kinds):
+            side = Ours(shape, work, device) if kind == "ours" else Peer(kind, shape, work, device)
+            side.prepare(mode)
+            actions[kind, mode] = side.step
+            if kind == "LLaVA":
+                actions["its tower", mode] = side.look
+    took = take_turns(actions, settings.rounds, device)
+    for mode in settings.modes:
+        look = took.pop(("its tower", mode), None)
+        if look:
+            looks["its tower", mode] = look
+            took["LLaVA", mode] = [a - b for a, b in zip(took["LLaVA", mode], look)]
+    print_times(work, name, looks)
+    return compare(work, name, took)
+
+
+def generation(settings, name, device):
+    """Greedy answers of ANSWER tokens to a picture and a word, the tower's time taken off."""
+    ours, theirs, lines = (
+        Ours(SHAPES[name], "", device),
+        Peer("LLaVA", SHAPES[name], "", device),
+        [],
+    )
+    ours.model.eval(), theirs.model.eval()
+    theirs.prepare("eager")
+    for rows in (1, 8):
+        actions = {
+            ("ours", "eager"): lambda: ours.say(rows),
+            ("LLaVA", "eager"): lambda: theirs.say(rows),
+            ("our tower", "eager"): lambda: ours.look(rows),
+            ("its tower", "eager"): lambda: theirs.look(rows),
+        }
+        took = take_turns(actions, settings.rounds, device)
+        print_times(f"generation, {rows} at once", name, took)
+        for who, tower in (("ours", "our tower"), ("LLaVA", "its tower")):
+            looks = took.pop((tower, "eager"))
+            took[who, "eager"] = [a - b for a, b in zip(took[who, "eager"], looks)]
+        lines += compare(f"generation, {rows} at once, without towers", name, took)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# In processes of their own
+
+
+def again(*flags):
+    """(seconds, what it printed) of this file or another in a fresh process."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *map(str, flags)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, flags))}: {done.stderr[-3000:]}")
+    return time.perf_counter() - start, done.stdout
+
+
+def memory(settings, name, device):
+    """The largest memory of a process that takes five steps of phase 2, libraries and all."""
+    peaks = {}
+    for who in ("ours", "LLaVA"):
+        flags = f"--one={who}", f"--shapes={name}", f"--device={device}"
+        peaks[who] = float(again(__file__, *flags)[1])
+        print(f"| memory, phase 2 | {name} | {who} | eager | {peaks[who]:.0f} MB |", flush=True)
+    return [["memory, theirs / ours", name, "LLaVA", f"{peaks['LLaVA'] / peaks['ours']:.2f}"]]
+
+
+def measure_one(settings, device):
+    who, shape = settings.one, SHAPES[settings.shapes[0]]
+    side = Ours(shape, "phase2", device) if who == "ours" else Peer(who, shape, "phase2", device)
+    side.prepare("eager")
+    for _ in range(5):
+        side.step()
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 1e6)
+    else:
+        status = Path("/proc/self/status").read_text()
+        print(int(status.split("VmHWM:")[1].split()[0]) / 1024)  # kB
+
+
+# What a user of transformers types for a caption of a picture.
+THEIR_CAPTION = """
+import sys
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1])
+inputs = processor(images=Image.open(sys.argv[2]).convert("RGB"), text="<image>", return_tensors="pt")
+said = model.generate(**inputs, max_new_tokens=50, do_sample=False)
+print(processor.decode(said[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+def start(settings, name, device):
+    """From the command line to the first caption of the model that comes with the repository, and
+    of the same model exported for transformers."""
+    picture, flags = ROOT / "assets" / "scene.png", f"--device={device}"
+    with tempfile.TemporaryDirectory() as folder:
+        again(ROOT / "weights.py", "export", ROOT / "assets/toy.pt", f"{folder}/llava")
+        said, took = {}, {("ours", "eager"): [], ("LLaVA", "eager"): []}
+        for _ in range(settings.rounds):
+            for who, command in (
+                ("ours", (ROOT / "sample.py", f"--image={picture}", flags)),
+                ("LLaVA", ("-c", THEIR_CAPTION, f"{folder}/llava", picture)),
+            ):
+                seconds, said[who] = again(*command)
+                took[who, "eager"].append(1000 * seconds)
+    print(f"ours: {said['ours'].strip()}; theirs: {said['LLaVA'].strip()}", file=sys.stderr)
+    return compare("cold start to a caption", "toy", took)
 
 
 def main(argv):
     settings = config.load(Config, argv, __doc__)
-    dataset, device = Data(settings.data), checkpoint.choose_device(settings.device)
-    vocabulary, seconds = dataset.meta["vocab_size"], 60 * settings.minutes
-    torch.manual_seed(settings.seed)
-    ours = BabyLLaVA(
-        GPT(GPTConfig(vocabulary, settings.length, 8, 8, n_embd=256, dropout=settings.dropout))
-    )
-    nets = {
-        "ours": (ours, settings.length, settings.rows, settings.lr, settings.rows),
-        "GPT-2, BabyLLaVA's settings": (Peer(vocabulary, 2048, 0.15), 2048, 8, 5e-4, 1),
-        "GPT-2, our rows and rate": (
-            Peer(vocabulary, settings.length, settings.dropout),
-            settings.length,
-            settings.rows,
-            settings.lr,
-            settings.rows,
-        ),
-    }
-    runs, spent = {}, {}
-    for name, (net, _, rows, lr, piece) in nets.items():
-        net.to(device).train()
-        batches = TextBatches(dataset, "train", rows, settings.seed, net)
-        runs[name] = training(net, batches, rows, lr, piece, seconds, device)
-        spent[name] = (0.0, 0)
-    told = 0.0
-    while min(spent.values())[0] < seconds:
-        name = min(spent, key=lambda name: spent[name][0])
-        spent[name] = next(runs[name])
-        if min(spent.values())[0] - told > 60:
-            told = min(spent.values())[0]
-            print(f"{told / 60:.1f} of {settings.minutes:g} minutes each", file=sys.stderr)
-    counts = dataset.meta["splits"]["val"]
+    device = checkpoint.choose_device(settings.device)
+    if settings.one:
+        return measure_one(settings, device)
+    import transformers
+
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n\n| model | "
-        "parameters | tokens seen | minutes | bits per character | Zorro |\n" + "|---" * 6 + "|"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {device}, fp32, "
+        f"{torch.get_num_threads()} threads\n\n| work | shape | who | mode | ms |\n|---|---|---|---|---|"
     )
-    for name, (net, *_) in nets.items():
-        net.eval()
-        with torch.no_grad():
-            batches = TextBatches(dataset, "val", 1, 0, net)
-            loss = watch.val_loss(net, batches, dataset.image_format)
-        bits = loss / math.log(2) * counts["text"] / counts["characters"]
-        grammar = "-"
-        if settings.zorro:
-            loaded = SimpleNamespace(model=net, tokenizer=dataset.tokenizer, device=device)
-            grammar = (
-                f"{evaluation.zorro(settings.zorro, loaded, 256)['all']['accuracy']['score']:.3f}"
-            )
-        print(
-            f"| {name} | {sum(p.numel() for p in net.parameters()):,} | {spent[name][1]:,} | "
-            f"{spent[name][0] / 60:.1f} | {bits:.3f} | {grammar} |",
-            flush=True,
-        )
+    measure = {"generation": generation, "memory": memory, "start": start}
+    lines = []
+    for work in settings.work:
+        names = {"phase0": ("L",), "start": ("toy",)}.get(work, settings.shapes)
+        for name in names:
+            if work in measure:
+                lines += measure[work](settings, name, device)
+            else:
+                lines += training(settings, work, name, device)
+    heads = ["work", "shape", "beside", *settings.modes, "best"]
+    print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for line in lines:
+        cells = line[:3] + ["-"] * (len(heads) - len(line)) + line[3:]
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
