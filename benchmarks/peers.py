@@ -5,7 +5,7 @@ Our speed beside what a user would pick instead: transformers' GPT2LMHeadModel a
     pip install transformers
     python benchmarks/peers.py                                  # all of it
     python benchmarks/peers.py --work phase2 --shapes B --modes eager
-    python benchmarks/peers.py --work memory,start
+    python benchmarks/peers.py --work memory start
 
 All are given the same shapes, precision and threads, and take turns, step by step, in one process,
 so that whatever else the machine does slows all alike. A step is forward, loss, backward, clipping
@@ -15,7 +15,7 @@ faster of eager and compiled on either side.
 
 Our phases 1 and 2 read features from a file, because the tower is frozen; theirs run it in each
 step. So that this alone does not decide, its time is taken off theirs, measured beside it. Shapes,
-32 words each (10 of them a caption, the others padding), GPT 256 wide, 6,000 tokens:
+32 words each, all of them targets, GPT 256 wide, 6,000 tokens:
 
     S    image 96 / 16 (36 tokens), ViT 192 wide of 4 layers, GPT of 4 layers, 4 heads, batch 8
     B    image 224 / 16 (196 tokens), ViT 384 wide of 12 layers, GPT of 8 layers, 4 heads, batch 4
@@ -48,8 +48,8 @@ from vision import ViT
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ("phase0", "phase1", "phase2", "generation", "memory", "start")
-VOCABULARY, WORDS, CAPTION, ANSWER = 6000, 32, 10, 64
-IMAGE, PAD, EOS = 5999, 5998, 5997
+VOCABULARY, WORDS, ANSWER = 6000, 32, 64
+IMAGE, PAD = 5999, 5998
 
 
 @dataclasses.dataclass
@@ -92,8 +92,7 @@ def make_data(shape):
     if not P:
         targets[:, 1:] = tokens[:, 1:]
         return tokens, targets, None
-    tokens[:, P + CAPTION :] = PAD
-    targets[:, P : P + CAPTION] = tokens[:, P : P + CAPTION]
+    targets[:, P:] = tokens[:, P:]
     frames = rng.randint(0, 256, (shape.batch, shape.side, shape.side, 3)).astype(np.uint8)
     return tokens, targets, frames
 

@@ -2,7 +2,7 @@
 Our phase 0 beside BabyLLaVA's own language model, on the same tokens for the same wall-clock time.
 
     pip install transformers
-    python benchmarks/peers.py --data data/childes --minutes 8 --zorro DIR
+    python benchmarks/quality.py --data data/childes --minutes 8 --zorro DIR
 
 Theirs is transformers' GPT2LMHeadModel with BabyLLaVA's settings: 8 layers, width 256, 32 heads,
 MLP 1024, dropout 0.15, 8 rows of 2048 tokens a step, lr 5e-4, AdamW (0.9, 0.95), decay 0.1, clip 1,

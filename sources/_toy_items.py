@@ -3,7 +3,6 @@ Pictures of the toy world for the ten tests of the Toolbox, and the items made o
 gives (pictures, [(question, answer)], more fields) and draws through an Album.
 """
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -370,20 +369,3 @@ FEWER_TO_TRAIN = {
     "more_natural": 2,
 }
 FEWER_TO_TEST = {"memory": 5, "memory_fair": 5}
-# What is also asked picture by picture in training, one in so many, and how many rounds of it
-PICTURE_BY_PICTURE = {"picture_vocabulary": (2, 1), "left_right": (4, 1), "memory": (6, 8)}
-
-
-def picture_by_picture(test, album):
-    """(pictures, turns) of a test's item in which an answer follows each picture to choose from:
-    "(A)<image>" "no" "(B)<image>" "yes". What is asked is the same, whether it is this one; but
-    each picture is answered for by itself, so that matching is learnt apart from naming a letter.
-    """
-    pictures, turns, _ = MAKE[test](test, album)
-    one_by_one = []
-    for question, letter in turns[: PICTURE_BY_PICTURE[test][1]]:
-        for part in re.findall(r".*?\([A-D]\) ?<image>", question):
-            is_this = f"({letter})" in part
-            one_by_one.append((part.strip(), "yes" if is_this else "no"))
-    shown = sum(part.count("<image>") for part, _ in one_by_one)
-    return pictures[:shown], one_by_one

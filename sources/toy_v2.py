@@ -6,11 +6,10 @@ interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to 
 
 Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the single pictures,
 phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
-the original. Two things the original does not do: phase 3 repeats some named pictures (--replay),
-so that naming is not forgotten, and asks some items picture by picture, so that matching is learnt
-in small steps. eval/NAME.json are the test parts, with pictures of their own. The pairs of colour
-and thing that the toy world holds out occur in no training picture and in no training word; subsets
-tell them apart.
+the original; but phase 3 repeats some named pictures (--replay), which the original does not, so
+that naming is not forgotten. eval/NAME.json are the test parts, with pictures of their own. The
+pairs of colour and thing that the toy world holds out occur in no training picture and in no
+training word; subsets tell them apart.
 """
 
 import json
@@ -30,13 +29,11 @@ from sources._toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
     MAKE,
-    PICTURE_BY_PICTURE,
     UNTRAINED,
     Album,
     Placed,
     paint,
     path_out,
-    picture_by_picture,
     plural,
     some_light,
     some_room,
@@ -100,8 +97,7 @@ def speech(settings, split):
             yield toy.fill_in(pick(rng, SAY), random_scene(rng, THINGS, 1), rng)
         if rng.randint(8) == 0:
             test = pick(rng, asking)
-            answer = pick(rng, (*test.answers, "yes", "no"))
-            yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {answer}"
+            yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {pick(rng, test.answers)}"
 
 
 def happen(rng, size, frames=5):
@@ -185,10 +181,6 @@ def write_tuning(part, settings, rng, one_in):
             pictures, turns, _ = MAKE[test](test, album)
             sample = chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns)
             part.sample(*sample, pictures)
-    for test, (fewer, _) in PICTURE_BY_PICTURE.items():
-        for _ in range(settings.items // one_in // fewer):
-            pictures, turns = picture_by_picture(test, album)
-            part.sample(*chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns), pictures)
     for _ in range(settings.replay // one_in):  # naming, so that it is not forgotten
         thing = album.thing()
         words = talk(Scene(0, (thing,)), rng)
@@ -262,7 +254,8 @@ def prompts():
     for test in TESTS.values():
         for kind in THINGS:
             yield fill_prompt(test, kind)
-    yield from ("yes", "no", *map(str, range(1, 13)))
+    for number in range(1, 13):
+        yield f"{number}"
 
 
 def prepare(settings, writer):

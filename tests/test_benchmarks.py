@@ -14,14 +14,14 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_peers_learn_and_are_scored_alike(tmp_path):
+def test_all_learn_and_are_scored_alike(tmp_path):
     pytest.importorskip("transformers")
     make_corpus(tmp_path / "speech", {"train": [("a ball .", 0)], "val": [("a bear .", 0)]})
     grammar = tmp_path / "zorro"
     grammar.mkdir()
     (grammar / "one.txt").write_text("a ball look .\nlook a ball .\n")
     done = shell(
-        ROOT / "benchmarks/peers.py", "--data=speech", "--minutes=0.02", "--length=32",
+        ROOT / "benchmarks/quality.py", "--data=speech", "--minutes=0.02", "--length=32",
         "--zorro=zorro", "--device=cpu", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -46,3 +46,22 @@ def test_targets_are_measured_side_by_side(tmp_path):
     ]
     for row in table:
         assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d - \d+\.\d\d\)", row[4])
+
+
+def test_speed_beside_a_peer_is_a_ratio_of_rounds(tmp_path):
+    pytest.importorskip("transformers")
+    done = shell(
+        ROOT / "benchmarks/peers.py", "--work=phase2", "--shapes=S", "--modes=eager", "--rounds=3",
+        "--device=cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = rows(done.stdout)
+    assert [row[2] for row in table[2:5]] == ["its tower", "ours", "LLaVA"]
+    for row in table[2:5]:
+        low, middle, high = map(
+            float, re.fullmatch(r"(\S+) \((\S+) - (\S+)\)", row[4]).group(2, 1, 3)
+        )
+        assert 0 < low <= middle <= high
+    head, _, [work, shape, who, eager, best] = table[5:]
+    assert head[2:] == ["beside", "eager", "best"]
+    assert (work, shape, who) == ("phase2", "S", "LLaVA") and eager == best
