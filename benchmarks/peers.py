@@ -233,7 +233,7 @@ def language_model(kind, shape):
 
 
 class Peer:
-    """A model of transformers and what its Trainer does in a step: loss, clipping, AdamW (fused)."""
+    """A model of transformers and what its Trainer does in a step: loss, clipping, fused AdamW."""
 
     def __init__(self, kind, shape, work, device):
         torch.manual_seed(0)
@@ -432,7 +432,8 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 processor = AutoProcessor.from_pretrained(sys.argv[1])
 model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1])
-inputs = processor(images=Image.open(sys.argv[2]).convert("RGB"), text="<image>", return_tensors="pt")
+picture = Image.open(sys.argv[2]).convert("RGB")
+inputs = processor(images=picture, text="<image>", return_tensors="pt")
 said = model.generate(**inputs, max_new_tokens=50, do_sample=False)
 print(processor.decode(said[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
@@ -465,7 +466,8 @@ def main(argv):
 
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {device}, fp32, "
-        f"{torch.get_num_threads()} threads\n\n| work | shape | who | mode | ms |\n|---|---|---|---|---|"
+        f"{torch.get_num_threads()} threads\n\n"
+        "| work | shape | who | mode | ms |\n|---|---|---|---|---|"
     )
     measure = {"generation": generation, "memory": memory, "start": start}
     lines = []
