@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,18 +49,21 @@ from vision import ViT
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ("phase0", "phase1", "phase2", "generation", "memory", "start")
+MODES = ("eager", "compiled")
 VOCABULARY, WORDS, ANSWER = 6000, 32, 64
 IMAGE, PAD = 5999, 5998
 
 
 @dataclasses.dataclass
 class Config(config.Knobs):
-    work: tuple[str, ...] = WORK  # what to measure
-    shapes: tuple[str, ...] = ("S", "B")  # of all but phase 0, which is L
-    modes: tuple[str, ...] = ("eager", "compiled")
-    rounds: int = knob(15, low=3, high=10**6)  # in which all take a step each; the first 3 are lost
+    work: tuple[str, ...] = knob(WORK, choices=WORK)  # what to measure
+    shapes: tuple[str, ...] = knob(("S", "B"), choices=("S", "B"))  # of all but phase 0, which is L
+    modes: tuple[str, ...] = knob(MODES, choices=MODES)  # of steps; all else is eager
+    rounds: int = knob(15, low=3, high=10**6)  # all take a step in each, after 3 that do not count
     device: str = ""  # cpu or cuda; empty: cuda where there is one
-    one: str = ""  # for memory: measure this one alone, "ours" or "LLaVA"
+    one: str = knob(
+        "", choices=("", "ours", "LLaVA")
+    )  # its memory alone, as --work memory calls it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +88,14 @@ SHAPES = {
 
 def make_data(shape):
     """(tokens (B, T) with placeholders first, targets (B, T) aligned with them, -100 where there is
-    none, frames (B, S, S, 3) or None); of shape L all tokens but the first are targets."""
+    none); of shape L all tokens but the first are targets."""
     rng, P = np.random.RandomState(0), shape.image_tokens
     tokens = rng.randint(0, 5000, (shape.batch, P + shape.words))
     tokens[:, :P] = IMAGE
     targets = np.full_like(tokens, -100)
-    if not P:
-        targets[:, 1:] = tokens[:, 1:]
-        return tokens, targets, None
-    targets[:, P:] = tokens[:, P:]
-    frames = rng.randint(0, 256, (shape.batch, shape.side, shape.side, 3)).astype(np.uint8)
-    return tokens, targets, frames
+    first = max(1, P)
+    targets[:, first:] = tokens[:, first:]
+    return tokens, targets
 
 
 # ---------------------------------------------------------------------------------------------
@@ -106,17 +107,15 @@ class Ours:
 
     def __init__(self, shape, work, device):
         torch.manual_seed(0)
-        P, sizes = (
-            shape.image_tokens,
-            GPTConfig(VOCABULARY, shape.image_tokens + shape.words + ANSWER, shape.layers, 4, 256),
-        )
+        P = shape.image_tokens
+        sizes = GPTConfig(VOCABULARY, P + shape.words + ANSWER, shape.layers, 4, 256)
         if P:
             tower = ViT(shape.side, 16, *shape.tower).requires_grad_(False)
             projector = Projector("mlp2x_gelu", tower.width, 256)
             self.model = BabyLLaVA(GPT(sizes), projector, tower, IMAGE).to(device)
         else:
             self.model = BabyLLaVA(GPT(sizes)).to(device)
-        tokens, targets, frames = make_data(shape)
+        tokens, targets = make_data(shape)
         features, x, y = None, tokens[:, :-1], targets[:, 1:]
         if P:
             self.pixels = torch.zeros(shape.batch, 3, shape.side, shape.side, device=device)
@@ -129,11 +128,10 @@ class Ours:
 
     def prepare(self, mode):
         """Make ready for steps in this mode."""
-        settings = train.Config(compile="on" if mode == "compiled" else "off", device="")
+        compiled = "on" if mode == "compiled" else "off"
+        settings = train.Config(compile=compiled, dtype="float32")  # on a GPU too, as theirs
         processes = phases.Processes(0, 1, self.device)
-        parts = [("gpt", 1e-4)] if self.batch.images is None else [("projector", 1e-4)]
-        parts += [("gpt", 1e-4)] if self.work == "phase2" else []
-        groups = phases.set_learning(self.model, [part for part, _ in parts], 1e-4)
+        groups = phases.set_learning(self.model, train.PHASES[self.work].learns, 1e-4)
         self.run = phases.Run(
             settings=settings,
             name=self.work,
@@ -243,11 +241,11 @@ class Peer:
             self.model.model.vision_tower.requires_grad_(False)
             if work == "phase1":
                 self.model.model.language_model.requires_grad_(False)
-        tokens, labels, frames = make_data(shape)
+        tokens, labels = make_data(shape)
         tokens, labels = torch.tensor(tokens, device=device), torch.tensor(labels, device=device)
         self.inputs = {"input_ids": tokens, "labels": labels}
         self.prompt = tokens[:, : shape.image_tokens + 1]
-        if frames is not None:
+        if kind == "LLaVA":
             self.pixels = torch.zeros(shape.batch, 3, shape.side, shape.side, device=device)
             self.inputs["pixel_values"] = self.pixels
 
@@ -268,10 +266,9 @@ class Peer:
         return loss.item()
 
     @torch.no_grad()
-    def look(self, rows=None):
+    def look(self, rows):
         """The tower alone, as a step runs it."""
-        pixels = self.pixels if rows is None else self.pixels[:1].expand(rows, -1, -1, -1)
-        self.tower(pixels)
+        self.tower(self.pixels[:1].expand(rows, -1, -1, -1))
 
     @torch.no_grad()
     def say(self, rows):
@@ -327,7 +324,7 @@ def best_ratio(ours, theirs):
     return [y / x for x, y in zip(a, b)]
 
 
-def compare(work, name, took):
+def compare(settings, work, name, took):
     """Print the times of {(who, mode): ms}, return lines with the ratios to each peer."""
     print_times(work, name, took)
     sides = {}
@@ -336,43 +333,46 @@ def compare(work, name, took):
     ours, lines = sides.pop("ours"), []
     for who, modes in sides.items():
         each = [
-            spread(best_ratio({mode: ours[mode]}, {mode: values}), 2)
-            for mode, values in modes.items()
+            spread(best_ratio({mode: ours[mode]}, {mode: modes[mode]}), 2) if mode in modes else "-"
+            for mode in settings.modes
         ]
         lines.append([work, name, who, *each, spread(best_ratio(ours, modes), 2)])
     return lines
 
 
+def take_off(took, who, looks):
+    """Take the tower's time off, round by round."""
+    took[who] = [whole - look for whole, look in zip(took[who], looks)]
+
+
 def training(settings, work, name, device):
     """Steps of a phase, ours beside theirs."""
     shape, kinds = SHAPES[name], ("LLaVA",) if work != "phase0" else ("GPT-2", "Llama")
-    actions, looks = {}, {}
+    actions = {}
     for mode in settings.modes:
         for kind in ("ours", *kinds):
             side = Ours(shape, work, device) if kind == "ours" else Peer(kind, shape, work, device)
             side.prepare(mode)
             actions[kind, mode] = side.step
             if kind == "LLaVA":
-                actions["its tower", mode] = side.look
+                actions["its tower", mode] = partial(side.look, shape.batch)
     took = take_turns(actions, settings.rounds, device)
     for mode in settings.modes:
-        look = took.pop(("its tower", mode), None)
-        if look:
-            looks["its tower", mode] = look
-            took["LLaVA", mode] = [a - b for a, b in zip(took["LLaVA", mode], look)]
-    print_times(work, name, looks)
-    return compare(work, name, took)
+        if ("its tower", mode) in took:
+            looks = {("its tower", mode): took.pop(("its tower", mode))}
+            print_times(work, name, looks)
+            take_off(took, ("LLaVA", mode), *looks.values())
+    return compare(settings, work, name, took)
 
 
 def generation(settings, name, device):
     """Greedy answers of ANSWER tokens to a picture and a word, the tower's time taken off."""
-    ours, theirs, lines = (
-        Ours(SHAPES[name], "", device),
-        Peer("LLaVA", SHAPES[name], "", device),
-        [],
-    )
-    ours.model.eval(), theirs.model.eval()
+    ours = Ours(SHAPES[name], "phase2", device)
+    theirs = Peer("LLaVA", SHAPES[name], "phase2", device)
     theirs.prepare("eager")
+    for side in (ours, theirs):
+        side.model.eval()
+    lines = []
     for rows in (1, 8):
         actions = {
             ("ours", "eager"): lambda: ours.say(rows),
@@ -383,9 +383,8 @@ def generation(settings, name, device):
         took = take_turns(actions, settings.rounds, device)
         print_times(f"generation, {rows} at once", name, took)
         for who, tower in (("ours", "our tower"), ("LLaVA", "its tower")):
-            looks = took.pop((tower, "eager"))
-            took[who, "eager"] = [a - b for a, b in zip(took[who, "eager"], looks)]
-        lines += compare(f"generation, {rows} at once, without towers", name, took)
+            take_off(took, (who, "eager"), took.pop((tower, "eager")))
+        lines += compare(settings, f"generation, {rows} at once, without towers", name, took)
     return lines
 
 
@@ -409,7 +408,8 @@ def memory(settings, name, device):
         flags = f"--one={who}", f"--shapes={name}", f"--device={device}"
         peaks[who] = float(again(__file__, *flags)[1])
         print(f"| memory, phase 2 | {name} | {who} | eager | {peaks[who]:.0f} MB |", flush=True)
-    return [["memory, theirs / ours", name, "LLaVA", f"{peaks['LLaVA'] / peaks['ours']:.2f}"]]
+    ratio = f"{peaks['LLaVA'] / peaks['ours']:.2f}"
+    return [["memory, phase 2", name, "LLaVA", *["-"] * len(settings.modes), ratio]]
 
 
 def measure_one(settings, device):
@@ -422,7 +422,7 @@ def measure_one(settings, device):
         print(torch.cuda.max_memory_allocated() / 1e6)
     else:
         status = Path("/proc/self/status").read_text()
-        print(int(status.split("VmHWM:")[1].split()[0]) / 1024)  # kB
+        print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6)  # it is in KiB
 
 
 # What a user of transformers types for a caption of a picture.
@@ -454,7 +454,7 @@ def start(settings, name, device):
                 seconds, said[who] = again(*command)
                 took[who, "eager"].append(1000 * seconds)
     print(f"ours: {said['ours'].strip()}; theirs: {said['LLaVA'].strip()}", file=sys.stderr)
-    return compare("cold start to a caption", "toy", took)
+    return compare(settings, "cold start to a caption", "toy", took)
 
 
 def main(argv):
@@ -481,8 +481,7 @@ def main(argv):
     heads = ["work", "shape", "beside", *settings.modes, "best"]
     print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for line in lines:
-        cells = line[:3] + ["-"] * (len(heads) - len(line)) + line[3:]
-        print("| " + " | ".join(cells) + " |")
+        print("| " + " | ".join(line) + " |")
 
 
 if __name__ == "__main__":

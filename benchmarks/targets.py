@@ -12,12 +12,13 @@ Both do the same arithmetic elsewhere and take turns, step by step, in one proce
 import dataclasses
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from peers import spread, take_turns
 
 import config
 from config import knob
@@ -68,18 +69,16 @@ def main(argv):
                 "all": (tokens, everywhere, None, features),
                 "few": (tokens, few, positions, features),
             }
-            took = {way: [] for way in ways}
-            for _ in range(settings.steps + 3):
-                for way, inputs in ways.items():
-                    start = time.perf_counter()
-                    model(*inputs)[1].backward()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    took[way].append(1000 * (time.perf_counter() - start))
-            slow, fast = (statistics.median(took[way][3:]) for way in ("all", "few"))
-            ratios = [a / b for a, b in zip(took["all"][3:], took["few"][3:])]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            ratio = f"{middle:.2f} ({low:.2f} - {high:.2f})"
+
+            def step(inputs, model=model, optimizer=optimizer):
+                model(*inputs)[1].backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            actions = {way: partial(step, inputs) for way, inputs in ways.items()}
+            took = take_turns(actions, settings.steps, torch.device("cpu"))
+            slow, fast = (statistics.median(took[way]) for way in ("all", "few"))
+            ratio = spread([a / b for a, b in zip(took["all"], took["few"])], 2)
             print(f"| {shape} | {phase} | {slow:.1f} | {fast:.1f} | {ratio} |", flush=True)
 
 
