@@ -369,20 +369,24 @@ def play(script, words, folder):
     os.dup2(said, 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(1, 0)
-    sys.stdin, sys.stderr = open(0), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0)  # noqa: SIM115
+    # as Python's own: what no encoding has, a lone \udc80 say, is written with a backslash
+    sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.argv = [script, *words]
-    code = 0
+    code = 1
     try:
-        sys.modules["config"].run(sys.modules[script].main)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)
+        try:
+            sys.modules["config"].run(sys.modules[script].main)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+        sys.stderr.flush()
+    finally:  # whatever happened: a fork that returned would go on as its parent
+        os._exit(code)
 
 
 def attempt(script, words, folder):
