@@ -1,5 +1,5 @@
 """
-What a step reads: made ahead by a thread, in pinned memory where a GPU fetches it.
+Batches made ahead by a thread, and the pinned memory that a GPU fetches them from.
 """
 
 from collections import deque
@@ -15,22 +15,6 @@ def pinned(batch):
     arrays = {name: part for name, part in vars(batch).items() if isinstance(part, np.ndarray)}
     as_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).pin_memory()
     return replace(batch, **{name: as_tensor(array) for name, array in arrays.items()})
-
-
-def make_batches(run, step):
-    """(rows of the whole batch, positions that they fill, this process's share of them in pieces),
-    of a train.py's Run: of each group of rows, which are of like length, grad_accum pieces."""
-    plans = [run.train_batches.plan(step * run.groups + i) for i in range(run.groups)]
-    pieces = []
-    for rows, length in plans:
-        size = len(rows) // (run.processes.world * run.settings.grad_accum)
-        first = run.processes.rank * size * run.settings.grad_accum
-        starts = range(first, first + size * run.settings.grad_accum, size)
-        pieces += [run.train_batches.read(rows[i : i + size], length, i) for i in starts]
-    if run.processes.device.type == "cuda":
-        pieces = [pinned(piece) for piece in pieces]
-    filled = sum(len(rows) * length for rows, length in plans)
-    return np.concatenate([rows for rows, _ in plans]), filled, pieces
 
 
 def made_ahead(make, steps, depth):

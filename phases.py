@@ -98,7 +98,6 @@ class Run:
     start: int
     steps: int
     batch: int
-    groups: int = 1  # of like length, that make up a batch
     skipped: int = 0  # steps whose gradient was not finite
 
     @property

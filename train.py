@@ -91,7 +91,6 @@ class Config(config.Knobs):
     phase3_lr: float = knob(1e-3, low=0.0)  # at its highest
     phase3_batch: int = knob(32, low=1, high=1 << 20)  # samples
     phase3_learn: tuple[str, ...] = ()  # as phase1_learn
-    phase3_groups: int = knob(1, low=1, high=1 << 20)  # of like length that make up a batch
     lora_rank: int = knob(0, low=0, high=1 << 14)  # phases 2, 3: of the GPT only such factors learn
     lora_alpha: float = knob(16.0, low=0.0)  # their product counts alpha / rank times
     recompute: bool = False  # gradient checkpointing: less memory, a third more time
@@ -191,7 +190,7 @@ PHASES = {
         make=phases.from_phase_before,
         watch=watch.loss,
         starts_from=("phase2",),
-        knobs=("dropout", "phase3_learn", "phase3_groups", *phases.LATER_KNOBS),
+        knobs=("dropout", "phase3_learn", *phases.LATER_KNOBS),
     ),
 }
 
@@ -205,11 +204,10 @@ def set_up(settings, name, dataset, processes):
     where it is done."""
     phase, device = PHASES[name], processes.device
     steps, lr, batch = (getattr(settings, f"{name}_{what}") for what in ("steps", "lr", "batch"))
-    groups = getattr(settings, f"{name}_groups", 1)
-    if batch % (groups * processes.world * settings.grad_accum):
+    if batch % (processes.world * settings.grad_accum):
         raise UserError(
-            f"{name}_batch {batch} does not divide into {groups} groups x {processes.world} "
-            f"processes x grad_accum {settings.grad_accum}"
+            f"{name}_batch {batch} does not divide into {processes.world} processes x "
+            f"grad_accum {settings.grad_accum}"
         )
     parents = start.find_parents(settings, name, PHASES, dataset, processes.print)
     decided = start.inherit(settings, parents)
@@ -226,14 +224,14 @@ def set_up(settings, name, dataset, processes):
     phases.check_backends(settings, raw_model, device)
 
     learns = getattr(settings, f"{name}_learn", ()) or phase.learns
-    learning = phases.set_learning(raw_model, learns, lr)
-    optimizer = phases.make_optimizer(settings, learning, device)
+    groups = phases.set_learning(raw_model, learns, lr)
+    optimizer = phases.make_optimizer(settings, groups, device)
     if optimizer is None:
         processes.print(f"{name}: nothing in it can learn; it is saved as it is")
         steps = 0
     stored = phases.stored_features(settings, dataset, phase.splits, raw_model, device)
     batches = [
-        phase.batches(dataset, split, batch // groups, settings.seed, raw_model, kept)
+        phase.batches(dataset, split, batch, settings.seed, raw_model, kept)
         for split, kept in zip(phase.splits, stored)
     ]
     if resume:
@@ -253,7 +251,6 @@ def set_up(settings, name, dataset, processes):
         start=resume["step"] if resume else 0,
         steps=steps,
         batch=batch,
-        groups=groups,
     )
 
 
@@ -269,28 +266,39 @@ def learning_rate(step, steps, warmup):
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(steps - warm, 1))
 
 
+def make_batches(run, step):
+    """(rows of the whole batch, tokens a row, this process's share of it in grad_accum pieces)."""
+    (rows, length), pieces = run.train_batches.plan(step), run.settings.grad_accum
+    size = len(rows) // (run.processes.world * pieces)
+    first = run.processes.rank * size * pieces
+    starts = range(first, first + size * pieces, size)
+    pieces = [run.train_batches.read(rows[i : i + size], length, i) for i in starts]
+    if run.processes.device.type == "cuda":
+        pieces = [ahead.pinned(piece) for piece in pieces]
+    return rows, length, pieces
+
+
 def take_step(run, step, batches):
-    """Forward, backward, update. Returns the loss, the mean of the groups' means over all their
-    targets, and the norm of the gradient."""
+    """Forward, backward, update. Returns the loss, mean over all targets of the whole batch, and
+    the norm of the gradient."""
     world, settings = run.processes.world, run.settings
     for group in run.optimizer.param_groups:
         group["lr"] = group["highest_lr"] * learning_rate(step, run.steps, settings.warmup)
     # All randomness of a step follows from its number, so a resumed run repeats none of it.
     # Dropout draws other masks on each rank, so results differ by rank where it is on.
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + run.processes.rank)
-    counts = torch.tensor([float(batch.count) for batch in batches], device=run.processes.device)
-    totals = counts.view(run.groups, -1).sum(1)  # of each group, in all processes
+    total = torch.tensor(float(sum(batch.count for batch in batches)), device=run.processes.device)
     if world > 1:
-        dist.all_reduce(totals)
+        dist.all_reduce(total)
     loss_sum = torch.zeros((), device=run.processes.device)
     for i, batch in enumerate(batches):
         run.model.require_backward_grad_sync = i == len(batches) - 1  # DDP: reduce once a step
         inputs = run.raw_model.inputs(batch, run.dataset.image_format, settings.seed, step)
         with run.autocast():
             _, loss = run.model(*inputs)
-        # A group's targets count the same, however they fell to micro-batches and processes. So
-        # do the groups: long answers would drown the letters of another. DDP divides by world.
-        loss = loss * (batch.count / totals[i // settings.grad_accum]) * world / run.groups
+        # Every target counts the same, however they fell to micro-batches and processes; x world
+        # because DDP divides by it.
+        loss = loss * (batch.count / total) * world
         loss.backward()
         loss_sum += loss.detach() / world
     norm = torch.nn.utils.clip_grad_norm_(run.learning, settings.grad_clip)
@@ -321,16 +329,16 @@ def loop(run):
     settings, processes, log = run.settings, run.processes, Path(run.settings.out) / "log.jsonl"
     progress = tqdm(total=run.steps, initial=run.start, desc=run.name, disable=processes.rank > 0)
     steps, unit = range(run.start, run.steps), PHASES[run.name].unit
-    coming = ahead.made_ahead(partial(ahead.make_batches, run), steps, settings.batches_ahead)
+    coming = ahead.made_ahead(partial(make_batches, run), steps, settings.batches_ahead)
     clock, units, taken = time.perf_counter(), 0, []  # units: what was seen since the clock's time
     with closing(coming), progress:
-        for step, (rows, filled, batches) in zip(steps, coming):
+        for step, (rows, length, batches) in zip(steps, coming):
             began = time.perf_counter()
             watch_and_save(run, step)
             clock += time.perf_counter() - began
             loss, norm = take_step(run, step, batches)
             progress.update()
-            units += filled if unit == "tokens/s" else len(rows)  # padding counts too
+            units += len(rows) * (length if unit == "tokens/s" else 1)  # padding counts too
             taken.append((step, rows, loss, norm))
             is_due = step % settings.log_every == 0
             if is_due and processes.world > 1:

@@ -6,11 +6,10 @@ interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to 
 
 Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the single pictures,
 phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
-the original. Two things the original does not do: phase 3 repeats some named pictures (--replay),
-so that naming is not forgotten, and plays two of the tests picture by picture, so that matching is
-learnt in small steps. eval/NAME.json are the test parts, with pictures of their own. The pairs of
-colour and thing that the toy world holds out occur in no training picture and in no training word;
-subsets tell them apart.
+the original; but phase 3 repeats some named pictures (--replay), which the original does not, so
+that naming is not forgotten. eval/NAME.json are the test parts, with pictures of their own. The
+pairs of colour and thing that the toy world holds out occur in no training picture and in no
+training word; subsets tell them apart.
 """
 
 import json
@@ -28,7 +27,9 @@ from images import ImageFormat
 from sources import begin, end, toy
 from sources._toy_items import (
     FEWER_TO_TEST,
+    FEWER_TO_TRAIN,
     MAKE,
+    UNTRAINED,
     Album,
     Placed,
     paint,
@@ -37,7 +38,6 @@ from sources._toy_items import (
     some_light,
     some_room,
     stand,
-    training_items,
 )
 from sources.toy import THINGS, Scene, pick, random_scene, utterance
 from sources.toy_chat import article
@@ -56,7 +56,7 @@ class Config(config.Knobs):
     clips: int = knob(1500, low=10, high=10**8)  # in which something happens
     moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
-    items: int = knob(95000, low=10, high=10**8)  # to train on, of all tests together
+    items: int = knob(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
     replay: int = knob(6000, low=0, high=10**8)  # single pictures and utterances among these
     questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
 
@@ -97,8 +97,7 @@ def speech(settings, split):
             yield toy.fill_in(pick(rng, SAY), random_scene(rng, THINGS, 1), rng)
         if rng.randint(8) == 0:
             test = pick(rng, asking)
-            answer = pick(rng, (*test.answers, "yes", "no"))
-            yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {answer}"
+            yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {pick(rng, test.answers)}"
 
 
 def happen(rng, size, frames=5):
@@ -174,12 +173,14 @@ def write_heard(part, settings, rng, one_in):
 
 def write_tuning(part, settings, rng, one_in):
     """The training parts of the tests."""
-    count = settings.items // one_in
-    most = max(2, 20 // one_in), max(2, count // 95)
+    most = max(2, 20 // one_in), max(2, settings.items // 12 // one_in)
     album = Album(Clips(part), rng, settings.size, most=most)
-    items = training_items(count, album)
-    for pictures, turns in tqdm(items, f"{part.name} tests", count, unit="item"):
-        part.sample(*chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns), pictures)
+    tests = [name for name in TESTS if name not in UNTRAINED]
+    for test in tqdm(tests, f"{part.name} tests", unit="test"):
+        for _ in range(settings.items // one_in // FEWER_TO_TRAIN.get(test, 1)):
+            pictures, turns, _ = MAKE[test](test, album)
+            sample = chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns)
+            part.sample(*sample, pictures)
     for _ in range(settings.replay // one_in):  # naming, so that it is not forgotten
         thing = album.thing()
         words = talk(Scene(0, (thing,)), rng)
@@ -253,7 +254,8 @@ def prompts():
     for test in TESTS.values():
         for kind in THINGS:
             yield fill_prompt(test, kind)
-    yield from ("yes", "no", *map(str, range(1, 13)))
+    for number in range(1, 13):
+        yield f"{number}"
 
 
 def prepare(settings, writer):

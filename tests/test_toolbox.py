@@ -22,7 +22,7 @@ from sources import _toy_items, toy
 from sources.toy import THINGS, Thing
 from toolbox import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS, hits_of, parse, rule
 
-FLAGS = "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=240 --questions=10"
+FLAGS = "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --questions=10"
 
 
 @pytest.fixture(scope="module")
@@ -356,43 +356,6 @@ def test_memory_items_follow_the_dialogues_rule():
                 times[old] = times.get(old, 0) + 1
             seen += [new]
         assert sorted(times.values()) == [2] * LEARNT
-
-
-def test_one_by_one_asks_what_the_test_asks():
-    """Of two albums that draw the same: the same pictures and words, yes at the right letter."""
-    plain, game = album()[0], album()[0]
-    for _ in range(20):
-        shown, ((question, letter),), _ = _toy_items.picture_vocabulary("picture_vocabulary", plain)
-        pictures, turns = _toy_items.one_by_one(game)
-        assert pictures == shown and " ".join(part for part, _ in turns) == question
-        assert [said for _, said in turns] == ["yes" if one == letter else "no" for one in LETTERS]
-
-
-def test_seen_before_is_no_where_the_picture_was_shown():
-    some, frames = album(size=32)
-    said = []
-    for _ in range(60):
-        pictures, turns = _toy_items.seen_before(some)
-        assert 4 <= len(pictures) == len(turns) <= 10
-        assert {words for words, _ in turns} == {"Touch the new image. (A) <image>"}
-        for i, (_, answer) in enumerate(turns):
-            same = any(np.array_equal(frames[pictures[i]], frames[p]) for p in pictures[:i])
-            assert answer == ("no" if same else "yes")
-            said.append(answer)
-    assert 0.3 < said.count("no") / len(said) < 0.5  # the first of a row is always new
-
-
-def test_all_tests_but_two_are_trained_on(made):
-    """Each in its share, counted by the words of what was written; with Subitizing and Looking
-    While Listening never."""
-    names = {what if isinstance(what, str) else what.__name__ for what in _toy_items.SHARES}
-    without = {"subitizing", "looking_while_listening"}
-    assert names == set(TESTS) - without | {"one_by_one", "seen_before"}
-    items = list(_toy_items.training_items(95, album(size=16)[0]))
-    asked = [turns[0][0] for _, turns in items]
-    assert len(items) == 95 and not any("How many of" in words for words in asked)
-    assert sum("How many" in words for words in asked) == 12
-    assert sum(words.startswith("Touch the image") for words in asked) == 20 + 16
 
 
 def blobs(frame):

@@ -28,7 +28,7 @@ import phases
 import sample
 import train
 import vision
-from ahead import made_ahead, make_batches
+from ahead import made_ahead
 from batches import SampleBatches
 from config import UserError
 from files import read_log
@@ -285,58 +285,12 @@ def test_two_processes_train_the_model_of_one(recipe, home):
     assert furthest(weights(home / "out/two/phase2.pt"), weights(folder / "phase2.pt")) < 1e-3
 
 
-def test_groups_of_a_batch_count_the_same(recipe, home):
-    """The gradient of a step is the mean of its groups', each alone; in any micro-batches."""
-    dataset = data.Data("data/tiny")
-    for pieces in (1, 2):
-        model = checkpoint.load("out/full/phase2.pt").model.train()
-        parameters = [p for p in model.gpt.parameters() if p.requires_grad]
-        batches = SampleBatches(dataset, "train", 4, 1, model)
-        before = [p.detach().clone() for p in parameters]
-        plans = [batches.plan(step) for step in (4, 5)]
-        assert len({batches.read(*plan).count for plan in plans}) == 2  # of unlike weight
-        for plan in plans:
-            inputs = model.inputs(batches.read(*plan), dataset.image_format, 0, 0)
-            (model(*inputs)[1] / 2).backward()
-        wanted = [p.grad.clone() for p in parameters]
-        optimizer = torch.optim.SGD(model.parameters())
-        optimizer.param_groups[0]["highest_lr"] = 1.0
-        optimizer.zero_grad()
-        run = phases.Run(
-            settings=train.Config(grad_accum=pieces, grad_clip=1e9, warmup=0.0),
-            name="phase2",
-            dataset=dataset,
-            processes=phases.Processes(0, 1, torch.device("cpu")),
-            parents={},
-            decided={},
-            raw_model=model,
-            model=model,
-            optimizer=optimizer,
-            train_batches=batches,
-            val_batches=None,
-            start=0,
-            steps=10**9,
-            batch=8,
-            groups=2,
-        )
-        _, filled, made = make_batches(run, 2)
-        assert len(made) == 2 * pieces and filled == sum(4 * length for _, length in plans)
-        train.take_step(run, 2, made)
-        for parameter, old, gradient in zip(parameters, before, wanted):
-            assert torch.allclose(old - parameter, gradient, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "ranks, pieces, groups",
-    [(1, 1, 1), (1, 8, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)],
-)
-def test_every_sample_is_seen_once_a_pass_however_many_share_it(
-    recipe, home, ranks, pieces, groups
-):
+@pytest.mark.parametrize("ranks, pieces", [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2)])
+def test_every_sample_is_seen_once_a_pass_however_many_share_it(recipe, home, ranks, pieces):
     """And from step 5 on by another number of processes, as after a resume."""
     dataset = data.Data("data/tiny")
     model = checkpoint.load("out/full/phase2.pt").model
-    batches = SampleBatches(dataset, "train", 8 // groups, 1, model)
+    batches = SampleBatches(dataset, "train", 8, 1, model)
     batches.read = lambda rows, length, first: list(rows)
     seen, steps = [], batches.rows // 8 * batches.WINDOW  # whole windows of it, and whole passes
     for step in range(steps):
@@ -346,10 +300,9 @@ def test_every_sample_is_seen_once_a_pass_however_many_share_it(
                 train_batches=batches,
                 processes=phases.Processes(rank, sharing, torch.device("cpu")),
                 settings=SimpleNamespace(grad_accum=pieces),
-                groups=groups,
             )
-            rows, _, pieces_of = make_batches(run, step)
-            assert len(rows) == 8 and len(pieces_of) == groups * pieces
+            rows, _, pieces_of = train.make_batches(run, step)
+            assert len(rows) == 8 and len(pieces_of) == pieces
             seen += [int(row) for piece in pieces_of for row in piece]
     times = np.bincount(seen, minlength=batches.rows)
     assert times.min() >= steps * 8 // batches.rows - 1 and times.max() - times.min() <= 1
