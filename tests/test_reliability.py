@@ -1,6 +1,7 @@
 """The tools that break things on purpose; what takes minutes is benchmarks/reliability.py's."""
 
 import json
+import os
 import random
 import sys
 
@@ -58,7 +59,8 @@ def test_a_file_where_none_should_be_is_a_fault(tmp_path):
 
 
 def test_commands_are_watched_in_forks(tmp_path, monkeypatch):
-    """A command that ends well, one with a line, one of ours with a traceback, one that hangs."""
+    """A command that ends well, one with a line, one whose line names what no encoding has, one of
+    ours with a traceback, one that hangs. None comes back as a second parent."""
     monkeypatch.setattr(bad_inputs, "SECONDS", 1)
 
     class Script:
@@ -66,6 +68,8 @@ def test_commands_are_watched_in_forks(tmp_path, monkeypatch):
         def main(argv):
             if argv == ["line"]:
                 raise UserError("x.csv: no rows")
+            if argv == ["odd"]:
+                raise UserError("\udc80: no such file")
             if argv == ["ours"]:
                 raise ZeroDivisionError
             while argv == ["hangs"]:
@@ -74,9 +78,13 @@ def test_commands_are_watched_in_forks(tmp_path, monkeypatch):
     import config  # noqa: F401 - a fork finds it by its name
 
     monkeypatch.setitem(sys.modules, "script", Script)
-    ends = [bad_inputs.attempt("script", [w], tmp_path)[:2] for w in ("", "line", "ours", "hangs")]
-    assert [code for code, _ in ends] == [0, 1, 1, None]
+    tried, parent = ("", "line", "odd", "ours", "hangs"), os.getpid()
+    ends = [bad_inputs.attempt("script", [word], tmp_path)[:2] for word in tried]
+    if os.getpid() != parent:
+        os._exit(3)  # a fork that came back
+    assert [code for code, _ in ends] == [0, 1, 1, 1, None]
     assert ends[1][1].startswith("error: x.csv: no rows")
+    assert ends[2][1] == "error: \\udc80: no such file\n"
 
 
 def test_spoiling_changes_one_file_and_follows_from_its_seed(tmp_path):
