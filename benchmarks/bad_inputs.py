@@ -362,7 +362,7 @@ KINDS = {
 
 
 def play(script, words, folder):
-    """In a fork: the command, as from a shell; never returns."""
+    """In a fork: the command, as from a shell; ends the process."""
     os.setsid()
     os.chdir(folder)
     said = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -373,27 +373,28 @@ def play(script, words, folder):
     # as Python's own: what no encoding has, a lone \udc80 say, is written with a backslash
     sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.argv = [script, *words]
-    code = 1
+    code = 0
     try:
-        try:
-            sys.modules["config"].run(sys.modules[script].main)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-        except BaseException:  # noqa: BLE001
-            traceback.print_exc()
-        sys.stderr.flush()
-    finally:  # whatever happened: a fork that returned would go on as its parent
-        os._exit(code)
+        sys.modules["config"].run(sys.modules[script].main)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def attempt(script, words, folder):
     """(exit code, None where it took too long; what it said; MB at its largest)."""
     child = os.fork()
     if child == 0:
-        play(script, words, folder)
+        try:
+            play(script, words, folder)
+        finally:  # an error of play's own would go on from here as a second parent
+            os._exit(1)
     limit = time.time() + SECONDS
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)

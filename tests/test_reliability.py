@@ -60,7 +60,7 @@ def test_a_file_where_none_should_be_is_a_fault(tmp_path):
 
 def test_commands_are_watched_in_forks(tmp_path, monkeypatch):
     """A command that ends well, one with a line, one whose line names what no encoding has, one of
-    ours with a traceback, one that hangs. None comes back as a second parent."""
+    ours with a traceback, one that hangs."""
     monkeypatch.setattr(bad_inputs, "SECONDS", 1)
 
     class Script:
@@ -78,13 +78,29 @@ def test_commands_are_watched_in_forks(tmp_path, monkeypatch):
     import config  # noqa: F401 - a fork finds it by its name
 
     monkeypatch.setitem(sys.modules, "script", Script)
-    tried, parent = ("", "line", "odd", "ours", "hangs"), os.getpid()
+    tried = ("", "line", "odd", "ours", "hangs")
     ends = [bad_inputs.attempt("script", [word], tmp_path)[:2] for word in tried]
-    if os.getpid() != parent:
-        os._exit(3)  # a fork that came back
     assert [code for code, _ in ends] == [0, 1, 1, 1, None]
     assert ends[1][1].startswith("error: x.csv: no rows")
     assert ends[2][1] == "error: \\udc80: no such file\n"
+
+
+def test_a_fork_that_fails_before_its_command_ends(tmp_path, monkeypatch):
+    """Else it would come back as a second parent, and leave its mark in the folder."""
+
+    def play(script, words, folder):
+        (folder / "stderr").touch()
+        raise OSError
+
+    monkeypatch.setattr(bad_inputs, "play", play)
+    parent = os.getpid()
+    try:
+        assert bad_inputs.attempt("script", [], tmp_path)[:2] == (1, "")
+    finally:
+        if os.getpid() != parent:
+            (tmp_path / "came back").touch()
+            os._exit(1)
+    assert not (tmp_path / "came back").exists()
 
 
 def test_spoiling_changes_one_file_and_follows_from_its_seed(tmp_path):
