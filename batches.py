@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from checks import check_pointers, check_tokens, damaged
+from checks import check_clips, check_pointers, check_tokens, damaged
 from config import UserError
 from images import to_pixels
 from tiles import arrange, count_tokens, join
@@ -279,6 +279,7 @@ class ClipBatches:
     def __init__(self, dataset, split, batch, seed, model=None, features=None):
         self.frames, self.clips = dataset.open(split, "frames"), dataset.open(split, "clips")
         self.rows, self.batch = len(self.frames), batch
+        check_clips(self.clips, dataset.path(split, "clips"))
         self.order = Order(self.rows, seed)
 
     def plan(self, step):

@@ -253,21 +253,21 @@ def read(path):
 def build(checkpoint, device="cpu", **backends):
     """A Loaded of a checkpoint's dict. backends: `attention` and `norm`, see kernels.py."""
     parts = checkpoint["parts"]
-    tower = vision.build(parts["tower"]) if "tower" in parts else None
     tokenizer = gpt = projector = None
     if checkpoint["tokenizer"]:
         tokenizer = parse(checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"])
-    if "gpt" in parts:
-        gpt = GPT(GPTConfig(**parts["gpt"], **backends))
-    if "projector" in parts:
-        projector = Projector(**parts["projector"])
     image_token = tokenizer.image if tokenizer else None
-    model = BabyLLaVA(gpt, projector, tower, image_token, **parts.get("seeing", {}))
     try:
+        tower = vision.build(parts["tower"]) if "tower" in parts else None
+        if "gpt" in parts:
+            gpt = GPT(GPTConfig(**parts["gpt"], **backends))
+        if "projector" in parts:
+            projector = Projector(**parts["projector"])
+        model = BabyLLaVA(gpt, projector, tower, image_token, **parts.get("seeing", {}))
         model.load_state_dict(checkpoint["weights"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"weights that do not fit the model they are of ({reason})") from None
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"sizes or weights that do not fit each other ({reason})") from None
     image_format = ImageFormat.parse(checkpoint["images"])
     return Loaded(model.eval().to(device), tokenizer, image_format, checkpoint)
 

@@ -3,6 +3,8 @@ What numbers in files may say, so that damage ends in a line that names the file
 folder, after a fault of the disk or where bins of two preparations met; in a picture's header.
 """
 
+import math
+
 import numpy as np
 
 from config import UserError
@@ -25,7 +27,7 @@ def check_meta(meta, bins):
 
 
 def damaged(path):
-    return UserError(f"{path}: damaged, its numbers point past what there is: prepare it again")
+    return UserError(f"{path}: damaged, its numbers point to what is not there: prepare it again")
 
 
 def check_tokens(stream, tokenizer, path):
@@ -49,6 +51,34 @@ def check_pointers(batches, dataset, split):
         images = batches.images[:].astype(np.float64)
         if (images[:, 0] + images[:, 1] * images[:, 2] >= len(batches.frames)).any():
             raise damaged(dataset.path(split, "images"))
+
+
+def check_clips(clips, path):
+    """Raise UserError unless the clips' numbers rise: a clip's frames are found by that."""
+    if (clips[1:] < clips[:-1]).any():
+        raise damaged(path)
+
+
+def check_format(image_format, fits, filters):
+    """Raise ValueError where no picture can be made in an images.ImageFormat."""
+    size = image_format.size
+    if type(size) is not int or not 0 < size <= 1 << 14:
+        raise ValueError(f"frames of {size!r} pixels")
+    if image_format.fit not in fits or image_format.resample not in filters:
+        raise ValueError(f"made square by {image_format.fit!r}, {image_format.resample!r}")
+    for numbers in (image_format.mean, image_format.std):
+        known = len(numbers) == 3 and all(type(number) in (int, float) for number in numbers)
+        if not known or not all(map(math.isfinite, numbers)) or 0 in image_format.std:
+            raise ValueError(f"normalised by {image_format.mean!r}, {image_format.std!r}")
+
+
+def check_ranks(ranks, kind):
+    """Raise ValueError where a vocabulary {bytes: id} is not whole: ids are 0 to n - 1, each once,
+    and where text is split into bytes each byte has one."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("a vocabulary whose ids are not 0 to n - 1, each once")
+    if kind == "bpe" and any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError("a vocabulary without a token for each byte")
 
 
 def check_size(name, width, height):

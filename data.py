@@ -296,9 +296,8 @@ class Data:
         try:
             check_meta(self.meta, BINS)
             self.image_format = ImageFormat.parse(self.meta["images"])
-            self.tokenizer = parse(
-                read_text(self.directory / "tokenizer.tiktoken"), self.meta["tokenizer"]
-            )
+            vocabulary = read_text(self.directory / "tokenizer.tiktoken")
+            self.tokenizer = parse(vocabulary, self.meta["tokenizer"])
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{path}: damaged, or tokenizer.tiktoken beside it ({error!r}): prepare it again"

@@ -21,6 +21,7 @@ import checkpoint
 import export
 import vision
 from config import UserError
+from files import about
 from hf_config import (
     LLAVA,
     NO_CONFIG_CLIP,
@@ -259,7 +260,8 @@ def restore(folder, settings, weights, device, dtype):
                 '"nanobabyllava" out of its config.json to open it as any other folder'
             )
         saved = export.undo(ours, state, read_json(folder / "tokenizer.json"))
-        loaded = checkpoint.build(saved, device)
+        with about(folder):
+            loaded = checkpoint.build(saved, device)
         if dtype:
             loaded.model.to(getattr(torch, dtype)).gpt.set_rotary()
         return loaded

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 import tiles
-from checks import check_size
+from checks import check_format, check_size
 from config import UserError, regular
 from places import ZipEntry, on_all_cores, read_entry
 
@@ -49,8 +49,7 @@ class ImageFormat:
     max_tiles: int = 0
 
     def __post_init__(self):
-        if type(self.size) is not int or not 0 < self.size <= 1 << 14:
-            raise ValueError(f"frames of {self.size!r} pixels")
+        check_format(self, FITS, RESAMPLING)
 
     @classmethod
     def parse(cls, fields):
@@ -170,8 +169,7 @@ def read_all(locations, image_format, window=512):
     """Yield read_job's result for each location, in order, read on all cores.
 
     At most `window` pictures are in memory at a time."""
-    jobs = [(location, image_format) for location in locations]
-    return on_all_cores(read_job, jobs, window)
+    return on_all_cores(read_job, [(place, image_format) for place in locations], window)
 
 
 # ---------------------------------------------------------------------------------------------

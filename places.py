@@ -49,7 +49,7 @@ class Places:
         try:
             with zipfile.ZipFile(regular(path)) as archive:
                 infos = archive.infolist()
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise UserError(f"{path}: neither a folder nor a whole zip ({error})") from None
         return {
             clean(info.filename): ZipEntry(

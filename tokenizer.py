@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tiktoken
 
+from checks import check_ranks
 from config import UserError, regular
 
 # Words with the space before them, numbers, punctuation, other space. Plain \w and \d, because
@@ -96,6 +97,7 @@ class Tokenizer:
     tests ask for single words, which must be the ones that were learnt in sentences."""
 
     def __init__(self, ranks, kind="bpe"):
+        check_ranks(ranks, kind)
         self.ranks, self.kind = ranks, kind
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
         self.pad, self.eos, self.image = self.specials.values()

@@ -220,7 +220,9 @@ def configs(rng, folder):
         odd = f"{rng.choice(KNOBS['train'])} = {rng.choice(ODD_WORDS)}"
         lines = (folder / "cfg.py").read_text() + odd
         replace(folder / "cfg.py", lines.encode("utf-8", "replace"))
-    return "train", "cfg.py --phase 0 --tower language".split(), "cfg.py"
+    # whatever lines were lost: not the larger world and the many steps that are the defaults
+    small = "--data=data/w --phase0_steps=1"
+    return "train", f"cfg.py --phase 0 --tower language {small}".split(), "cfg.py"
 
 
 # what each script is asked, where a knob besides is odd
@@ -422,7 +424,7 @@ def fault(code, said, megabytes, folder, before):
     errors = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     if code and len(errors) != 1:
         return "not one line"
-    allowed = ("data", "out", "stderr")
+    allowed = ("data", "out", "stderr", "x")  # the last is an odd word, and a place to write to
     new = {str(path.relative_to(folder)) for path in folder.rglob("*")} - before
     stray = [name for name in new if name.split("/")[0] not in allowed]
     stray += [path.name for path in folder.parent.iterdir() if path != folder]
@@ -449,7 +451,8 @@ def try_cases(numbers, good, seed, home, report):
             code, said, megabytes = attempt(script, words, folder)
             wrong = fault(code, said, megabytes, folder, before)
             line = said.strip().replace("\r", "\n").split("\n")[-1]
-            places = (named, "pictures", "films", "hf", " rows ")  # or the folder that it is in
+            # or the folder that it is in, or what an odd word led to
+            places = (named, "pictures", "films", "hf", " rows ", "/proc/", "/dev/")
             if code == 1 and not wrong and not any(place in line for place in places):
                 wrong = "file not named"
             entry = [number, kind, code, wrong, f"{script} {' '.join(words)}"[:300], said[-1500:]]

@@ -217,6 +217,7 @@ def test_the_other_frame_is_of_the_same_clip(world):
         ("shown", 2, 10**6),
         ("images", (2, 0), 10**6),
         ("images", (2, slice(1, 3)), 100),
+        ("clips", 2, 10**6),  # numbers that do not rise
     ],
 )
 def test_a_damaged_bin_is_one_clear_line(recipe, home, tmp_path, kind, place, value):
@@ -230,7 +231,8 @@ def test_a_damaged_bin_is_one_clear_line(recipe, home, tmp_path, kind, place, va
     whole[place] = value
     whole.flush()
     with pytest.raises(UserError, match=f"train_{kind}.bin: damaged") as error:
-        batches = (TextBatches if kind == "text" else SampleBatches)(dataset, "train", 8, 1, model)
+        made_of = {"text": TextBatches, "clips": ClipBatches}.get(kind, SampleBatches)
+        batches = made_of(dataset, "train", 8, 1, model)
         for step in range(2 * batches.rows // 8):
             batches.read(*batches.plan(step))
     assert one_line(error)

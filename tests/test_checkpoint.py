@@ -96,13 +96,31 @@ def test_a_numbered_gpu_is_that_gpu(monkeypatch):
         checkpoint.choose_device("cuda:2")
 
 
+def twice(ranks):
+    """tiktoken's text form with the last rank given to two tokens."""
+    lines = ranks.splitlines()
+    return "\n".join([*lines[:-1], lines[-1].split()[0] + " " + lines[-2].split()[1]])
+
+
+def first_byte_gone(ranks):
+    """The same vocabulary with a word of two bytes where byte 0 stood."""
+    return "\n".join(["YmE= 0", *ranks.splitlines()[1:]])
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
         lambda found: found.pop("corpus"),
         lambda found: found.update(weights=[]),
         lambda found: found["images"].update(size="64"),
+        lambda found: found["images"].update(mean=[0.5, 0.5]),
+        lambda found: found["images"].update(std=["0.5"] * 3),
+        lambda found: found["images"].update(std=[0.5, 0.0, 0.5]),
+        lambda found: found["images"].update(fit="squosh"),
         lambda found: found["tokenizer"].update(ranks="no base64"),
+        lambda found: found["tokenizer"].update(ranks=twice(found["tokenizer"]["ranks"])),
+        lambda found: found["tokenizer"].update(ranks=first_byte_gone(found["tokenizer"]["ranks"])),
+        lambda found: found["parts"]["projector"].update(kind="mlp2x_galu"),
         lambda found: found["weights"].pop("gpt.norm.weight"),
     ],
 )

@@ -22,10 +22,10 @@ LESSON = "config images tokenizer data batches model vision train sample".split(
 # Imports run downwards only: a file may import any of a row above its own, and none of its own.
 FLOORS = [
     {"config", "kernels"},
+    {"checks"},
     {
         "places",
         "files",
-        "checks",
         "ahead",
         "scores",
         "tokenizer",

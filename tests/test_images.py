@@ -167,7 +167,12 @@ def test_the_same_path_in_two_places_is_refused(twins):
 
 def test_what_is_neither_folder_nor_zip_is_one_clear_line(tmp_path):
     (tmp_path / "x.zip").write_text("no zip")
-    for path in ("x.zip", "none"):
+    with zipfile.ZipFile(tmp_path / "later.zip", "w") as archive:
+        archive.writestr("a", "a")
+    spoilt = bytearray((tmp_path / "later.zip").read_bytes())
+    spoilt[spoilt.index(b"PK\x01\x02") + 6] = 148  # made for a later version of zip
+    (tmp_path / "later.zip").write_bytes(spoilt)
+    for path in ("x.zip", "none", "later.zip"):
         with pytest.raises(UserError, match="neither a folder nor a whole zip"):
             Places([tmp_path / path])
 
