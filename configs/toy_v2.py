@@ -23,5 +23,4 @@ phase3_learn = ("projector=5e-4", "gpt")
 phase3_steps = 10000
 phase3_lr = 2e-3
 phase3_batch = 32
-grad_accum = 2  # half a batch of Memory dialogues at a time: they are the longest by far
 eval_every = 1000
