@@ -265,9 +265,11 @@ def build(checkpoint, device="cpu", **backends):
             projector = Projector(**parts["projector"])
         model = BabyLLaVA(gpt, projector, tower, image_token, **parts.get("seeing", {}))
         model.load_state_dict(checkpoint["weights"])
-    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"sizes or weights that do not fit each other ({reason})") from None
+    except DAMAGE as error:
+        reason = str(error).split("\n")[-1].strip()[:200]  # of many lines the last says which
+        raise UserError(
+            f"a {checkpoint['phase']} whose sizes or weights do not fit each other ({reason})"
+        ) from None
     image_format = ImageFormat.parse(checkpoint["images"])
     return Loaded(model.eval().to(device), tokenizer, image_format, checkpoint)
 

@@ -1,9 +1,8 @@
 """
 What numbers in files may say, so that damage ends in a line that names the file: in a prepared
-folder, after a fault of the disk or where bins of two preparations met; in a picture's header.
+folder, after a fault of the disk or where bins of two preparations met; in a vocabulary and the
+form of pictures, which checkpoints and other people's folders carry too; in a picture's header.
 """
-
-import math
 
 import numpy as np
 
@@ -27,7 +26,7 @@ def check_meta(meta, bins):
 
 
 def damaged(path):
-    return UserError(f"{path}: damaged, its numbers point to what is not there: prepare it again")
+    return UserError(f"{path}: damaged, its numbers cannot be right: prepare it again")
 
 
 def check_tokens(stream, tokenizer, path):
@@ -54,22 +53,29 @@ def check_pointers(batches, dataset, split):
 
 
 def check_clips(clips, path):
-    """Raise UserError unless the clips' numbers rise: a clip's frames are found by that."""
+    """Raise UserError where the clips' numbers fall: a clip's frames are found by their order."""
     if (clips[1:] < clips[:-1]).any():
         raise damaged(path)
 
 
 def check_format(image_format, fits, filters):
     """Raise ValueError where no picture can be made in an images.ImageFormat."""
-    size = image_format.size
+    size, mean, std = image_format.size, image_format.mean, image_format.std
     if type(size) is not int or not 0 < size <= 1 << 14:
         raise ValueError(f"frames of {size!r} pixels")
     if image_format.fit not in fits or image_format.resample not in filters:
         raise ValueError(f"made square by {image_format.fit!r}, {image_format.resample!r}")
-    for numbers in (image_format.mean, image_format.std):
-        known = len(numbers) == 3 and all(type(number) in (int, float) for number in numbers)
-        if not known or not all(map(math.isfinite, numbers)) or 0 in image_format.std:
-            raise ValueError(f"normalised by {image_format.mean!r}, {image_format.std!r}")
+    if any(type(number) not in (int, float) for number in (*mean, *std)):
+        raise ValueError(f"normalised by {mean!r}, {std!r}, which are no numbers")
+    # a comparison with NaN is false, and so is refused here
+    is_usual = all(abs(number) < 1e6 for number in mean) and all(0 < number < 1e6 for number in std)
+    if len(mean) != 3 or len(std) != 3 or not is_usual:
+        raise ValueError(f"normalised by {mean!r}, {std!r}")
+    for sides in image_format.canvases:
+        if len(sides) != 2 or any(type(side) is not int or side < size for side in sides):
+            raise ValueError(f"tiles on a canvas of {sides!r} pixels")
+    if type(image_format.max_tiles) is not int or image_format.max_tiles < 0:
+        raise ValueError(f"at most {image_format.max_tiles!r} tiles")
 
 
 def check_ranks(ranks, kind):

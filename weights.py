@@ -28,7 +28,7 @@ def load_tower(path):
         return huggingface.load_tower(path)
     state = read_file(path)
     if isinstance(state, dict) and "format" in state:
-        tower = checkpoint.build(checkpoint.read(path)).model.tower
+        tower = checkpoint.load(path).model.tower
         if tower is None:
             raise UserError(f"{path}: a checkpoint without a tower")
         return tower

@@ -8,6 +8,7 @@ import checkpoint
 import vision
 from config import UserError
 from data import Data
+from weights import load_tower
 
 
 def test_a_checkpoint_is_what_its_docstring_says(recipe, home):
@@ -103,8 +104,8 @@ def twice(ranks):
 
 
 def first_byte_gone(ranks):
-    """The same vocabulary with a word of two bytes where byte 0 stood."""
-    return "\n".join(["YmE= 0", *ranks.splitlines()[1:]])
+    """The same vocabulary with two bytes that no text has, FF FE, where byte 0 stood."""
+    return "\n".join(["//4= 0", *ranks.splitlines()[1:]])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,12 @@ def first_byte_gone(ranks):
         lambda found: found["images"].update(mean=[0.5, 0.5]),
         lambda found: found["images"].update(std=["0.5"] * 3),
         lambda found: found["images"].update(std=[0.5, 0.0, 0.5]),
+        lambda found: found["images"].update(std=[0.5, 10**400, 0.5]),
+        lambda found: found["images"].update(mean=[float("nan")] * 3),
         lambda found: found["images"].update(fit="squosh"),
+        lambda found: found["images"].update(canvases=[["a", 32]]),
+        lambda found: found["images"].update(canvases=[[32, 1]]),
+        lambda found: found["images"].update(max_tiles=-1),
         lambda found: found["tokenizer"].update(ranks="no base64"),
         lambda found: found["tokenizer"].update(ranks=twice(found["tokenizer"]["ranks"])),
         lambda found: found["tokenizer"].update(ranks=first_byte_gone(found["tokenizer"]["ranks"])),
@@ -128,6 +134,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_file(recipe, tmp_path, 
     found = torch.load(recipe / "phase2.pt", weights_only=True)
     spoil(found)
     torch.save(found, tmp_path / "spoilt.pt")
-    with pytest.raises(UserError, match="spoilt.pt") as error:
-        checkpoint.load(tmp_path / "spoilt.pt")
-    assert one_line(error)
+    for read in (checkpoint.load, load_tower):
+        with pytest.raises(UserError, match="spoilt.pt") as error:
+            read(tmp_path / "spoilt.pt")
+        assert one_line(error)
