@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from checks import check_clips, check_pointers, check_tokens, damaged
+from checks import check_clips, check_images_lead, check_pointers, check_tokens, damaged
 from config import UserError
 from images import to_pixels
 from tiles import arrange, count_tokens, join
@@ -154,7 +154,7 @@ class SampleBatches:
                 "raise block_size, or shorten the samples"
             )
         if model.image_attention == "full":
-            self.check_images_lead(dataset.directory)
+            check_images_lead(self, dataset.directory)
         self.order, self.window, self.plans = Order(self.rows, seed), None, None
 
     def count_image_tokens(self, model, image_format):
@@ -177,22 +177,6 @@ class SampleBatches:
             first, count = samples[:, 2], samples[:, 3]
             lengths += self.totals[first + count] - self.totals[first] - count
         return lengths
-
-    def check_images_lead(self, directory):
-        """Raise UserError unless all samples begin with the same number of images: then these are
-        the `prefix` that every position may see."""
-        for rows in self.parts():
-            samples = self.samples[rows].astype(np.int64)
-            number = int(self.samples[0, 3])
-            alike = number > 0 and (samples[:, 3] == number).all()
-            if alike:  # then each sample has as many tokens at least
-                leading = [self.tokens[samples[:, 0] + i] for i in range(number)]
-                alike = all((tokens == self.tokenizer.image).all() for tokens in leading)
-            if not alike:
-                raise UserError(
-                    f"{directory}: image_attention=full needs samples that all begin "
-                    "with the same number of images; use causal"
-                )
 
     def group(self, rows):
         """Plans for rows: those with images and those without, each with its like in length.

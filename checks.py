@@ -52,6 +52,23 @@ def check_pointers(batches, dataset, split):
             raise damaged(dataset.path(split, "images"))
 
 
+def check_images_lead(batches, directory):
+    """Raise UserError unless all samples begin with the same number of images: then these are the
+    `prefix` that every position may see."""
+    for rows in batches.parts():
+        samples = batches.samples[rows].astype(np.int64)
+        number = int(batches.samples[0, 3])
+        alike = number > 0 and (samples[:, 3] == number).all()
+        if alike:  # then each sample has as many tokens at least
+            leading = [batches.tokens[samples[:, 0] + i] for i in range(number)]
+            alike = all((tokens == batches.tokenizer.image).all() for tokens in leading)
+        if not alike:
+            raise UserError(
+                f"{directory}: image_attention=full needs samples that all begin "
+                "with the same number of images; use causal"
+            )
+
+
 def check_clips(clips, path):
     """Raise UserError where the clips' numbers fall: a clip's frames are found by their order."""
     if (clips[1:] < clips[:-1]).any():
@@ -71,6 +88,8 @@ def check_format(image_format, fits, filters):
     is_usual = all(abs(number) < 1e6 for number in mean) and all(0 < number < 1e6 for number in std)
     if len(mean) != 3 or len(std) != 3 or not is_usual:
         raise ValueError(f"normalised by {mean!r}, {std!r}")
+    if image_format.canvases and image_format.resample == "reduced":
+        raise ValueError("tiles of a reduced picture, which would show no more than the whole")
     for sides in image_format.canvases:
         if len(sides) != 2 or any(type(side) is not int or side < size for side in sides):
             raise ValueError(f"tiles on a canvas of {sides!r} pixels")

@@ -107,7 +107,10 @@ def image_format(settings, like=None):
         changes["fit"] = fit
     form = replace(form, **changes)
     canvases = tuple(read_canvas(canvas, form.size) for canvas in settings.canvases)
-    return replace(form, canvases=canvases or form.canvases)
+    try:
+        return replace(form, canvases=canvases or form.canvases)
+    except ValueError as error:
+        raise UserError(f"--canvases: {error}") from None
 
 
 def prepare(settings, writer):

@@ -74,6 +74,24 @@ def test_a_picture_becomes_a_square_as_its_format_says():
     assert (cropped[:, 4:] == (255, 0, 0)).all()  # the blue quarter is mostly cut off
 
 
+def test_a_reduced_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    soft = np.random.RandomState(0).randint(0, 256, (6, 8, 3), np.uint8)
+    soft = Image.fromarray(soft).resize((160, 120), Image.Resampling.BICUBIC)
+    reduced = ImageFormat(16, resample="reduced")
+    for name, decoded in (("x.jpg", (40, 30)), ("x.png", (160, 120))):
+        path = str(tmp_path / name)
+        soft.save(path, quality=95)
+        assert images.load_picture(path).size == (160, 120)
+        assert images.load_picture(path, 16).size == decoded  # a quarter: an eighth is 20 x 15
+        alike = replace(reduced, resample="bilinear")
+        off = np.abs(read_image(path, reduced).astype(int) - read_image(path, alike)).max()
+        assert off == 0 if name == "x.png" else off < 12
+    soft.resize((31, 40)).save(tmp_path / "y.jpg")  # no side is ever made smaller than is wanted
+    assert images.load_picture(str(tmp_path / "y.jpg"), 16).size == (31, 40)
+    with pytest.raises(ValueError, match="tiles of a reduced picture"):
+        replace(reduced, canvases=((32, 16),))
+
+
 def test_a_format_survives_json():
     import json
     from dataclasses import asdict
