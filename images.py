@@ -104,7 +104,8 @@ def load_picture(location, reduced=0):
             if reduced:
                 image.draft(None, (reduced, reduced))
             image.load()
-            return ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except (FileNotFoundError, NotADirectoryError):  # the latter: a name within a zip
         raise UserError(f"{name}: no such image") from None
     except Image.UnidentifiedImageError:
@@ -123,7 +124,7 @@ def open_picture(location, reduced=0):
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
 
 
 def middle(image, width, height):

@@ -3,6 +3,7 @@ Where pictures lie: in folders and zips, each found by its path inside one of th
 to read many.
 """
 
+import collections
 import concurrent.futures
 import multiprocessing
 import os
@@ -142,14 +143,25 @@ def end_with_parent():
     os._exit(1)
 
 
-def on_all_cores(work, jobs, window=512):
-    """Yield work(job) for each job, in order, worked on by all cores.
+def work_all(work, jobs):
+    return [work(job) for job in jobs]
+
+
+def on_all_cores(work, jobs, window=512, together=16):
+    """Yield work(job) for each job, in order, worked on by all cores, `together` at a time.
 
     At most `window` results are in memory at a time."""
     workers = concurrent.futures.ProcessPoolExecutor(
         os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
         initializer=begin_worker,
     )
-    with workers:
-        for start in range(0, len(jobs), window):
-            yield from workers.map(work, jobs[start : start + window], chunksize=8)
+    waiting = collections.deque()
+    try:
+        for start in range(0, len(jobs), together):
+            waiting.append(workers.submit(work_all, work, jobs[start : start + together]))
+            if len(waiting) * together >= window:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:  # Ctrl-C, or whoever asked has enough: what nobody has begun is not begun any more
+        workers.shutdown(cancel_futures=True)

@@ -153,7 +153,7 @@ def read_films(all_films, settings, image_format, folder):
     for path in folder.glob("*"):
         if path.name not in wanted:  # of other films, or made in another way
             path.unlink()
-    for fault in tqdm(on_all_cores(read_film, jobs), "films", len(jobs), unit="film"):
+    for fault in tqdm(on_all_cores(read_film, jobs, together=1), "films", len(jobs), unit="film"):
         if fault:
             raise UserError(fault)
     return [job[3] for job in jobs]

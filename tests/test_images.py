@@ -1,5 +1,6 @@
 """Finding pictures, reading every kind of them, making them square."""
 
+import multiprocessing
 import os
 import tracemalloc
 import zipfile
@@ -14,7 +15,7 @@ from PIL import Image
 import images
 from config import UserError
 from images import ImageFormat, read_image
-from places import Places
+from places import Places, on_all_cores
 
 SMALL = ImageFormat(8)
 
@@ -230,6 +231,16 @@ def test_all_are_read_in_order_and_failures_are_lines(tmp_path):
     assert [(a.width, a.height) for i, a in enumerate(answers) if i != 7] == [
         (10 + i, 10) for i in range(20) if i != 7
     ]
+
+
+@pytest.mark.parametrize("window, together", [(512, 16), (6, 3), (1, 1), (2, 8)])
+def test_all_cores_keep_the_order_and_may_be_left(window, together):
+    jobs = list(range(-50, 51))
+    assert list(on_all_cores(abs, jobs, window, together)) == [abs(job) for job in jobs]
+    working = on_all_cores(abs, jobs, window, together)
+    assert next(working) == 50
+    working.close()
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
 
 
 def test_a_place_given_twice_is_one_place(tmp_path):

@@ -136,7 +136,7 @@ def test_a_killed_run_reads_no_film_twice(folder, monkeypatch):
     import sources.video
 
     monkeypatch.setattr(films, "read_frames", counted)
-    monkeypatch.setattr(sources.video, "on_all_cores", lambda work, jobs: map(work, jobs))
+    monkeypatch.setattr(sources.video, "on_all_cores", lambda work, jobs, together: map(work, jobs))
     with pytest.raises(KeyboardInterrupt):
         data.main(["video", "--videos=films", *FLAGS])
     data.main(["video", "--videos=films", *FLAGS])
