@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from fused import Linear
 from images import normalise
 
 NUMBERS_A_VIEW = 8  # random numbers that decide a view, see crop()
@@ -30,13 +29,13 @@ class Head(nn.Module):
     def __init__(self, width, hidden, bottleneck, prototypes):
         super().__init__()
         self.mlp = nn.Sequential(
-            Linear(width, hidden),
+            nn.Linear(width, hidden),
             nn.GELU(),
-            Linear(hidden, hidden),
+            nn.Linear(hidden, hidden),
             nn.GELU(),
-            Linear(hidden, bottleneck),
+            nn.Linear(hidden, bottleneck),
         )
-        self.last = Linear(bottleneck, prototypes, bias=False)
+        self.last = nn.Linear(bottleneck, prototypes, bias=False)
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -83,34 +82,11 @@ def recolour(pixels, numbers, grey=0.4):
     return (pixels * brightness).clamp(0, 1)
 
 
-def of_all_processes(x):
-    """x (n, K) -> (rows of all processes, where the own ones are among them): as many in each."""
-    if not dist.is_initialized():
-        return x, slice(None)
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    first = dist.get_rank() * len(x)
-    return torch.cat(parts), slice(first, first + len(x))
-
-
-def balanced(logits, rounds=3):
-    """Probabilities (n, K) near softmax(logits) in which each of K columns has an equal share of
-    the n rows: Sinkhorn and Knopp's scaling of columns and rows in turn, rows last."""
-    for _ in range(rounds):
-        logits = logits - logits.logsumexp(0)
-        logits = logits - logits.logsumexp(1, keepdim=True)
-    return logits.exp()
-
-
 class DINO(nn.Module):
     """Student, teacher and their loss.
 
-    A student alone would say the same of every picture, and be right. DINO keeps the teacher from
-    it with a running centre and a fixed temperature; but with 64 views a step its outputs shrank to
-    the centre within 100 steps, and from then on every target was uniform. So here, as in SwAV
-    (arXiv 2006.09882) and DINOv2 (arXiv 2304.07193), all prototypes share the views of a step
-    equally, see balanced(); and the temperature is in standard deviations of the teacher's outputs,
-    so that they cannot shrink into it."""
+    The teacher's output is centred (so that no prototype wins always) and sharpened by a low
+    temperature (so that not all win equally): the two pulls keep it from collapsing."""
 
     def __init__(
         self,
@@ -118,8 +94,8 @@ class DINO(nn.Module):
         teacher,
         prototypes,
         local_views=0,
-        temperature=0.125,
-        momentum=0.98,
+        temperature=0.04,
+        momentum=0.99,
         hidden=256,
         bottleneck=64,
     ):
@@ -129,16 +105,20 @@ class DINO(nn.Module):
         self.teacher = nn.ModuleDict({"backbone": teacher, "head": heads[1]})
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        self.register_buffer("centre", torch.zeros(prototypes))
+        # the teacher's outputs of this step, over all micro-batches: their sum, and how many
+        self.register_buffer("step_sum", torch.zeros(prototypes), persistent=False)
+        self.register_buffer("step_rows", torch.zeros(()), persistent=False)
         self.local_views, self.temperature, self.momentum = local_views, temperature, momentum
 
-    def views(self, batch, image_format, seed, step):
+    def inputs(self, batch, image_format, seed, step):
         """(global crops (2 n, 3, ...), local crops (local_views n, 3, ...) or None) of a
         batches.FramePairs: two global crops, one of each frame, and `local_views` smaller ones.
 
         Crops are 3/4 and 1/2 of the side; the tower's positions are interpolated to fit. A row's
         random numbers follow from seed, step and its place in the whole batch, so that processes
         and micro-batches may cut the batch as they like."""
-        device = self.student["head"].last.weight.device
+        device = self.centre.device
         end, views = batch.first + batch.count, 2 + self.local_views
         random = np.random.RandomState([seed, step])
         numbers = random.random_sample((end, views, NUMBERS_A_VIEW))[batch.first :]
@@ -160,36 +140,35 @@ class DINO(nn.Module):
 
     def encode(self, network, pixels):
         """Head outputs of the CLS vectors, (n, K), fp32."""
-        return network["head"](network["backbone"](pixels, only_cls=True)[:, 0]).float()
+        return network["head"](network["backbone"](pixels)[:, 0]).float()
 
-    @torch.no_grad()
-    def inputs(self, batches, image_format, seed, step):
-        """What forward() takes, of each micro-batch of a step: its views, and what the teacher says
-        of its global ones, (2 n, K), which follows from all of the step's."""
-        views = [self.views(batch, image_format, seed, step) for batch in batches]
-        said = [self.encode(self.teacher, global_crops) for global_crops, _ in views]
-        logits, own = of_all_processes(torch.cat(said))
-        logits = logits - logits.mean(0)
-        deviation = logits.square().mean().sqrt().clamp(min=1e-6)  # 0: it says the same of all
-        targets = balanced(logits / (self.temperature * deviation))[own]
-        return [(*v, t) for v, t in zip(views, targets.split([len(rows) for rows in said]))]
-
-    def forward(self, global_crops, local_crops, targets):
-        """(None, loss): each student view's cross-entropy against what the teacher says of the
-        other global views, their mean."""
+    def forward(self, global_crops, local_crops=None):
+        """(teacher outputs, loss): each student view's cross-entropy against the teacher's other
+        global views, their mean."""
+        with torch.no_grad():
+            outputs = self.encode(self.teacher, global_crops)
+            self.step_sum += outputs.sum(0)
+            self.step_rows += len(outputs)
+            targets = ((outputs - self.centre) / self.temperature).softmax(-1).chunk(2)
         guesses = self.encode(self.student, global_crops).chunk(2)
         if local_crops is not None:
             guesses += self.encode(self.student, local_crops).chunk(self.local_views)
         terms = []
-        for i, target in enumerate(targets.chunk(2)):
+        for i, target in enumerate(targets):
             for j, guess in enumerate(guesses):
                 if i != j:
                     terms.append(-(target * (guess / 0.1).log_softmax(-1)).sum(-1).mean())
-        return None, sum(terms) / len(terms)
+        return outputs, sum(terms) / len(terms)
 
     @torch.no_grad()
     def after_step(self, progress):
-        """Move the teacher, whose momentum climbs to 1 along a cosine. progress: 0 to 1."""
+        """Move centre and teacher, whose momentum climbs to 1 along a cosine. progress: 0 to 1."""
+        if dist.is_initialized():
+            dist.all_reduce(self.step_sum)
+            dist.all_reduce(self.step_rows)
+        self.centre.lerp_(self.step_sum / self.step_rows, 0.1)
+        self.step_sum.zero_()
+        self.step_rows.zero_()
         momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
         for slow, fast in zip(self.teacher.parameters(), self.student.parameters()):
             slow.lerp_(fast, 1 - momentum)

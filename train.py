@@ -55,8 +55,8 @@ class Config(config.Knobs):
     extra_stage: int = knob(0, low=0, high=100)  # blocks of one more, put on the trained ConvNeXt
     prototypes: int = knob(128, low=1, high=1 << 20)  # K, outputs of DINO's head
     local_views: int = knob(0, low=0, high=100)  # small crops, beside the two large ones
-    teacher_temperature: float = knob(0.125, low=1e-3, high=10.0)  # in standard deviations
-    momentum: float = knob(0.98, low=0.0, high=1.0)  # of the teacher, at first; it climbs to 1
+    teacher_temperature: float = knob(0.04, low=1e-4, high=10.0)  # sharpening; higher flattens
+    momentum: float = knob(0.99, low=0.0, high=1.0)  # of the teacher, at first; it climbs to 1
     # what the projector is given of the tower, and the projector
     select_layer: int = knob(-1, high=-1)  # -1: last block, normed; -2: the one before, not normed
     keep_cls: bool = False  # hand the projector the CLS token too, before the patches
@@ -74,7 +74,7 @@ class Config(config.Knobs):
     dropout: float = knob(0.0, low=0.0, high=0.99)  # in the GPT, while it learns; differs by rank
     # steps, learning rate, and batch over all processes, for each thing that is trained
     vision_steps: int = knob(1500, low=1)  # DINO
-    vision_lr: float = knob(5e-4, low=0.0)  # at its highest
+    vision_lr: float = knob(1e-3, low=0.0)  # at its highest
     vision_batch: int = knob(32, low=1, high=1 << 20)  # frames
     phase0_steps: int = knob(150, low=1)  # GPT
     phase0_lr: float = knob(1e-3, low=0.0)  # at its highest
@@ -291,10 +291,9 @@ def take_step(run, step, batches):
     if world > 1:
         dist.all_reduce(total)
     loss_sum = torch.zeros((), device=run.processes.device)
-    with run.autocast():
-        pieces = run.raw_model.inputs(batches, run.dataset.image_format, settings.seed, step)
-    for i, (batch, inputs) in enumerate(zip(batches, pieces)):
+    for i, batch in enumerate(batches):
         run.model.require_backward_grad_sync = i == len(batches) - 1  # DDP: reduce once a step
+        inputs = run.raw_model.inputs(batch, run.dataset.image_format, settings.seed, step)
         with run.autocast():
             _, loss = run.model(*inputs)
         # Every target counts the same, however they fell to micro-batches and processes; x world

@@ -26,8 +26,7 @@ def val_loss(model, batches, image_format, limit=0, rank=0, world=1):
     for i, (rows, length) in enumerate(batches.fixed_plan(limit)):
         if i % world == rank:
             batch = batches.read(rows, length)
-            (inputs,) = model.inputs([batch], image_format, 0, 0)
-            loss = model(*inputs)[1].to(sum_dtype)
+            loss = model(*model.inputs(batch, image_format, 0, 0))[1].to(sum_dtype)
             total += torch.stack([loss * batch.count, torch.full_like(loss, batch.count)])
     if world > 1:
         dist.all_reduce(total)

@@ -79,10 +79,10 @@ class Peer(torch.nn.Module):
             config=SimpleNamespace(block_size=self.length),
         )
 
-    def inputs(self, batches, image_format, seed, step):
-        return [batch.to(self.gpt.device, image_format) for batch in batches]
+    def inputs(self, batch, image_format, seed, step):
+        return batch.to(self.gpt.device, image_format)
 
-    def forward(self, tokens, targets=None, positions=None, images=None, tiles=None, first=0):
+    def forward(self, tokens, targets=None, positions=None, images=None, arrangement=None):
         """As BabyLLaVA.forward, of words alone."""
         logits = self.net(tokens).logits.flatten(0, 1)
         if positions is not None:

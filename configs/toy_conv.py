@@ -13,7 +13,6 @@ vision_width = 16  # 16, 32, 64, 128; the extra stage 256
 patch = 2  # pixels a side of the stem: 2 * 2^4 = 32 a token, 16 tokens of 128 pixels
 extra_stage = 1
 vision_steps = 80
-vision_lr = 1e-3
 vision_batch = 32
 block_size = 160  # two pictures of 16 tokens, five turns of some 15
 phase1_learn = ("projector", "tower.stages.4")

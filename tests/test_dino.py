@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from batches import FramePairs
-from dino import DINO, balanced, crop, linear_probe, recolour
+from dino import DINO, crop, linear_probe, recolour
 from images import ImageFormat
-from vision import ConvNeXt, ViT
+from vision import ViT
 
 FORMAT = ImageFormat(32)
 
@@ -35,20 +35,20 @@ def make(**how):
 def test_views_follow_from_seed_step_and_place_in_the_batch():
     """However a batch is cut, by ranks or micro-batches, each row is seen in the same way."""
     dino = make(local_views=1)
-    whole = dino.views(pairs(6), FORMAT, seed=3, step=7)
+    whole = dino.inputs(pairs(6), FORMAT, seed=3, step=7)
     for cuts in ((3, 6), (2, 4, 6), (1, 2, 3, 4, 5, 6)):
         first = 0
         for end in cuts:
             rng = np.random.RandomState(0)
             frames, others = rng.randint(0, 256, (2, 6, 32, 32, 3), np.uint8)
             piece = FramePairs(frames[first:end], others[first:end], first, end - first)
-            part = dino.views(piece, FORMAT, seed=3, step=7)
+            part = dino.inputs(piece, FORMAT, seed=3, step=7)
             n = end - first
             assert torch.equal(part[0][:n], whole[0][first:end])
             assert torch.equal(part[0][n:], whole[0][6 + first : 6 + end])
             assert torch.equal(part[1], whole[1][first:end])
             first = end
-    assert not torch.equal(dino.views(pairs(6), FORMAT, 3, 8)[0], whole[0])
+    assert not torch.equal(dino.inputs(pairs(6), FORMAT, 3, 8)[0], whole[0])
 
 
 def test_turned_hues_keep_their_mean_and_grey_loses_colour():
@@ -75,63 +75,39 @@ def test_dinos_loss_is_the_sum_written_out():
     dino = make(local_views=2)
     for parameter in dino.teacher.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    ((wide, near, targets),) = dino.inputs([pairs()], FORMAT, 0, 0)
+    dino.centre.normal_()
+    wide, near = dino.inputs(pairs(), FORMAT, 0, 0)
     assert wide.shape == (8, 3, 24, 24) and near.shape == (8, 3, 16, 16)
     with torch.no_grad():
         head = lambda network, x: network["head"](network["backbone"](x)[:, 0]).double()
         loss, terms = 0.0, 0
-        said = head(dino.teacher, wide)
-        said = said - said.mean(0)
-        t = (said / (0.125 * said.square().mean().sqrt())).exp()
-        for _ in range(3):  # Sinkhorn and Knopp
-            t = t / t.sum(0)
-            t = t / t.sum(1, keepdim=True)
-        assert torch.allclose(targets.double(), t, atol=1e-4)
         for i in range(2):
+            t = ((head(dino.teacher, wide[4 * i : 4 * i + 4]) - dino.centre) / 0.04).softmax(-1)
             for j in range(4):
                 x = wide[4 * j : 4 * j + 4] if j < 2 else near[4 * j - 8 : 4 * j - 4]
                 if i != j:
                     s = (head(dino.student, x) / 0.1).log_softmax(-1)
-                    loss, terms = loss - (t[4 * i : 4 * i + 4] * s).sum() / 4, terms + 1
-        assert abs(dino(wide, near, targets)[1] - loss / terms) < 1e-4
+                    loss, terms = loss - (t * s).sum() / 4, terms + 1
+        assert abs(dino(wide, near)[1] - loss / terms) < 1e-4
 
 
-def test_targets_are_those_of_the_step_however_it_is_cut():
-    frames, others = np.random.RandomState(0).randint(0, 256, (2, 6, 32, 32, 3), np.uint8)
-
-    def targets(*cuts):
-        pieces = [FramePairs(frames[a:b], others[a:b], a, b - a) for a, b in cuts]
-        parts = [targets.chunk(2) for _, _, targets in make().inputs(pieces, FORMAT, 0, 0)]
-        return torch.cat([rows for view in zip(*parts) for rows in view])
-
-    whole = targets((0, 6))
-    assert whole.std() > 0.01
-    assert torch.allclose(whole, targets((0, 3), (3, 6)), atol=1e-6)
-    assert torch.allclose(whole, targets((0, 2), (2, 4), (4, 6)), atol=1e-6)
-
-
-def test_all_prototypes_share_the_views_and_no_target_is_uniform():
-    torch.manual_seed(0)
-    logits = 3 * torch.randn(64, 16) + 5 * torch.randn(16)  # some win nearly always
-    assert logits.softmax(-1).sum(0).min() < 0.2
-    shares = balanced(logits, rounds=50)
-    assert torch.allclose(shares.sum(0), torch.full((16,), 4.0), atol=0.05)
-    assert torch.allclose(shares.sum(1), torch.ones(64), atol=1e-5)
-
-    dino = make()  # nearly the same is said of all pictures: told apart all the same
-    with torch.no_grad():
-        for parameter in dino.teacher["backbone"].parameters():
-            parameter *= 1e-2
-    ((wide, _, targets),) = dino.inputs([pairs(16)], FORMAT, 0, 0)
-    with torch.no_grad():
-        assert dino.encode(dino.teacher, wide).std(0).max() < 0.02
-    assert targets.max(-1).values.mean() > 0.3  # uniform: 0.125
+def test_the_centre_is_the_mean_over_all_micro_batches():
+    """It once saw only the last one."""
+    outputs = []
+    for cuts in ([(0, 6)], [(0, 3), (3, 6)], [(0, 2), (2, 4), (4, 6)]):
+        dino = make()
+        frames, others = np.random.RandomState(0).randint(0, 256, (2, 6, 32, 32, 3), np.uint8)
+        for a, b in cuts:
+            dino(*dino.inputs(FramePairs(frames[a:b], others[a:b], a, b - a), FORMAT, 0, 0))
+        dino.after_step(0.0)
+        outputs.append(dino.centre.clone())
+    assert outputs[0].abs().sum() > 0
+    assert all(torch.allclose(outputs[0], other, atol=1e-6) for other in outputs[1:])
 
 
 def test_the_teacher_follows_and_is_never_trained():
     dino = make(momentum=0.9)
-    (inputs,) = dino.inputs([pairs()], FORMAT, 0, 0)
-    dino(*inputs)[1].backward()
+    dino(*dino.inputs(pairs(), FORMAT, 0, 0))[1].backward()
     assert all(p.grad is None for p in dino.teacher.parameters())
     assert all(p.grad is not None for p in dino.student.parameters())
     slow, fast = dino.teacher["head"].last.weight, dino.student["head"].last.weight
@@ -140,6 +116,7 @@ def test_the_teacher_follows_and_is_never_trained():
     dino.after_step(0.0)
     assert torch.allclose(slow, 0.9 * before + 0.1 * fast)
     before = slow.clone()
+    dino(*dino.inputs(pairs(), FORMAT, 0, 1))
     dino.after_step(1.0)
     assert torch.equal(slow, before)
 
@@ -147,7 +124,7 @@ def test_the_teacher_follows_and_is_never_trained():
 @pytest.mark.parametrize("size, patch", [(16, 16), (12, 8)])
 def test_small_pictures_still_make_whole_patches(size, patch):
     dino = DINO(*(ViT(patch, patch, 16, 1, 1) for _ in range(2)), prototypes=4, local_views=1)
-    big, small = dino.views(pairs(size=size), ImageFormat(size), 0, 0)
+    big, small = dino.inputs(pairs(size=size), ImageFormat(size), 0, 0)
     assert big.shape[-1] >= patch and small.shape[-1] >= patch
 
 
@@ -158,28 +135,3 @@ def test_the_probe_finds_what_is_there_and_nothing_else():
     there = plain + 3 * torch.nn.functional.one_hot(labels, 10)
     assert linear_probe(there, labels, 600) > 0.95
     assert linear_probe(plain, labels, 600) < 0.4
-
-
-def test_cls_alone_is_the_cls_of_all():
-    torch.manual_seed(0)
-    towers = (
-        ViT(32, 8, 16, 2, 2),
-        ViT(32, 8, 16, 2, 2, scaled=True, registers=3),
-        ViT(32, 8, 16, 2, 2, cls=False),
-        ConvNeXt((1, 1), 16, 4),
-    )
-    pixels = torch.randn(3, 3, 32, 32)
-    for tower in towers:
-        alone, whole = tower(pixels, only_cls=True), tower(pixels)
-        assert alone.shape == (3, 1, tower.width)
-        assert torch.allclose(alone, whole[:, :1], atol=1e-5)
-        given = torch.randn_like(alone)
-        gradients = [
-            torch.autograd.grad((out * given).sum(), list(tower.parameters()), allow_unused=True)
-            for out in (alone, whole[:, :1])
-        ]
-        for a, b in zip(*gradients):
-            assert (a is None) == (b is None)
-            assert a is None or (a - b).abs().max() < 1e-4 * (1 + b.abs().max())
-    middle = ViT(32, 8, 16, 3, 2)
-    assert torch.allclose(middle(pixels, -2, True), middle(pixels, -2)[:, :1], atol=1e-6)

@@ -244,7 +244,7 @@ def test_dropout_learns_and_evaluation_does_not_disturb_training(home):
     "phase, flags", [("vision", ["--tower=vision"]), ("phase1", []), ("phase2", LEARNING_TOWER)]
 )
 def test_micro_batches_add_up(recipe, home, phase, flags):
-    """DINO's views and targets included: a batch may be cut as one likes."""
+    """DINO's views and centre included: a batch may be cut as one likes."""
     folders = []
     for pieces in (1, 4):
         folder = begin(recipe, f"pieces{pieces}", "vision", "phase0", "phase1")
@@ -579,7 +579,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(recipe, home, tmp_path):
             copy = shutil.copytree if path.is_dir() else shutil.copy
             copy(path, tmp_path / path.name)
     text = (ROOT / "model.py").read_text()
-    old = "        hidden = swiglu(self.gate_up_proj(x))\n"
+    old = "        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)\n"
     assert old in text
     (tmp_path / "model.py").write_text(text.replace(old, "        a, b = x.shape\n" + old))
     done = shell(
