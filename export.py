@@ -340,6 +340,8 @@ def chat_template(template, learnt, settings):
 def processor_settings(loaded, kind, strategy):
     """(preprocessor_config.json, processor_config.json)."""
     form, tower = loaded.image_format, loaded.model.tower
+    if form.resample == "reduced":
+        raise UserError("JPEGs decoded at a part of their size: transformers decodes them whole")
     side = {"height": form.size, "width": form.size}
     pictures = {
         "image_processor_type": "ViTImageProcessor",

@@ -41,6 +41,7 @@ class ImageFormat:
 
     fit: squash changes the aspect; pad puts the picture in the middle of a square of the mean
     colour (LLaVA-1.5's); crop keeps the middle square; centre does so after resizing (CLIP's).
+    resample: the filter; reduced is bilinear of JPEGs that are decoded small, see load_picture().
     canvases: (width, height) in pixels, several; a picture is then cut into tiles besides (see
     tiles.py), which are interpolated down to `max_tiles` of them where that is not 0."""
 
@@ -94,7 +95,7 @@ def load_picture(location, reduced=0):
     there is no whole picture to read.
 
     A JPEG whose sides are all at least 2, 4 or 8 times `reduced` pixels is decoded at that part of
-    its size, which takes as little time as its pixels are fewer."""
+    its size: faster, because what resizing would throw away is not even computed."""
     name = location.name if isinstance(location, ZipEntry) else location
     try:
         in_zip = isinstance(location, ZipEntry)

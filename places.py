@@ -155,7 +155,7 @@ def on_all_cores(work, jobs, window=512, together=16):
         os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
         initializer=begin_worker,
     )
-    waiting = collections.deque()
+    waiting, together = collections.deque(), min(together, window)
     try:
         for start in range(0, len(jobs), together):
             waiting.append(workers.submit(work_all, work, jobs[start : start + together]))

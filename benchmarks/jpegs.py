@@ -7,8 +7,8 @@ Preparing JPEGs beside the loop that one would write with Pillow, for each core.
 The loop opens a picture, makes it RGB, resizes it and appends it to a file, on one core. Ours is
 `data.py pairs`'s own reading (images.read_all), appended to a file too; on one core, and on all.
 `reduced` is `--resample reduced`: a JPEG at least twice as large as is wanted is decoded at a half,
-a quarter or an eighth of its size. How much that changes is printed: the mean difference of a
-pixel, 0 to 255, beside that of bilinear from bicubic.
+a quarter or an eighth of its size. How much that changes is printed: the mean difference of the
+first picture's pixels, 0 to 255, beside that of bilinear from bicubic. Linux alone.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import config
 from config import knob
 from images import ImageFormat, read_all, read_image
 
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ def draw(folder, width, height, count):
     """Paths of JPEGs of soft blobs with grain, as a camera's are."""
     rng, paths = np.random.RandomState(0), []
     for i in range(min(count, 50)):
-        soft = Image.fromarray(rng.randint(0, 256, (9, 12, 3), np.uint8)).resize((width, height), 3)
+        soft = Image.fromarray(rng.randint(0, 256, (9, 12, 3), np.uint8)).resize((width, height))
         grain = rng.normal(0, 4, (height, width, 1))
         pixels = (np.asarray(soft) + grain).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
@@ -106,6 +106,8 @@ def measure(folder, settings, width, height):
 
 def main(argv):
     settings = config.load(Config, argv, __doc__)
+    if not CORES:
+        raise config.UserError("this system does not let a process keep to one core; Linux does")
     print(f"frames of {settings.size} x {settings.size}, {settings.count:,} JPEGs, cores {CORES}\n")
     for sides in settings.sides:
         width, _, height = sides.partition("x")

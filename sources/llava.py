@@ -105,12 +105,12 @@ def image_format(settings, like=None):
         changes |= {"mean": mean, "std": std}
     if settings.fit or settings.canvases:
         changes["fit"] = fit
-    form = replace(form, **changes)
-    canvases = tuple(read_canvas(canvas, form.size) for canvas in settings.canvases)
+    size = changes.get("size", form.size)
+    canvases = tuple(read_canvas(canvas, size) for canvas in settings.canvases)
     try:
-        return replace(form, canvases=canvases or form.canvases)
-    except ValueError as error:
-        raise UserError(f"--canvases: {error}") from None
+        return replace(form, **changes, canvases=canvases or form.canvases)
+    except ValueError as error:  # what is given and what --like has do not go together
+        raise UserError(f"no picture can be made so: {error}") from None
 
 
 def prepare(settings, writer):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import config
 from config import knob
 from files import writing
-from images import FITS, RESAMPLING, to_picture
+from images import FITS, to_picture
 from sources import toy
 from sources.llava import image_format
 from sources.toy import COLOURS, ROOMS, THINGS, Scene, Thing, pick, random_scene, random_thing
@@ -37,7 +37,7 @@ class Config(config.Knobs):
     name: str = ""  # write to data/<name>; empty: toy_chat
     size: int = knob(64, low=8, high=2048)  # S: frames are S x S pixels
     fit: str = knob("", choices=("", *FITS))  # to a square; empty: pad, or squash with canvases
-    resample: str = knob("bilinear", choices=tuple(RESAMPLING))  # how it is resized
+    resample: str = knob("bilinear", choices=("bilinear", "bicubic"))  # how it is resized
     norm: str = knob("imagenet", choices=("imagenet", "clip", "half"))  # what the tower wants
     canvases: tuple[str, ...] = ()  # as 128x64 128x128, several: tiles; empty: none
     template: str = knob("bare", choices=tuple(TEMPLATES))  # how conversations are written

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import films
 import transcripts
 from config import UserError, knob
-from images import FITS, RESAMPLING, ImageFormat, to_square
+from images import FITS, ImageFormat, to_square
 from places import on_all_cores
 from sources import Sifted, hold_out
 from templates import TEMPLATES, chat_sample, check_vocabulary
@@ -41,7 +41,7 @@ class Config(Sifted):
     template: str = knob("bare", choices=tuple(TEMPLATES))  # how moments are written
     size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
     fit: str = knob("pad", choices=FITS)  # how a picture becomes a square
-    resample: str = knob("bilinear", choices=tuple(RESAMPLING))  # how it is resized
+    resample: str = knob("bilinear", choices=("bilinear", "bicubic"))  # how it is resized
     vocab_size: int = knob(6000, low=260, high=1 << 20)  # BPE tokens, specials included
 
 

@@ -48,6 +48,16 @@ def test_targets_are_measured_side_by_side(tmp_path):
         assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d - \d+\.\d\d\)", row[4])
 
 
+def test_jpegs_are_read_by_each_way(tmp_path):
+    flags = ["--count=8", "--rounds=1", "--sides", "64x48", "--size=16"]
+    done = shell(ROOT / "benchmarks/jpegs.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = rows(done.stdout)[2:]
+    ways = [row[1] for row in table]
+    assert [*dict.fromkeys(ways)] == ["a plain loop of Pillow", "ours, bilinear", "ours, reduced"]
+    assert table[0][4] == "1.00" and all(float(row[4]) > 0 for row in table)
+
+
 def test_speed_beside_a_peer_is_a_ratio_of_rounds(tmp_path):
     pytest.importorskip("transformers")
     done = shell(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import sample
 import train
 import weights
 from config import UserError
-from images import to_picture
+from images import ImageFormat, to_picture
 from templates import TEMPLATES, chat_sample
 
 transformers = pytest.importorskip("transformers")
@@ -484,3 +485,13 @@ def test_a_long_conversation_stays_within_the_context_or_says_so(folder):
 def test_a_model_without_conversations_says_so(recipe):
     with pytest.raises(UserError, match="learnt no conversations"):
         sample.main([f"--checkpoint={recipe}/phase2.pt", "--chat"])
+
+
+def test_pictures_that_transformers_cannot_make_are_refused():
+    for fault, form in (
+        ("decoded at a part", ImageFormat(16, resample="reduced")),
+        ("cropped before", ImageFormat(16, "crop")),
+    ):
+        loaded = SimpleNamespace(image_format=form, model=SimpleNamespace(tower=None))
+        with pytest.raises(UserError, match=fault):
+            export.processor_settings(loaded, "llava", "default")

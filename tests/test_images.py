@@ -5,6 +5,7 @@ import os
 import tracemalloc
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +242,14 @@ def test_all_cores_keep_the_order_and_may_be_left(window, together):
     assert next(working) == 50
     working.close()
     assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+
+
+def test_no_more_is_worked_on_than_the_window_holds(tmp_path):
+    jobs = [tmp_path / str(i) for i in range(40)]
+    working = on_all_cores(Path.touch, jobs, window=2)
+    next(working)
+    working.close()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_place_given_twice_is_one_place(tmp_path):

@@ -126,7 +126,7 @@ def test_a_spoilt_item_is_an_error_with_its_place(place, spoil, message):
         (["--json=few.json", "--canvases=33x32"], "want WIDTHxHEIGHT in whole tiles"),
         (
             ["--json=few.json", "--canvases=32x16", "--resample=reduced", "--size=16"],
-            "--canvases: tiles of a reduced picture",
+            "tiles of a reduced picture",
         ),
         (["--json=few.json", "--like=none.pt"], "no such checkpoint"),
         (["--json=few.json", "--template=v9"], "is not allowed"),
@@ -136,7 +136,7 @@ def test_a_spoilt_item_is_an_error_with_its_place(place, spoil, message):
 def test_a_mistaken_command_is_one_clear_line(place, flags, message):
     (place / "few.json").write_text(json.dumps([item()] * 3))
     (place / "bad.json").write_text("{")
-    if "fewer than" not in message:
+    if message != "fewer than 10 pictures":
         (place / "few.json").write_text(json.dumps(many(30)))
     with pytest.raises((UserError, OSError), match=message) as error:
         data.main(["llava", "--images=pictures", *flags])
@@ -176,6 +176,10 @@ def test_a_given_flag_changes_the_form_that_a_model_has(place, recipe):
     assert changed.mean != of_model.mean and changed.resample == of_model.resample == "bilinear"
     tiled = prepare(many(40), like, "--canvases=32x16", size="--norm=half").image_format
     assert tiled.size == 16 and tiled.canvases == ((32, 16),)
+    for flag in ("--resample=reduced", "--size=64"):  # not with the tiles that the other has
+        with pytest.raises(UserError, match="no picture can be made so") as error:
+            prepare(many(40), "--like=data/llava", size=flag)
+        assert one_line(error)
 
 
 # ---- trained on
