@@ -43,8 +43,8 @@ class Batch:
     arrangement: tuple | None = None
 
     def to(self, device, image_format):
-        """(tokens, targets, positions, images, arrangement) as tensors; frames become a tower's
-        input."""
+        """(tokens, targets, positions, images, arrangement, first) as tensors; frames become a
+        tower's input; before `first` no row has a target."""
         parts = (self.tokens, self.targets, self.positions, self.images)
         tokens, targets, positions, images = (
             None if part is None else torch.as_tensor(part).to(device, non_blocking=True)
@@ -55,7 +55,10 @@ class Batch:
         arrangement = self.arrangement
         if arrangement is not None:
             arrangement = tuple(torch.as_tensor(part, device=device) for part in arrangement)
-        return tokens, targets, positions, images, arrangement
+        first = 0
+        if self.positions is not None and self.count:
+            first = int((self.positions[: self.count] % self.tokens.shape[1]).min())
+        return tokens, targets, positions, images, arrangement, first
 
 
 def round_up(n, parts=8):
@@ -228,7 +231,7 @@ class SampleBatches:
         batch = Batch(
             tokens=stream[:, :-1],
             targets=np.pad(targets, (0, padding), constant_values=-100),
-            positions=np.pad(positions, (0, padding)),
+            positions=np.pad(positions, (0, padding), "edge" if len(positions) else "constant"),
             images=None,
             count=len(positions),
         )

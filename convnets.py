@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fused import Linear
+
 
 def with_mean(maps):
     """Maps (N, E, h, w) -> (N, 1 + P, E): their mean in the place of a CLS, then the places."""
@@ -72,13 +74,13 @@ class ResNeXt(nn.Module):
             )
         return ""
 
-    def forward(self, x, select_layer=-1):
+    def forward(self, x, select_layer=-1, only_cls=False):
         for size in x.shape[2:]:
             if self.fault(size, select_layer):
                 raise ValueError(self.fault(size, select_layer))
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, E, S / 32, S / 32)
-        return with_mean(x)
+        return with_mean(x)[:, : 1 if only_cls else None]
 
 
 class NormChannels(nn.LayerNorm):
@@ -93,8 +95,8 @@ class Mixer(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
@@ -165,8 +167,8 @@ class ConvNeXt(nn.Module):
             )
         return ""
 
-    def forward(self, x, select_layer=-1):
+    def forward(self, x, select_layer=-1, only_cls=False):
         for size in x.shape[2:]:
             if self.fault(size, select_layer):
                 raise ValueError(self.fault(size, select_layer))
-        return with_mean(self.stages(self.stem(x)))
+        return with_mean(self.stages(self.stem(x)))[:, : 1 if only_cls else None]

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from fused import Linear
 from images import normalise
 
 NUMBERS_A_VIEW = 8  # random numbers that decide a view, see crop()
@@ -29,13 +30,13 @@ class Head(nn.Module):
     def __init__(self, width, hidden, bottleneck, prototypes):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden),
+            Linear(width, hidden),
             nn.GELU(),
-            nn.Linear(hidden, hidden),
+            Linear(hidden, hidden),
             nn.GELU(),
-            nn.Linear(hidden, bottleneck),
+            Linear(hidden, bottleneck),
         )
-        self.last = nn.Linear(bottleneck, prototypes, bias=False)
+        self.last = Linear(bottleneck, prototypes, bias=False)
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -140,7 +141,7 @@ class DINO(nn.Module):
 
     def encode(self, network, pixels):
         """Head outputs of the CLS vectors, (n, K), fp32."""
-        return network["head"](network["backbone"](pixels)[:, 0]).float()
+        return network["head"](network["backbone"](pixels, only_cls=True)[:, 0]).float()
 
     def forward(self, global_crops, local_crops=None):
         """(teacher outputs, loss): each student view's cross-entropy against the teacher's other

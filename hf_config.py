@@ -96,7 +96,7 @@ def refuse(folder, what, value, why="is not taken here"):
 
 
 def rope_of(folder, text):
-    """(theta, scaling) of a text config; see model.rotary_frequencies."""
+    """(theta, scaling) of a text config; see fused.rotary_frequencies."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or text.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"

@@ -87,6 +87,7 @@ def nll_after(loaded, befores, embeds, words, batch=256):
             tokens.to(device),
             positions=torch.tensor(positions, device=device),
             images=torch.cat(shown).to(device) if shown else None,
+            first=min(position % T for position in positions),
         )
         losses = F.cross_entropy(
             logits.float(), torch.tensor(targets, device=device), reduction="none"

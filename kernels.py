@@ -56,6 +56,8 @@ import os
 import torch
 import torch.nn.functional as F
 
+from fused import add_norm
+
 try:
     import triton
     import triton.language as tl
@@ -135,11 +137,10 @@ def rms_norm(x, weight, eps, residual=None, backend=None):
                            for t in (x, residual))
         y, total, _ = norm_forward_op(x, residual, weight, eps)
         return y if residual is None else (y, total)
+    if backend == "torch":
+        return add_norm(x, residual, weight, eps)
     total = x if residual is None else x + residual
-    if backend == "reference":
-        y = rms_norm_reference(total, weight, eps)
-    else:
-        y = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
+    y = rms_norm_reference(total, weight, eps)
     return y if residual is None else (y, total)
 
 

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fused import Linear
 
-class LoRALinear(nn.Linear):
+
+class LoRALinear(Linear):
     """A Linear with two factors beside its weight."""
 
     def widen(self, rank, alpha):
@@ -31,7 +33,7 @@ class LoRALinear(nn.Linear):
 def add(gpt, rank, alpha):
     """Give all linear layers of a GPT's blocks factors of this rank."""
     for module in gpt.layers.modules():
-        if type(module) is nn.Linear:
+        if type(module) is Linear:
             module.__class__ = LoRALinear
             module.widen(rank, alpha)
 

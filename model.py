@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fused import Linear, head_loss, linear, rotary_frequencies, split_rotated, swiglu
 from kernels import attention, attention_weights, choose, rms_norm
 
 
@@ -84,32 +85,6 @@ class RMSNorm(nn.Module):
         return total, normed
 
 
-def rotary_frequencies(config):
-    """The angle by which each pair of a head turns from one position to the next, (D / 2,).
-
-    rope_scaling: (factor,) makes positions denser; (factor, low, high, length) is Llama 3.1's: of
-    the context it was trained on first, `length` tokens, what turns less than `low` times is slowed
-    by the factor, what turns more than `high` times is left, and between them a blend."""
-    exponents = torch.arange(0, config.head_width, 2).float() / config.head_width
-    frequencies = config.rope_theta**-exponents
-    if len(config.rope_scaling) == 1:
-        return frequencies / config.rope_scaling[0]
-    if config.rope_scaling:
-        factor, low, high, length = config.rope_scaling
-        turns = length * frequencies / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return kept * frequencies + (1 - kept) * frequencies / factor
-    return frequencies
-
-
-def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), halves paired as in Llama.
-
-    x (B, T, H, D), cos and sin (T, 1, D / 2): each pair turns by its position's angle."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
 class KVCache:
     """Keys and values of the positions so far, of each layer: (layers, 2, B, length, H_kv, D)."""
 
@@ -152,21 +127,21 @@ class Attention(nn.Module):
         self.head_width, self.layer = config.head_width, layer
         self.dropout, self.backend = config.dropout, config.attention
         outputs = (self.heads + 2 * self.kv_heads) * self.head_width
-        self.qkv_proj = nn.Linear(config.n_embd, outputs, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv_proj = Linear(config.n_embd, outputs, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, positions):
+    def forward(self, x, positions, first=0):
+        """x (B, T, C) -> (B, T - first, C): what the positions from `first` on gather."""
         B, T, C = x.shape
         heads = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_width)
-        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        qk = rotate(qk, positions.cos, positions.sin)
-        q, k = qk.split([self.heads, self.kv_heads], dim=2)  # (B, T, H, D) each
+        q, k, v = split_rotated(heads, positions.cos, positions.sin, self.kv_heads)
+        q = q[:, first:]  # (B, T - first, H, D)
         if positions.cache is not None:
             k, v = positions.cache.extend(self.layer, k, v)
         if positions.maps is not None:
             positions.maps.append(attention_weights(q, k, positions.prefix))
         y = attention(q, k, v, positions.prefix, backend=self.backend)
-        return F.dropout(self.o_proj(y.reshape(B, T, C)), self.dropout, self.training)
+        return F.dropout(self.o_proj(y.reshape(B, T - first, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -175,12 +150,12 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.gate_up_proj = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
-        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_up_proj = Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return F.dropout(self.down_proj(F.silu(gate) * up), self.dropout, self.training)
+        hidden = swiglu(self.gate_up_proj(x))
+        return F.dropout(self.down_proj(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -196,12 +171,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, branch, positions):
+    def forward(self, x, branch, positions, first=0):
+        """`first`: from which position on the block's output is wanted; all are attended to."""
         if branch is None:  # the first block: nothing to add yet
             normed = self.input_layernorm(x)
         else:
             x, normed = self.input_layernorm.add(x, branch)
-        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, positions))
+        branch = self.self_attn(normed, positions, first)
+        x, normed = self.post_attention_layernorm.add(x[:, first:], branch)
         return x, self.mlp(normed)
 
 
@@ -217,7 +194,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config)
         if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.recompute = False  # gradient checkpointing: keep no layer's inside, compute it again
         self.set_rotary()
         for name, parameter in self.named_parameters():
@@ -255,9 +232,10 @@ class GPT(nn.Module):
             choose(self.config.norm, "torch", stream),
         )
 
-    def forward(self, x, prefix=0, cache=None, maps=None):
+    def forward(self, x, prefix=0, cache=None, maps=None, first=0):
         """x (B, T) ids or (B, T, C) embeddings, which come after what is in the cache; `prefix`
-        leading positions are seen by all."""
+        leading positions are seen by all. first: the last block's output, and so this one, is
+        wanted from that position on: (B, T - first, C)."""
         x = self.embed(x) if x.ndim == 2 else x
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]
@@ -266,17 +244,21 @@ class GPT(nn.Module):
         positions = Positions(self.cos[start:end], self.sin[start:end], prefix, cache, maps)
         branch = None
         for layer in self.layers:
+            from_here = first if layer is self.layers[-1] else 0
             if self.recompute and torch.is_grad_enabled():
-                x, branch = checkpoint(layer, x, branch, positions, use_reentrant=False)
+                x, branch = checkpoint(layer, x, branch, positions, from_here, use_reentrant=False)
             else:
-                x, branch = layer(x, branch, positions)
+                x, branch = layer(x, branch, positions, from_here)
         if cache is not None:
             cache.length = end
         return self.norm.add(x, branch)[1]
 
+    @property
+    def head_weight(self):
+        return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
     def head(self, hidden):
-        weight = self.embed_tokens.weight if self.config.tied else self.lm_head.weight
-        return F.linear(hidden, weight)  # (..., C) -> (..., V)
+        return linear(hidden, self.head_weight)  # (..., C) -> (..., V)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,10 +286,10 @@ def Projector(kind, width_in, width_out):
     if kind == "identity":
         return nn.Identity()
     if kind == "linear":
-        return nn.Linear(width_in, width_out)
-    layers = [nn.Linear(width_in, width_out)]
+        return Linear(width_in, width_out)
+    layers = [Linear(width_in, width_out)]
     for _ in range(int(kind[3]) - 1):
-        layers += [nn.GELU(), nn.Linear(width_out, width_out)]
+        layers += [nn.GELU(), Linear(width_out, width_out)]
     return nn.Sequential(*layers)
 
 
@@ -400,28 +382,29 @@ class BabyLLaVA(nn.Module):
             return 0
         return len(image_embeds) // len(tokens)
 
-    def hidden_states(self, tokens, images=None, arrangement=None, cache=None, maps=None):
-        """What the GPT makes of tokens (B, T) and images, see project(): (B, T, C)."""
+    def hidden_states(self, tokens, images=None, arrangement=None, maps=None, first=0):
+        """What the GPT makes of tokens (B, T) and images, see project(): (B, T - first, C)."""
         seen = None if images is None else self.project(images, arrangement)
-        return self.gpt(self.embed(tokens, seen), self.prefix(tokens, seen), cache, maps)
+        prefix = self.prefix(tokens, seen)
+        return self.gpt(self.embed(tokens, seen), prefix, maps=maps, first=first)
 
-    def forward(self, tokens, targets=None, positions=None, images=None, arrangement=None):
-        """(logits, mean loss over the targets that are not -100, or None).
+    def forward(self, tokens, targets=None, positions=None, images=None, arrangement=None, first=0):
+        """(logits, None); with targets (None, their mean loss), those that are -100 left out.
 
         positions (K,): the places in the flattened (B * T) whose logits (K, V) are wanted, with
-        targets (K,); None: all, logits (B, T, V), targets (B, T) or flat. Where few positions
-        have a target, the head on all of them would be the most expensive layer."""
-        hidden = self.hidden_states(tokens, images, arrangement)
+        targets (K,), none of them before position `first` of its row; None: all, logits (B, T, V),
+        targets (B, T) or flat. Where few positions have a target, the head on all of them would be
+        the most expensive layer."""
+        hidden = self.hidden_states(tokens, images, arrangement, first=first)
         if images is None and self.projector is not None and not hidden.requires_grad:
             # a text alone, while the projector alone learns: a gradient of 0, not none
             hidden = hidden + 0 * sum(p.sum() for p in self.projector.parameters())
-        if positions is not None:
-            hidden = hidden.flatten(0, 1)[positions]  # (B, T, C) -> (K, C)
-        logits = self.gpt.head(hidden)
+        if positions is not None:  # of rows that are `first` shorter now
+            rows = positions // tokens.shape[1] + 1
+            hidden = hidden.flatten(0, 1)[positions - first * rows]  # (K, C)
         if targets is None:
-            return logits, None
-        flat = logits.view(-1, logits.shape[-1]).float()
-        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-100)
+            return self.gpt.head(hidden), None
+        return None, head_loss(hidden.flatten(0, -2), self.gpt.head_weight, targets.flatten())
 
     # ---- the calls by which train.py's loop knows a model (DINO's are in dino.py)
 
@@ -471,7 +454,8 @@ class BabyLLaVA(nn.Module):
         room = cache.room - cache.length - tokens.shape[1]
         done, token = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device), None
         for _ in range(min(room, max_new_tokens)):
-            logits = self.gpt.head(self.gpt(x, prefix, cache)[:, -1]).float()  # (B, V)
+            hidden = self.gpt(x, prefix, cache, first=x.shape[1] - 1)  # (B, 1, C)
+            logits = self.gpt.head(hidden[:, 0]).float()  # (B, V)
             chosen = choose_token(logits, temperature, top_k, generator)
             token = chosen if token is None else torch.where(done, token, chosen)
             for end in stop:

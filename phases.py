@@ -26,6 +26,7 @@ from batches import SampleBatches
 from config import UserError
 from dino import DINO
 from files import append_log, locked
+from fused import keep_memory
 from model import GPT, BabyLLaVA, GPTConfig, Projector, projector_fault
 
 DRAWN = ("toy", "toy_chat", "toy_v2")  # sources that need nothing but themselves
@@ -122,6 +123,8 @@ def find_processes(settings):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        keep_memory()
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=settings.patience))
@@ -341,7 +344,7 @@ def make_optimizer(settings, groups, device):
         ]
     if not parts:
         return None
-    return torch.optim.AdamW(parts, betas=(0.9, settings.beta2), fused=device.type == "cuda")
+    return torch.optim.AdamW(parts, betas=(0.9, settings.beta2), fused=device.type != "mps")
 
 
 def stored_features(settings, dataset, splits, model, device):

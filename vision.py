@@ -5,7 +5,8 @@ and SigLIP here, those that convolve in convnets.py.
 What every tower promises, and all that the rest of the code knows of it:
 
     tower(pixels, select_layer)   (N, 3, S, S) -> (N, 1 + P, E): one vector for the whole picture
-                                  (CLS), then P for its places, row by row from the top left
+                                  (CLS), then P for its places, row by row from the top left;
+                                  only_cls=True: the one alone, (N, 1, E), as DINO wants it
     tower.width                   E
     tower.patch                   pixels a side of one place
     tower.num_patches(S)         P of a picture of S x S pixels
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convnets import ConvNeXt, ResNeXt
+from fused import Linear
 
 # ---------------------------------------------------------------------------------------------
 # The vision transformer
@@ -45,18 +47,19 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, outputs=None):
+        """x (N, T, E) -> (N, T, E), or what the first `outputs` alone gather."""
         N, T, E = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.heads, E // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D)
         dtype = v.dtype
         if x.device.type == "cpu":  # there, SDPA's bf16 backward takes five times fp32's time
             q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(q, k, v).to(dtype)
-        return self.proj(y.transpose(1, 2).reshape(N, T, E))
+        y = F.scaled_dot_product_attention(q[:, :, :outputs], k, v).to(dtype)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 def quick_gelu(x):
@@ -74,8 +77,8 @@ class MLP(nn.Module):
     def __init__(self, width, hidden, activation):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))
@@ -100,8 +103,8 @@ class Block(nn.Module):
         self.mlp = MLP(width, hidden, activation)
         self.ls2 = LayerScale(width) if scaled else nn.Identity()
 
-    def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x, outputs=None):
+        x = x[:, :outputs] + self.ls1(self.attn(self.norm1(x), outputs))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -191,9 +194,10 @@ class ViT(nn.Module):
         grid = F.interpolate(grid, **to, mode="bicubic", antialias=antialias)
         return torch.cat([self.pos_embed[:, :cls], grid.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(self, x, select_layer=-1):
+    def forward(self, x, select_layer=-1, only_cls=False):
         """select_layer -1: the last block, after the final norm (DINO's own output). -2, -3, ...:
-        the block before, before that, ..., without the norm (LLaVA's meaning)."""
+        the block before, before that, ..., without the norm (LLaVA's meaning). only_cls: CLS alone,
+        (N, 1, E), which spares the last block the places."""
         if self.fault(min(x.shape[2:]), select_layer):
             raise ValueError(self.fault(min(x.shape[2:]), select_layer))
         height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
@@ -205,12 +209,16 @@ class ViT(nn.Module):
             registers = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
         x = self.norm_pre(x)
-        for block in self.blocks[: len(self.blocks) + 1 + select_layer]:
-            x = block(x)
+        blocks = self.blocks[: len(self.blocks) + 1 + select_layer]
+        for block in blocks:
+            is_last = block is blocks[-1]
+            x = block(x, 1 if only_cls and is_last and self.arguments["cls"] else None)
         if self.registers:
             x = torch.cat([x[:, :1], x[:, 1 + self.registers :]], dim=1)
         x = self.norm(x) if select_layer == -1 else x
-        return x if self.arguments["cls"] else torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        if not self.arguments["cls"]:
+            x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        return x[:, :1] if only_cls else x
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ Our speed beside what a user would pick instead: transformers' GPT2LMHeadModel a
     python benchmarks/peers.py --work phase2 --shapes B --modes eager
     python benchmarks/peers.py --work memory start
 
-All are given the same shapes, precision and threads, and take turns, step by step, in one process,
-so that whatever else the machine does slows all alike. A step is forward, loss, backward, clipping
-and AdamW: ours is train.py's own take_step(), theirs what their own trainer does. Ratios are those
-of one round, so above 1 ours is faster, and are given as median and quartiles; "best" compares the
-faster of eager and compiled on either side.
+All are given the same shapes, precision and threads, each in a process of its own as its users have
+it, and take turns, step by step, so that whatever else the machine does slows all alike. A step is
+forward, loss, backward, clipping and AdamW: ours is train.py's own take_step(), theirs what their
+own trainer does. Ratios are those of one round, so above 1 ours is faster, and are given as median
+and quartiles; "best" compares the faster of eager and compiled on either side.
 
 Our phases 1 and 2 read features from a file, because the tower is frozen; theirs run it in each
 step. So that this alone does not decide, its time is taken off theirs, measured beside it. Shapes,
@@ -23,35 +23,28 @@ step. So that this alone does not decide, its time is taken off theirs, measured
 """
 
 import dataclasses
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
+from sides import SHAPES, make_side
 
 import checkpoint
 import config
-import phases
-import train
-from batches import Batch
 from config import knob
-from images import ImageFormat
-from model import GPT, BabyLLaVA, GPTConfig, Projector
-from vision import ViT
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ("phase0", "phase1", "phase2", "generation", "memory", "start")
 MODES = ("eager", "compiled")
-VOCABULARY, WORDS, ANSWER = 6000, 32, 64
-IMAGE, PAD = 5999, 5998
 
 
 @dataclasses.dataclass
@@ -61,226 +54,7 @@ class Config(config.Knobs):
     modes: tuple[str, ...] = knob(MODES, choices=MODES)  # of steps; all else is eager
     rounds: int = knob(15, low=3, high=10**6)  # all take a step in each, after 3 that do not count
     device: str = ""  # cpu or cuda; empty: cuda where there is one
-    one: str = knob(
-        "", choices=("", "ours", "LLaVA")
-    )  # its memory alone, as --work memory calls it
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    side: int  # of an image, in pixels
-    tower: tuple  # width, layers, heads
-    layers: int  # of the GPT
-    batch: int
-    words: int = WORDS
-
-    @property
-    def image_tokens(self):
-        return (self.side // 16) ** 2
-
-
-SHAPES = {
-    "S": Shape(96, (192, 4, 3), 4, 8),
-    "B": Shape(224, (384, 12, 6), 8, 4),
-    "L": Shape(0, (), 8, 8, 256),
-}
-
-
-def make_data(shape):
-    """(tokens (B, T) with placeholders first, targets (B, T) aligned with them, -100 where there is
-    none); of shape L all tokens but the first are targets."""
-    rng, P = np.random.RandomState(0), shape.image_tokens
-    tokens = rng.randint(0, 5000, (shape.batch, P + shape.words))
-    tokens[:, :P] = IMAGE
-    targets = np.full_like(tokens, -100)
-    first = max(1, P)
-    targets[:, first:] = tokens[:, first:]
-    return tokens, targets
-
-
-# ---------------------------------------------------------------------------------------------
-# Ours and theirs
-
-
-class Ours:
-    """Our model of a shape and train.py's step on it."""
-
-    def __init__(self, shape, work, device):
-        torch.manual_seed(0)
-        P = shape.image_tokens
-        sizes = GPTConfig(VOCABULARY, P + shape.words + ANSWER, shape.layers, 4, 256)
-        if P:
-            tower = ViT(shape.side, 16, *shape.tower).requires_grad_(False)
-            projector = Projector("mlp2x_gelu", tower.width, 256)
-            self.model = BabyLLaVA(GPT(sizes), projector, tower, IMAGE).to(device)
-        else:
-            self.model = BabyLLaVA(GPT(sizes)).to(device)
-        tokens, targets = make_data(shape)
-        features, x, y = None, tokens[:, :-1], targets[:, 1:]
-        if P:
-            self.pixels = torch.zeros(shape.batch, 3, shape.side, shape.side, device=device)
-            features = self.model.encode_images(self.pixels).detach().half().cpu().numpy()
-        places = np.flatnonzero(y.flatten() != -100) if P else None
-        wanted = y.flatten()[places] if P else y.flatten()
-        self.batch = Batch(np.ascontiguousarray(x), wanted, places, features, len(wanted))
-        self.prompt = torch.tensor(tokens[:, : P + 1], device=device)
-        self.device, self.work, self.shape = device, work, shape
-
-    def prepare(self, mode):
-        """Make ready for steps in this mode."""
-        compiled = "on" if mode == "compiled" else "off"
-        settings = train.Config(compile=compiled, dtype="float32")  # on a GPU too, as theirs
-        processes = phases.Processes(0, 1, self.device)
-        groups = phases.set_learning(self.model, train.PHASES[self.work].learns, 1e-4)
-        self.run = phases.Run(
-            settings=settings,
-            name=self.work,
-            dataset=SimpleNamespace(image_format=ImageFormat(self.shape.side or 16)),
-            processes=processes,
-            parents={},
-            decided={},
-            raw_model=self.model,
-            model=phases.wrap(self.model, settings, processes, None),
-            optimizer=phases.make_optimizer(settings, groups, self.device),
-            train_batches=None,
-            val_batches=None,
-            start=0,
-            steps=10**6,
-            batch=self.shape.batch,
-        )
-
-    def step(self):
-        return float(train.take_step(self.run, 10**5, [self.batch])[0])
-
-    @torch.no_grad()
-    def look(self, rows):
-        return self.model.encode_images(self.pixels[:1].expand(rows, -1, -1, -1))
-
-    def say(self, rows):
-        """ANSWER greedy tokens after a picture and a word, from pixels on."""
-        features = self.look(rows)
-        said = self.model.generate(self.prompt[:1].expand(rows, -1), features, ANSWER)
-        return torch.stack(list(said), 1)
-
-
-def llava(shape):
-    """LlavaForConditionalGeneration of a shape, with weights that are random."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
-    width, layers, heads = shape.tower
-    seen = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=shape.side,
-        patch_size=16,
-        projection_dim=width,
-    )
-    settings = LlavaConfig(
-        vision_config=seen,
-        text_config=LlamaConfig(**llama_sizes(shape)),
-        image_token_index=IMAGE,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=shape.image_tokens,
-        tie_word_embeddings=True,
-    )
-    return LlavaForConditionalGeneration(settings)
-
-
-def llama_sizes(shape):
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 256,
-        "intermediate_size": 704,  # as ours
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": shape.image_tokens + shape.words + ANSWER,
-        "tie_word_embeddings": True,
-        "pad_token_id": PAD,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-
-
-def language_model(kind, shape):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    if kind == "Llama":
-        return LlamaForCausalLM(LlamaConfig(**llama_sizes(shape)))
-    sizes = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=shape.words,
-        n_embd=256,
-        n_layer=shape.layers,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return GPT2LMHeadModel(sizes)
-
-
-class Peer:
-    """A model of transformers and what its Trainer does in a step: loss, clipping, fused AdamW."""
-
-    def __init__(self, kind, shape, work, device):
-        torch.manual_seed(0)
-        made = llava(shape) if kind == "LLaVA" else language_model(kind, shape)
-        self.model = made.to(device).train()
-        if kind == "LLaVA":
-            self.model.model.vision_tower.requires_grad_(False)
-            if work == "phase1":
-                self.model.model.language_model.requires_grad_(False)
-        tokens, labels = make_data(shape)
-        tokens, labels = torch.tensor(tokens, device=device), torch.tensor(labels, device=device)
-        self.inputs = {"input_ids": tokens, "labels": labels}
-        self.prompt = tokens[:, : shape.image_tokens + 1]
-        if kind == "LLaVA":
-            self.pixels = torch.zeros(shape.batch, 3, shape.side, shape.side, device=device)
-            self.inputs["pixel_values"] = self.pixels
-
-    def prepare(self, mode):
-        self.learning = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.learning, 1e-4, weight_decay=0.1, fused=True)
-        self.called = torch.compile(self.model) if mode == "compiled" else self.model
-        if hasattr(self, "pixels"):
-            tower = self.model.model.vision_tower
-            self.tower = torch.compile(tower) if mode == "compiled" else tower
-
-    def step(self):
-        loss = self.called(**self.inputs, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.learning, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    @torch.no_grad()
-    def look(self, rows):
-        """The tower alone, as a step runs it."""
-        self.tower(self.pixels[:1].expand(rows, -1, -1, -1))
-
-    @torch.no_grad()
-    def say(self, rows):
-        said = self.model.generate(
-            input_ids=self.prompt[:1].expand(rows, -1),
-            attention_mask=torch.ones_like(self.prompt[:1].expand(rows, -1)),
-            pixel_values=self.pixels[:1].expand(rows, -1, -1, -1),
-            max_new_tokens=ANSWER,
-            min_new_tokens=ANSWER,
-            do_sample=False,
-        )
-        return said[:, self.prompt.shape[1] :]
+    one: str = knob("", choices=("", "ours", "LLaVA"))  # its memory alone, for --work memory
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,15 +71,46 @@ def timed(action, device):
     return 1000 * (time.perf_counter() - start)
 
 
-def take_turns(actions, rounds, device):
-    """{name: [ms in each round]}; all act once a round, after three rounds that do not count."""
+def take_turns(actions, rounds):
+    """{name: [ms in each round]} of actions that return the ms they took; all act once a round,
+    after three rounds that do not count."""
     took = {name: [] for name in actions}
     for number in range(rounds + 3):
         for name, action in actions.items():
-            ms = timed(action, device)
+            ms = action()
             if number >= 3:
                 took[name].append(ms)
     return took
+
+
+def serve(pipe, kind, shape, work, mode, device):
+    """A side in its own process: it does what it is told, and tells how long that took."""
+    side = make_side(kind, shape, work, mode, device)
+    if work == "generation":
+        side.model.eval()
+    with suppress(EOFError):  # until nobody holds the other end
+        while True:
+            name, arguments = pipe.recv()
+            pipe.send(timed(partial(getattr(side, name), *arguments), device))
+
+
+def start_sides(kinds, shape, work, modes, device):
+    """{(kind, mode): do}, do("step") being the ms that it took: each in a process that ends with
+    this one."""
+    context, sides = multiprocessing.get_context("spawn"), {}
+    for mode in modes:
+        for kind in kinds:
+            mine, its = context.Pipe()
+            arguments = its, kind, shape, work, mode, device
+            context.Process(target=serve, args=arguments, daemon=True).start()
+            its.close()
+            sides[kind, mode] = partial(tell, mine)
+    return sides
+
+
+def tell(pipe, name, *arguments):
+    pipe.send((name, arguments))
+    return pipe.recv()  # EOFError: it ended, and has said why
 
 
 def spread(values, digits):
@@ -349,14 +154,12 @@ def training(settings, work, name, device):
     """Steps of a phase, ours beside theirs."""
     shape, kinds = SHAPES[name], ("LLaVA",) if work != "phase0" else ("GPT-2", "Llama")
     actions = {}
-    for mode in settings.modes:
-        for kind in ("ours", *kinds):
-            side = Ours(shape, work, device) if kind == "ours" else Peer(kind, shape, work, device)
-            side.prepare(mode)
-            actions[kind, mode] = side.step
-            if kind == "LLaVA":
-                actions["its tower", mode] = partial(side.look, shape.batch)
-    took = take_turns(actions, settings.rounds, device)
+    sides = start_sides(("ours", *kinds), shape, work, settings.modes, device)
+    for (kind, mode), do in sides.items():
+        actions[kind, mode] = partial(do, "step")
+        if kind == "LLaVA":
+            actions["its tower", mode] = partial(do, "look", shape.batch)
+    took = take_turns(actions, settings.rounds)
     for mode in settings.modes:
         if ("its tower", mode) in took:
             looks = {("its tower", mode): took.pop(("its tower", mode))}
@@ -366,21 +169,18 @@ def training(settings, work, name, device):
 
 
 def generation(settings, name, device):
-    """Greedy answers of ANSWER tokens to a picture and a word, the tower's time taken off."""
-    ours = Ours(SHAPES[name], "phase2", device)
-    theirs = Peer("LLaVA", SHAPES[name], "phase2", device)
-    theirs.prepare("eager")
-    for side in (ours, theirs):
-        side.model.eval()
+    """Greedy answers of sides.ANSWER tokens to a picture and a word, the tower's time taken off."""
+    sides = start_sides(("ours", "LLaVA"), SHAPES[name], "generation", ("eager",), device)
+    ours, theirs = sides["ours", "eager"], sides["LLaVA", "eager"]
     lines = []
     for rows in (1, 8):
         actions = {
-            ("ours", "eager"): lambda: ours.say(rows),
-            ("LLaVA", "eager"): lambda: theirs.say(rows),
-            ("our tower", "eager"): lambda: ours.look(rows),
-            ("its tower", "eager"): lambda: theirs.look(rows),
+            ("ours", "eager"): partial(ours, "say", rows),
+            ("LLaVA", "eager"): partial(theirs, "say", rows),
+            ("our tower", "eager"): partial(ours, "look", rows),
+            ("its tower", "eager"): partial(theirs, "look", rows),
         }
-        took = take_turns(actions, settings.rounds, device)
+        took = take_turns(actions, settings.rounds)
         print_times(f"generation, {rows} at once", name, took)
         for who, tower in (("ours", "our tower"), ("LLaVA", "its tower")):
             take_off(took, (who, "eager"), took.pop((tower, "eager")))
@@ -413,9 +213,7 @@ def memory(settings, name, device):
 
 
 def measure_one(settings, device):
-    who, shape = settings.one, SHAPES[settings.shapes[0]]
-    side = Ours(shape, "phase2", device) if who == "ours" else Peer(who, shape, "phase2", device)
-    side.prepare("eager")
+    side = make_side(settings.one, SHAPES[settings.shapes[0]], "phase2", "eager", device)
     for _ in range(5):
         side.step()
     if device.type == "cuda":

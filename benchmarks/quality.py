@@ -82,7 +82,7 @@ class Peer(torch.nn.Module):
     def inputs(self, batch, image_format, seed, step):
         return batch.to(self.gpt.device, image_format)
 
-    def forward(self, tokens, targets=None, positions=None, images=None, arrangement=None):
+    def forward(self, tokens, targets=None, positions=None, images=None, tiles=None, first=0):
         """As BabyLLaVA.forward, of words alone."""
         logits = self.net(tokens).logits.flatten(0, 1)
         if positions is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from peers import spread, take_turns
+from peers import spread, take_turns, timed
 
 import config
 from config import knob
@@ -75,8 +75,9 @@ def main(argv):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-            actions = {way: partial(step, inputs) for way, inputs in ways.items()}
-            took = take_turns(actions, settings.steps, torch.device("cpu"))
+            cpu = torch.device("cpu")
+            actions = {way: partial(timed, partial(step, ways[way]), cpu) for way in ways}
+            took = take_turns(actions, settings.steps)
             slow, fast = (statistics.median(took[way]) for way in ("all", "few"))
             ratio = spread([a / b for a, b in zip(took["all"], took["few"])], 2)
             print(f"| {shape} | {phase} | {slow:.1f} | {fast:.1f} | {ratio} |", flush=True)

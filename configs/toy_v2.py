@@ -12,6 +12,7 @@ data = "data/toy_v2"
 out = "out/toy_v2"
 n_embd = 96  # small, so that many samples are seen in these minutes
 block_size = 512  # Memory: 29 pictures of 4 tokens, 15 rounds of some 22
+select_layer = -2  # as in configs/toy.py
 image_pool = 4  # 64 patches, 4 tokens a picture
 vision_steps = 800
 phase0_steps = 250
@@ -23,4 +24,5 @@ phase3_learn = ("projector=5e-4", "gpt")
 phase3_steps = 10000
 phase3_lr = 2e-3
 phase3_batch = 32
+grad_accum = 2  # half a batch of Memory dialogues at a time: they are the longest by far
 eval_every = 1000

@@ -22,7 +22,8 @@ SMALL = (
     "--patch=8 --vision_width=16 --vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 "
     "--n_head=2 --n_embd=16 --block_size=48 --vision_steps=4 --phase0_steps=4 --phase1_steps=4 "
     "--phase2_steps=4 --phase3_steps=4 --vision_batch=8 --phase0_batch=8 --phase1_batch=8 "
-    "--phase2_batch=8 --phase3_batch=8 --eval_every=2 --save_every=2 --log_every=1 --device=cpu"
+    "--phase2_batch=8 --phase3_batch=8 --eval_every=2 --save_every=2 --log_every=1 --device=cpu "
+    "--select_layer=-1"
 ).split()
 
 

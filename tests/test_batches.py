@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, make_corpus, one_line
 
 import checkpoint
@@ -140,11 +141,14 @@ def test_logits_at_positions_are_the_head_on_all_of_them(mixed):
     found = SampleBatches(mixed, "train", 8, 1, model)
     for step in range(4):
         batch = found.read(*found.plan(step))
-        tokens, targets, positions, images, _ = batch.to("cpu", mixed.image_format)
-        logits, loss = model(tokens, targets, positions, images)
+        tokens, targets, positions, images, _, first = batch.to("cpu", mixed.image_format)
+        assert first == min(positions % tokens.shape[1]) and (step or first)
+        logits = model(tokens, None, positions, images, None, first)[0]
+        loss = model(tokens, targets, positions, images, None, first)[1]
         everywhere = torch.full((tokens.numel(),), -100)
         everywhere[positions[: batch.count]] = targets[: batch.count]
-        all_logits, slow = model(tokens, everywhere, None, images)
+        all_logits, slow = model(tokens, None, None, images)[0], None
+        slow = F.cross_entropy(all_logits.flatten(0, 1).double(), everywhere, ignore_index=-100)
         assert abs(loss - slow) < 1e-5 and logits.shape[0] == len(positions)
         assert torch.allclose(logits, all_logits.flatten(0, 1)[positions], atol=1e-5)
 
@@ -177,7 +181,7 @@ def test_full_image_attention_wants_leading_images_alike(mixed, tmp_path):
     dataset = Data(tmp_path)
     model = make_model(dataset, image_attention="full")
     found = SampleBatches(dataset, "train", 4, 1, model)
-    tokens, _, _, images, _ = found.read(*found.plan(0)).to("cpu", dataset.image_format)
+    tokens, _, _, images, _, _ = found.read(*found.plan(0)).to("cpu", dataset.image_format)
     assert model.prefix(tokens, model.project(images)) == 4
 
 

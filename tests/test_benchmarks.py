@@ -6,6 +6,7 @@ import re
 
 import pytest
 from conftest import ROOT, make_corpus, shell
+from PIL import Image
 
 
 def rows(text):
@@ -56,6 +57,33 @@ def test_jpegs_are_read_by_each_way(tmp_path):
     ways = [row[1] for row in table]
     assert [*dict.fromkeys(ways)] == ["a plain loop of Pillow", "ours, bilinear", "ours, reduced"]
     assert table[0][4] == "1.00" and all(float(row[4]) > 0 for row in table)
+
+
+def test_growth_is_measured_along_its_axes_and_drawn(tmp_path):
+    done = shell(
+        ROOT / "benchmarks/growth.py", "--rounds=1", "--most=4", "--draw=g.png", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = rows(done.stdout)[2:]
+    assert [row[:2] for row in table] == [
+        [axis, str(count)] for axis in ("batch", "pictures") for count in (1, 2, 4)
+    ]
+    for axis, count, whole, unit in table:
+        ms, each = float(whole.split()[0]), float(unit.split()[0])
+        parts = int(count) * (4 if axis == "pictures" else 1)
+        assert ms > 0 and abs(each * parts / ms - 1) < 0.05
+    with Image.open(tmp_path / "g.png") as picture:
+        assert picture.size == (600, 240)
+
+
+def test_a_data_set_grows_in_sparse_files(tmp_path):
+    done = shell(
+        ROOT / "benchmarks/growth.py", "--rounds=1", "--most=1000", "--axes", "data set",
+        cwd=tmp_path,
+    )  # fmt: skip
+    [[axis, count, opened, cost]] = rows(done.stdout)[2:]
+    assert (axis, count) == ("data set", "1,000") and opened.endswith("s to open")
+    assert float(cost.split()[0]) > 0
 
 
 def test_speed_beside_a_peer_is_a_ratio_of_rounds(tmp_path):

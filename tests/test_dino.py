@@ -7,7 +7,7 @@ import torch
 from batches import FramePairs
 from dino import DINO, crop, linear_probe, recolour
 from images import ImageFormat
-from vision import ViT
+from vision import ConvNeXt, ViT
 
 FORMAT = ImageFormat(32)
 
@@ -135,3 +135,28 @@ def test_the_probe_finds_what_is_there_and_nothing_else():
     there = plain + 3 * torch.nn.functional.one_hot(labels, 10)
     assert linear_probe(there, labels, 600) > 0.95
     assert linear_probe(plain, labels, 600) < 0.4
+
+
+def test_cls_alone_is_the_cls_of_all():
+    torch.manual_seed(0)
+    towers = (
+        ViT(32, 8, 16, 2, 2),
+        ViT(32, 8, 16, 2, 2, scaled=True, registers=3),
+        ViT(32, 8, 16, 2, 2, cls=False),
+        ConvNeXt((1, 1), 16, 4),
+    )
+    pixels = torch.randn(3, 3, 32, 32)
+    for tower in towers:
+        alone, whole = tower(pixels, only_cls=True), tower(pixels)
+        assert alone.shape == (3, 1, tower.width)
+        assert torch.allclose(alone, whole[:, :1], atol=1e-5)
+        given = torch.randn_like(alone)
+        gradients = [
+            torch.autograd.grad((out * given).sum(), list(tower.parameters()), allow_unused=True)
+            for out in (alone, whole[:, :1])
+        ]
+        for a, b in zip(*gradients):
+            assert (a is None) == (b is None)
+            assert a is None or (a - b).abs().max() < 1e-4 * (1 + b.abs().max())
+    middle = ViT(32, 8, 16, 3, 2)
+    assert torch.allclose(middle(pixels, -2, True), middle(pixels, -2)[:, :1], atol=1e-6)

@@ -365,7 +365,7 @@ def test_validation_loss_is_the_mean_over_all_words(recipe, home):
     one = SampleBatches(dataset, "val", 1, 1, loaded.model)
     for row in range(4):
         batch = one.read(np.array([row]), 40)
-        tokens, targets, positions, images, _ = batch.to("cpu", dataset.image_format)
+        tokens, targets, positions, images, *_ = batch.to("cpu", dataset.image_format)
         logits = loaded.model(tokens, None, positions, images)[0].double().log_softmax(-1)
         chosen = logits.gather(1, targets.clamp(min=0)[:, None])[: batch.count]
         total, count = total - chosen.sum().item(), count + batch.count

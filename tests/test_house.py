@@ -21,7 +21,8 @@ NAME = {path: path.parent.name if path.stem == "__init__" else path.stem for pat
 LESSON = "config images tokenizer data batches model vision train sample".split()
 # Imports run downwards only: a file may import any of a row above its own, and none of its own.
 FLOORS = [
-    {"config", "kernels"},
+    {"config", "fused"},
+    {"kernels"},
     {"checks"},
     {
         "places",

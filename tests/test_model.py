@@ -149,11 +149,29 @@ def test_features_fill_the_placeholders_in_order():
         next(model.generate(scattered, features))
 
 
+@pytest.mark.parametrize("attention, norm", [("sdpa", "torch"), ("triton", "triton")])
+def test_the_last_block_may_leave_out_what_nobody_asks_for(attention, norm):
+    """From position `first` on all is as it was, and so are the gradients of that part."""
+    torch.manual_seed(0)
+    sizes = GPTConfig(50, 16, 2, 2, 32, attention=attention, norm=norm)
+    gpt, tokens = GPT(sizes), torch.randint(0, 50, (2, 9))
+    for prefix in (0, 4):
+        whole, part = gpt(tokens, prefix)[:, 5:], gpt(tokens, prefix, first=5)
+        assert part.shape == (2, 4, 32) and torch.allclose(whole, part, atol=1e-5)
+        given = torch.randn_like(part)
+        gradients = [
+            torch.autograd.grad((out * given).sum(), list(gpt.parameters()))
+            for out in (whole, part)
+        ]
+        for a, b in zip(*gradients):
+            assert torch.allclose(a, b, atol=1e-4)
+
+
 def test_the_loss_is_the_mean_over_asked_targets():
     model, (tokens, features) = tiny(), with_image()
     targets = torch.full_like(tokens, -100)
     targets[0, 5:8] = torch.tensor([2, 9, 11])
-    logits, loss = model(tokens, targets, images=features)
+    logits, loss = model(tokens, images=features)[0], model(tokens, targets, images=features)[1]
     by_hand = -logits.double().log_softmax(-1)[0, [5, 6, 7], [2, 9, 11]].mean()
     assert abs(loss - by_hand) < 1e-5
 

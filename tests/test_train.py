@@ -579,7 +579,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(recipe, home, tmp_path):
             copy = shutil.copytree if path.is_dir() else shutil.copy
             copy(path, tmp_path / path.name)
     text = (ROOT / "model.py").read_text()
-    old = "        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)\n"
+    old = "        hidden = swiglu(self.gate_up_proj(x))\n"
     assert old in text
     (tmp_path / "model.py").write_text(text.replace(old, "        a, b = x.shape\n" + old))
     done = shell(
