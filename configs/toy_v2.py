@@ -19,10 +19,9 @@ phase0_steps = 250
 phase0_batch = 4  # rows of 512 tokens
 phase1_lr = 1e-3  # the projector's output must not drown what blocks add to it:
 phase2_learn = ("projector=5e-4", "gpt")  # at 2e-3 it grew ten times as long as a word's vector
-phase2_steps = 6000
+phase2_steps = 5000
 phase3_learn = ("projector=5e-4", "gpt")
-phase3_steps = 10000
+phase3_steps = 8000
 phase3_lr = 2e-3
 phase3_batch = 32
-grad_accum = 2  # half a batch of Memory dialogues at a time: they are the longest by far
 eval_every = 1000
