@@ -5,8 +5,8 @@ A student that sees one view must say what a slowly moving average of itself, th
 another. The views here are crops of two frames of one clip: they share its things, not their
 places. A loss that falls proves nothing; watch linear_probe.
 
-Everything that is special to this phase is behind the three calls by which train.py's loop knows
-BabyLLaVA too: inputs() of a step, forward() with the loss, after_step(). Knows nothing of files.
+What a step of this phase does is behind the calls by which train.py's loop knows BabyLLaVA too:
+inputs(), forward() with the loss, after_step() or after_skipped(). Knows nothing of files.
 Letters: n rows, N images, S side, E width, K prototypes.
 """
 
@@ -168,11 +168,15 @@ class DINO(nn.Module):
             dist.all_reduce(self.step_sum)
             dist.all_reduce(self.step_rows)
         self.centre.lerp_(self.step_sum / self.step_rows, 0.1)
-        self.step_sum.zero_()
-        self.step_rows.zero_()
+        self.after_skipped()
         momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
         for slow, fast in zip(self.teacher.parameters(), self.student.parameters()):
             slow.lerp_(fast, 1 - momentum)
+
+    def after_skipped(self):
+        """Forget a step's outputs: the next step begins its own sum."""
+        self.step_sum.zero_()
+        self.step_rows.zero_()
 
 
 def linear_probe(features, labels, split):

@@ -1,13 +1,15 @@
 """
-What lies between the matrix products, in few passes over memory: for a CPU without a compiler.
+A small model's operations in few passes over memory, for a CPU without a compiler: the products, by
+the faster of two libraries, and what lies between them, with gradients written by hand.
 
-There a small model spends as long on these as on the products, because each elementary operation
-reads its inputs from memory and writes its result back, and its gradient does so again. So their
-gradients are written by hand here: results go where they are wanted (`out=`, in-place), nothing is
-kept that can be made again, and the loss never holds the logits of all its targets.
+There what lies between takes as long as the products, because each elementary operation reads its
+inputs from memory and writes its result back, and its gradient does so again. By hand, results go
+where they are wanted (`out=`, in-place), nothing is kept that can be made again, and the loss holds
+the logits of some of its targets at a time. These gradients have no gradients of their own: asking
+for second derivatives raises.
 
-torch.compile and the GPU's kernels do the same by themselves; `by_hand` says whether they don't.
-Each operation stands beside its formula, which runs in all other cases.
+Each operation stands beside its formula, which runs wherever by_hand() is false: on a GPU, under
+torch.compile (which fuses by itself), under autocast, in other dtypes.
 Letters: B batch, T sequence length, H heads, D head width, C model width, V vocabulary, K targets.
 """
 
@@ -18,24 +20,29 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 ONEDNN = torch.backends.mkldnn.is_available()
-CHUNK = 1 << 22  # logits at a time: 16 MB
+CHUNK = 1 << 22  # logits at a time: 16 MB, and as much again for their logarithms
 
 
 def by_hand(x):
-    """Whether operations on x are those of this file: on a CPU, in fp32, outside torch.compile."""
+    """Whether operations on x are done by hand: on a CPU, in fp32, without compiler or autocast."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32
     return plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
 
 class NoContext:
-    """What an operation is given to remember its inputs by where nobody will ask for gradients."""
+    """A stand-in for autograd's ctx where nobody will ask for gradients: it saves nothing."""
 
     needs_input_grad = (False, False, False)
 
     @staticmethod
     def save_for_backward(*tensors):
+        pass
+
+    @staticmethod
+    def set_materialize_grads(value):
         pass
 
 
@@ -69,17 +76,23 @@ def product(x, weight, bias=None):
 class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows = dy.flatten(0, -2)
+        rows = dy.reshape(-1, dy.shape[-1])
         dx = product(dy, weight.T) if wants_x else None
-        dweight = rows.T @ x.flatten(0, -2) if wants_weight else None  # MKL is faster at this one
-        return dx, dweight, rows.sum(0) if wants_bias else None
+        dweight = dbias = None
+        if wants_weight:  # MKL is faster at this one
+            dweight = rows.T @ x.reshape(-1, x.shape[-1])
+        if wants_bias:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias
 
 
 def linear(x, weight, bias=None):
@@ -118,7 +131,8 @@ def rotary_frequencies(config):
 
 def rotate(x, cos, sin):
     """Turn each pair of x (B, T, H, D) by its position's angle; cos, sin (T, 1, D / 2)."""
-    a, b = x.float().chunk(2, dim=-1)
+    wide = x if x.dtype == torch.float64 else x.float()
+    a, b = wide.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
@@ -140,6 +154,7 @@ class SplitRotated(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk, dv):
         cos, sin = ctx.saved_tensors
         sizes = [dq.shape[2], dk.shape[2], dv.shape[2]]
@@ -172,12 +187,13 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         d = torch.empty_like(gate_up)
         dgate, dup = d.chunk(2, dim=-1)
-        torch.mul(dy, up, out=dgate)
+        torch.mul(dy, up, out=dgate)  # of silu(gate); next, in its own place, of gate
         torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
         torch.mul(F.silu(gate), dy, out=dup)
         return d
@@ -198,6 +214,7 @@ def swiglu(gate_up):
 class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
+        ctx.set_materialize_grads(False)  # whoever ignores the sum adds no zeros to its gradient
         total = x if residual is None else x + residual
         norm = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
         scale = (norm.square_() / total.shape[-1] + eps).rsqrt_()
@@ -206,15 +223,19 @@ class AddNorm(torch.autograd.Function):
         return y if residual is None else (y, total)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dtotal=None):
         total, weight, scale = ctx.saved_tensors
-        C = total.shape[-1]
-        product = (dy * total).view(-1, C)
-        dweight = scale.view(1, -1).mm(product)[0] if ctx.needs_input_grad[2] else None
-        # dx = scale (g - total scale^2 mean(g total)), with g = dy weight
-        inner = (product @ weight).view_as(scale)
-        dx = torch.mul(dy, weight, out=product.view_as(dy)).mul_(scale)
-        dx.addcmul_(total, inner.mul_(scale.pow(3)).div_(-C))
+        C, dweight = total.shape[-1], None
+        if dy is None:  # the sum alone was used
+            return dtotal, dtotal if ctx.needs_input_grad[1] else None, None, None
+        along = (dy * total).reshape(-1, C)
+        if ctx.needs_input_grad[2]:
+            dweight = scale.reshape(1, -1).mm(along)[0]
+        # dx = scale g - total scale^3 mean(g total), with g = dy weight
+        inner = (along @ weight).view_as(scale)  # C times that mean
+        dx = torch.mul(dy, weight, out=along.view_as(dy))  # what lay along is done with
+        dx.mul_(scale).addcmul_(total, inner.mul_(scale.pow(3)).div_(-C))
         if dtotal is not None:
             dx.add_(dtotal)
         return dx, dx if ctx.needs_input_grad[1] else None, dweight, None
@@ -243,12 +264,12 @@ class HeadLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(weight) if wants_weight else None
         counts = targets != -100
-        share = counts / counts.sum()  # of each target in the mean
+        share = counts / counts.sum().clamp(min=1)  # of each target in the mean
         loss, size = hidden.new_zeros(()), max(1, CHUNK // len(weight))
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            logits, wanted = linear(hidden[rows], weight), targets[rows].clamp(min=0)[:, None]
-            logits = logits.log_softmax(-1)
+            wanted = targets[rows].where(counts[rows], 0)[:, None]
+            logits = linear(hidden[rows], weight).log_softmax(-1)
             loss -= share[rows] @ logits.gather(1, wanted)[:, 0]
             if not (wants_hidden or wants_weight):
                 continue
@@ -263,13 +284,17 @@ class HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
-        return *(None if d is None else d.mul_(dloss) for d in ctx.saved_tensors), None
+        return *(None if d is None else d * dloss for d in ctx.saved_tensors), None
 
 
 def head_loss(hidden, weight, targets):
     """The mean cross-entropy of hidden (K, C) @ weight (V, C).T with targets (K,), over those that
-    are not -100."""
+    are not -100; 0 where all are."""
     if by_hand(hidden):
         return apply(HeadLoss, hidden, weight, targets)
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100)
+    logits = F.linear(hidden, weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)

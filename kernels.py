@@ -44,8 +44,9 @@ tiles that are visible whole ("#"), where no mask is computed, and masked ones (
               # # / . . . .              # # / . . . .
               # # # / . . .              # # # / . . .
 
-`backend` is "triton"; "sdpa" (attention) or "torch" (the norm), PyTorch's own; "reference", the
-formulae in fp32; or None, the automatic choice: triton on a GPU that has it, else PyTorch's.
+`backend` is "triton"; "sdpa" (attention) or "torch" (the norm), PyTorch's own, or on a CPU in fp32
+fused.py's; "reference", the formulae in fp32; or None, the automatic choice: triton on a GPU that
+has it, else PyTorch's.
 Letters: B batch, T sequence length, H heads, D head width, C model width.
 """
 from __future__ import annotations  # where there is no Triton, `tl` below is never looked up
@@ -67,7 +68,7 @@ jit = triton.jit if triton else lambda kernel: kernel
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own slow one: how the tests run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LIMITS = {"sdpa": 128, "torch": 8192}  # widths that Triton's registers hold in their place
+LIMITS = {"sdpa": 128, "torch": 8192}  # the widest that Triton takes in the place of each
 
 
 def lacking(device):

@@ -6,8 +6,8 @@ what the projector makes of the tower's features, and the words after them atten
 
     <image> x P   look , a red ball ! <eos>        loss on the words and <eos> only
 
-Parameter names follow Hugging Face's Llama (q, k, v and gate, up are each stacked into one), so
-that such a checkpoint maps 1:1. A new block, attention or projector is a change in this file alone.
+Parameter names follow Hugging Face's Llama, but q, k and v are stacked into one matrix, and gate
+and up into another. A new block, attention or projector is a change in this file alone.
 Letters: B batch, T sequence length, C model width, H heads, D head width, V vocabulary, N images,
 P image tokens an image, E vision width, S image side in pixels, K targets.
 """
@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, None, self.backend)
 
     def add(self, x, branch):
-        """(x + branch, norm(x + branch)) in one pass over memory."""
+        """(x + branch, norm(x + branch)), in as few passes over memory as the backend can."""
         normed, total = rms_norm(branch, self.weight, self.eps, x, self.backend)
         return total, normed
 
@@ -396,12 +396,12 @@ class BabyLLaVA(nn.Module):
         targets (B, T) or flat. Where few positions have a target, the head on all of them would be
         the most expensive layer."""
         hidden = self.hidden_states(tokens, images, arrangement, first=first)
-        if images is None and self.projector is not None and not hidden.requires_grad:
-            # a text alone, while the projector alone learns: a gradient of 0, not none
-            hidden = hidden + 0 * sum(p.sum() for p in self.projector.parameters())
-        if positions is not None:  # of rows that are `first` shorter now
-            rows = positions // tokens.shape[1] + 1
-            hidden = hidden.flatten(0, 1)[positions - first * rows]  # (K, C)
+        if images is None and torch.is_grad_enabled() and not hidden.requires_grad:
+            # a text alone, while the projector or the tower alone learns: a gradient of 0, not none
+            hidden = hidden + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+        if positions is not None:  # b * T + t is b * (T - first) + t - first in shorter rows
+            rows = positions // tokens.shape[1]
+            hidden = hidden.flatten(0, 1)[positions - first * (rows + 1)]  # (K, C)
         if targets is None:
             return self.gpt.head(hidden), None
         return None, head_loss(hidden.flatten(0, -2), self.gpt.head_weight, targets.flatten())
@@ -413,6 +413,9 @@ class BabyLLaVA(nn.Module):
         return batch.to(self.gpt.device, image_format)
 
     def after_step(self, progress):
+        pass
+
+    def after_skipped(self):
         pass
 
     # ---- generation
@@ -475,7 +478,7 @@ class BabyLLaVA(nn.Module):
 
 def choose_token(logits, temperature, top_k, generator):
     """A token of each row of logits (B, V): the likeliest, or one drawn at this temperature."""
-    if temperature < 1e-6:  # below, fp32 has no numbers for logits / temperature
+    if temperature < 1e-6:  # so cold that it always is the likeliest
         return logits.argmax(-1)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

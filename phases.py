@@ -388,7 +388,7 @@ def check_backends(settings, model, device):
 
 def check_steps(run, taken):
     """Whether any of the steps taken, (step, rows, loss, norm of the gradient), was skipped because
-    its loss or gradient is not finite. Raises UserError where it was not, or one too many was."""
+    its loss or gradient is not finite. Raises UserError where more are than may be skipped."""
     if not taken:
         return False
     finite = torch.stack([loss + norm for _, _, loss, norm in taken]).isfinite().tolist()

@@ -305,6 +305,8 @@ def take_step(run, step, batches):
     if not settings.skip_bad_steps or norm.isfinite():  # the same on all ranks
         run.optimizer.step()
         run.raw_model.after_step(step / run.steps)
+    else:
+        run.raw_model.after_skipped()
     run.optimizer.zero_grad(set_to_none=True)
     return loss_sum, norm
 

@@ -55,10 +55,7 @@ class Attention(nn.Module):
         N, T, E = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.heads, E // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D)
-        dtype = v.dtype
-        if x.device.type == "cpu":  # there, SDPA's bf16 backward takes five times fp32's time
-            q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(q[:, :, :outputs], k, v).to(dtype)
+        y = F.scaled_dot_product_attention(q[:, :, :outputs], k, v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 

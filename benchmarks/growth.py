@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from peers import timed
 from PIL import Image, ImageDraw
-from sides import SHAPES, Ours, Shape
+from sides import SHAPES, Shape, make_side
 
 import config
 import data
@@ -67,8 +67,7 @@ def step_ms(axis, count, rounds):
         shape = dataclasses.replace(shape, batch=count)
     else:
         shape = dataclasses.replace(shape, batch=4, pictures=count)
-    ours = Ours(shape, work, CPU)
-    ours.prepare("eager")
+    ours = make_side("ours", shape, work, "eager", CPU)
     took = [timed(ours.step, CPU) for _ in range(rounds + 2)]
     return statistics.median(took[2:])
 
@@ -87,7 +86,7 @@ class Eyes:
 
 
 def make_corpus(folder, count):
-    """(data.Data, features) of so many samples of one picture; the features are a sparse file."""
+    """(its folder, features) of so many samples of one picture; the features are a sparse file."""
     words = "look , that is a red ball over there !"
     tokenizer = Tokenizer.train([words] * 9, 300)
     writer = data.Writer(folder / "made", "made")
@@ -100,15 +99,15 @@ def make_corpus(folder, count):
     with open(folder / "features.bin", "wb") as file:
         file.truncate(count * P * E * 2)
     features = np.memmap(folder / "features.bin", "float16", "r", shape=(count, P, E))
-    return data.Data(folder / "made"), features
+    return folder / "made", features
 
 
 def reading(count, rounds):
     """(seconds to open a data set of so many samples, median ms to read a batch of 32 of them)."""
     with tempfile.TemporaryDirectory() as folder:
-        dataset, features = make_corpus(Path(folder), count)
+        made, features = make_corpus(Path(folder), count)
         start = time.perf_counter()
-        batches = SampleBatches(dataset, "train", 32, 1, Eyes(), features)
+        batches = SampleBatches(data.Data(made), "train", 32, 1, Eyes(), features)
         opened = time.perf_counter() - start
         steps = range(batches.WINDOW * rounds)  # whole windows: the first step of each plans them
         took = []

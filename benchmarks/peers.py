@@ -202,7 +202,8 @@ def again(*flags):
 
 
 def memory(settings, name, device):
-    """The largest memory of a process that takes five steps of phase 2, libraries and all."""
+    """The largest memory of a process that takes five steps of phase 2, libraries and all; on a
+    GPU that of its tensors."""
     peaks = {}
     for who in ("ours", "LLaVA"):
         flags = f"--one={who}", f"--shapes={name}", f"--device={device}"
@@ -229,9 +230,9 @@ import sys
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 processor = AutoProcessor.from_pretrained(sys.argv[1])
-model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1])
+model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1]).to(sys.argv[3])
 picture = Image.open(sys.argv[2]).convert("RGB")
-inputs = processor(images=picture, text="<image>", return_tensors="pt")
+inputs = processor(images=picture, text="<image>", return_tensors="pt").to(sys.argv[3])
 said = model.generate(**inputs, max_new_tokens=50, do_sample=False)
 print(processor.decode(said[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
@@ -247,7 +248,7 @@ def start(settings, name, device):
         for _ in range(settings.rounds):
             for who, command in (
                 ("ours", (ROOT / "sample.py", f"--image={picture}", flags)),
-                ("LLaVA", ("-c", THEIR_CAPTION, f"{folder}/llava", picture)),
+                ("LLaVA", ("-c", THEIR_CAPTION, f"{folder}/llava", picture, device)),
             ):
                 seconds, said[who] = again(*command)
                 took[who, "eager"].append(1000 * seconds)

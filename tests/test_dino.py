@@ -105,6 +105,20 @@ def test_the_centre_is_the_mean_over_all_micro_batches():
     assert all(torch.allclose(outputs[0], other, atol=1e-6) for other in outputs[1:])
 
 
+def test_a_skipped_step_leaves_nothing_to_the_next():
+    """Its outputs, not finite perhaps, were once counted into the next step's centre."""
+    centres = []
+    for skipped in (False, True):
+        dino = make()
+        if skipped:
+            dino(*dino.inputs(pairs(), FORMAT, 0, 0))
+            dino.after_skipped()
+        dino(*dino.inputs(pairs(), FORMAT, 0, 1))
+        dino.after_step(0.0)
+        centres.append(dino.centre)
+    assert torch.equal(*centres) and centres[0].abs().sum() > 0
+
+
 def test_the_teacher_follows_and_is_never_trained():
     dino = make(momentum=0.9)
     dino(*dino.inputs(pairs(), FORMAT, 0, 0))[1].backward()

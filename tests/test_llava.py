@@ -265,9 +265,10 @@ def test_lora_in_a_part_of_the_gpt_leaves_its_weights_alone(trained, recipe):
         train.main([*lora[:-1], "--out=out/none", "--phase3_learn", "gpt.norm"])
 
 
-def test_a_batch_of_text_alone_while_the_projector_learns(trained):
+@pytest.mark.parametrize("part", ["projector", "tower"])
+def test_a_batch_of_text_alone_while_the_language_model_does_not_learn(trained, part):
     """Every third conversation has no picture: such a batch once had nothing to go back through."""
-    train.main([*trained, "--phase=3", "--out=out/alone", "--phase3_learn", "projector"])
+    train.main([*trained, "--phase=3", "--out=out/alone", "--phase3_learn", part])
     assert checkpoint.read("out/alone/phase3.pt")["done"]
 
 
