@@ -56,11 +56,22 @@ def apply(function, *inputs):
 
 def keep_memory():
     """Let the C library keep what tensors free: else the next step's are paid for again, page by
-    page. Linux alone; elsewhere nothing happens."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing lies outside of it
+    page. glibc alone; elsewhere nothing happens, and nothing in return_memory()."""
+    mallopt = c_library("mallopt")
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+    mallopt(-4, 0)  # M_MMAP_MAX: nothing lies outside of it
+
+
+def return_memory():
+    """Give what was kept and is free back to the system: among batches of many lengths it crumbles,
+    and would grow for hours."""
+    c_library("malloc_trim")(0)
+
+
+def c_library(name):
+    """A function of the C library, or one that does nothing."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, name, lambda *_: None)
 
 
 # ---------------------------------------------------------------------------------------------

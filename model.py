@@ -91,6 +91,7 @@ class KVCache:
     def __init__(self, config, like, batch, length):
         shape = (config.n_layer, 2, batch, length, config.n_kv_head, config.head_width)
         self.kv, self.length, self.room = like.new_zeros(shape), 0, length
+        self.layers = [layer.unbind() for layer in self.kv]  # views: (keys, values) of each
 
     def grow(self, length):
         """Make room for so many positions; at least double it, so that copying stays rare."""
@@ -99,13 +100,14 @@ class KVCache:
             kv = self.kv.new_zeros(*before, max(length, 2 * room), heads, width)
             kv[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
             self.kv, self.room = kv, kv.shape[3]
+            self.layers = [layer.unbind() for layer in kv]
 
     def extend(self, layer, k, v):
         """Write the new positions' k and v (B, T, H_kv, D); return those of all so far."""
-        end = self.length + k.shape[1]
-        self.kv[layer, 0, :, self.length : end] = k
-        self.kv[layer, 1, :, self.length : end] = v
-        return self.kv[layer, 0, :, :end], self.kv[layer, 1, :, :end]
+        (keys, values), T = self.layers[layer], k.shape[1]
+        keys.narrow(1, self.length, T).copy_(k)
+        values.narrow(1, self.length, T).copy_(v)
+        return keys.narrow(1, 0, self.length + T), values.narrow(1, 0, self.length + T)
 
 
 @dataclass

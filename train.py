@@ -33,6 +33,7 @@ import watch
 from batches import ClipBatches, PairBatches, SampleBatches, TextBatches
 from config import UserError, knob
 from files import only_one, trim_log
+from fused import return_memory
 from model import BabyLLaVA
 from phases import Phase
 
@@ -324,6 +325,7 @@ def watch_and_save(run, step):
         run.processes.print(f"{run.name} step {step}: {values}")
     if is_last or (step > run.start and step % settings.save_every == 0):
         phases.save(run, step)
+        return_memory()
 
 
 def loop(run):

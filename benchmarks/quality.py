@@ -1,16 +1,17 @@
 """
-Our phase 0 beside BabyLLaVA's own language model, on the same tokens for the same wall-clock time.
+Our phase 0 beside transformers' language models, on the same tokens for the same wall-clock time.
 
     pip install transformers
-    python benchmarks/quality.py --data data/childes --minutes 8 --zorro DIR
+    python benchmarks/quality.py --data data/childes --minutes 10 --seeds 1 2 3
 
-Theirs is transformers' GPT2LMHeadModel with BabyLLaVA's settings: 8 layers, width 256, 32 heads,
-MLP 1024, dropout 0.15, 8 rows of 2048 tokens a step, lr 5e-4, AdamW (0.9, 0.95), decay 0.1, clip 1,
-cosine with 3 % warm-up. Such a step is long on a CPU, so a third run gives the same GPT-2 our rows,
-rate and dropout: what is left of the difference is the model's. Ours is the GPT of model.py at the
-same depth and width, with train.py's optimizer. All take turns, step by step, so that whatever
-else the machine does slows all alike; each one's learning rate falls to 0 as its own share of the
-time runs out. All are scored by eval.py.
+All have 8 layers of 256 in 8 heads and a tied head, and see the same rows at the same learning
+rates, without dropout (in these minutes nobody sees a row twice): transformers' LlamaForCausalLM,
+whose architecture is ours, and its GPT2LMHeadModel. A fourth, --models babyllava, is the latter
+with BabyLLaVA's own settings: 32 heads, dropout 0.15, 8 rows of 2,048 tokens a step at 5e-4, which
+are made for a GPU. AdamW (0.9, 0.95), decay 0.1, clipping at 1, a cosine after 3 % of warm-up.
+
+All take turns, step by step, so that whatever else the machine does slows all alike; each one's
+learning rate falls to 0 as its own share of the time runs out. All are scored by eval.py.
 """
 
 import dataclasses
@@ -28,48 +29,73 @@ import torch.nn.functional as F
 import checkpoint
 import config
 import eval as evaluation
+import fused
 import watch
 from batches import TextBatches
 from config import knob
 from data import Data
 from model import GPT, BabyLLaVA, GPTConfig
 
+NAMES = {
+    "ours": "ours",
+    "llama": "Llama",
+    "gpt2": "GPT-2",
+    "babyllava": "GPT-2, BabyLLaVA's settings",
+}
+
 
 @dataclasses.dataclass
 class Config(config.Knobs):
     data: str = "data/childes"  # a folder that `data.py pairs --text FILE` wrote
-    minutes: float = knob(8.0, low=0.01, high=10000.0)  # of training, each
+    models: tuple[str, ...] = knob(("ours", "llama", "gpt2"), choices=tuple(NAMES))
+    minutes: float = knob(10.0, low=0.01, high=10000.0)  # of training, each
+    seeds: tuple[int, ...] = (1,)  # of weights and order; one after the other
     zorro: str = ""  # a folder of Zorro's .txt files; empty: bits per character alone
-    rows: int = knob(8, low=1, high=4096)  # ours: rows a step ...
+    rows: int = knob(8, low=1, high=4096)  # a step ...
     length: int = knob(256, low=2, high=1 << 20)  # ... of this many tokens
-    lr: float = knob(2e-3, low=0.0)  # ours, at its highest
-    dropout: float = knob(0.1, low=0.0, high=0.9)  # ours
-    seed: int = knob(1, low=0, high=2**32 - 1)  # of weights and order
+    lr: float = knob(2e-3, low=0.0)  # at its highest
     device: str = ""  # cpu or cuda; empty: cuda where there is one
 
 
-class Peer(torch.nn.Module):
-    """GPT2LMHeadModel, called as eval.py calls a BabyLLaVA."""
+def language_model(kind, vocab_size, length):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    def __init__(self, vocab_size, length, dropout):
-        super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(
+    if kind == "llama":
+        sizes = LlamaConfig(
             vocab_size=vocab_size,
-            n_positions=length,
-            n_embd=256,
-            n_layer=8,
-            n_head=32,
-            n_inner=1024,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
+            hidden_size=256,
+            intermediate_size=704,  # as ours
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            max_position_embeddings=length,
+            tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=None,
         )
-        self.net = GPT2LMHeadModel(config)
-        self.length = length
+        return LlamaForCausalLM(sizes)
+    dropout = 0.15 if kind == "babyllava" else 0.0
+    sizes = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=length,
+        n_embd=256,
+        n_layer=8,
+        n_head=32 if kind == "babyllava" else 8,
+        n_inner=1024,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2LMHeadModel(sizes)
+
+
+class Peer(torch.nn.Module):
+    """A language model of transformers, called as eval.py calls a BabyLLaVA."""
+
+    def __init__(self, kind, vocab_size, length):
+        super().__init__()
+        self.net, self.length = language_model(kind, vocab_size, length), length
 
     @property
     def gpt(self):
@@ -84,13 +110,25 @@ class Peer(torch.nn.Module):
 
     def forward(self, tokens, targets=None, positions=None, images=None, tiles=None, first=0):
         """As BabyLLaVA.forward, of words alone."""
-        logits = self.net(tokens).logits.flatten(0, 1)
+        logits = self.net(tokens, use_cache=False).logits.flatten(0, 1)
         if positions is not None:
             logits = logits[positions]
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-100)
         return logits, loss
+
+
+def make(kind, vocab_size, settings, seed):
+    """(model, rows a step, learning rate, rows at a time) of one of NAMES."""
+    torch.manual_seed(seed)
+    if kind == "babyllava":
+        return Peer(kind, vocab_size, 2048), 8, 5e-4, 1
+    if kind == "ours":
+        net = BabyLLaVA(GPT(GPTConfig(vocab_size, settings.length, 8, 8, n_embd=256)))
+    else:
+        net = Peer(kind, vocab_size, settings.length)
+    return net, settings.rows, settings.lr, settings.rows
 
 
 def training(net, batches, rows, lr, piece, seconds, device):
@@ -103,16 +141,16 @@ def training(net, batches, rows, lr, piece, seconds, device):
             {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
+        fused=True,
     )
     spent, step = 0.0, 0
     while spent < seconds:
         clock = time.perf_counter()
         done = spent / seconds
-        rate = (
-            min((step + 1) / 10, done / 0.03)
-            if done < 0.03
-            else 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
-        )
+        if done < 0.03:
+            rate = min((step + 1) / 10, done / 0.03)
+        else:
+            rate = 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
         for group in optimizer.param_groups:
             group["lr"] = lr * max(rate, 1e-3)
         batch = batches.read(*batches.plan(step))
@@ -132,60 +170,56 @@ def training(net, batches, rows, lr, piece, seconds, device):
         yield spent, step * rows * batches.T
 
 
-def main(argv):
-    settings = config.load(Config, argv, __doc__)
-    dataset, device = Data(settings.data), checkpoint.choose_device(settings.device)
-    vocabulary, seconds = dataset.meta["vocab_size"], 60 * settings.minutes
-    torch.manual_seed(settings.seed)
-    ours = BabyLLaVA(
-        GPT(GPTConfig(vocabulary, settings.length, 8, 8, n_embd=256, dropout=settings.dropout))
-    )
-    nets = {
-        "ours": (ours, settings.length, settings.rows, settings.lr, settings.rows),
-        "GPT-2, BabyLLaVA's settings": (Peer(vocabulary, 2048, 0.15), 2048, 8, 5e-4, 1),
-        "GPT-2, our rows and rate": (
-            Peer(vocabulary, settings.length, settings.dropout),
-            settings.length,
-            settings.rows,
-            settings.lr,
-            settings.rows,
-        ),
-    }
-    runs, spent = {}, {}
-    for name, (net, _, rows, lr, piece) in nets.items():
-        net.to(device).train()
-        batches = TextBatches(dataset, "train", rows, settings.seed, net)
-        runs[name] = training(net, batches, rows, lr, piece, seconds, device)
-        spent[name] = (0.0, 0)
-    told = 0.0
+def train_all(settings, seed, dataset, device):
+    """{kind: (trained model, (seconds, tokens))} of a seed, all by turns for the same time."""
+    nets, runs, spent = {}, {}, {}
+    seconds, told = 60 * settings.minutes, 0.0
+    for kind in settings.models:
+        nets[kind], rows, lr, piece = make(kind, dataset.meta["vocab_size"], settings, seed)
+        nets[kind].to(device).train()
+        batches = TextBatches(dataset, "train", rows, seed, nets[kind])
+        runs[kind] = training(nets[kind], batches, rows, lr, piece, seconds, device)
+        spent[kind] = (0.0, 0)
     while min(spent.values())[0] < seconds:
-        name = min(spent, key=lambda name: spent[name][0])
-        spent[name] = next(runs[name])
+        kind = min(spent, key=lambda kind: spent[kind][0])
+        spent[kind] = next(runs[kind])
         if min(spent.values())[0] - told > 60:
             told = min(spent.values())[0]
             print(f"{told / 60:.1f} of {settings.minutes:g} minutes each", file=sys.stderr)
+    return {kind: (net.eval(), spent[kind]) for kind, net in nets.items()}
+
+
+@torch.no_grad()
+def score(net, settings, dataset, device):
+    """(bits per character of the validation part, Zorro's accuracy or "-")."""
     counts = dataset.meta["splits"]["val"]
+    loss = watch.val_loss(net, TextBatches(dataset, "val", 1, 0, net), dataset.image_format)
+    bits = loss / math.log(2) * counts["text"] / counts["characters"]
+    if not settings.zorro:
+        return bits, "-"
+    loaded = SimpleNamespace(model=net, tokenizer=dataset.tokenizer, device=device)
+    grammar = evaluation.zorro(settings.zorro, loaded, 256)["all"]["accuracy"]["score"]
+    return bits, f"{grammar:.3f}"
+
+
+def main(argv):
+    settings = config.load(Config, argv, __doc__)
+    dataset, device = Data(settings.data), checkpoint.choose_device(settings.device)
+    if device.type == "cpu":
+        fused.keep_memory()  # as train.py does; here it serves all alike
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n\n| model | "
-        "parameters | tokens seen | minutes | bits per character | Zorro |\n" + "|---" * 6 + "|"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n\n| model | seed "
+        "| parameters | tokens seen | minutes | bits per character | Zorro |\n" + "|---" * 7 + "|"
     )
-    for name, (net, *_) in nets.items():
-        net.eval()
-        with torch.no_grad():
-            batches = TextBatches(dataset, "val", 1, 0, net)
-            loss = watch.val_loss(net, batches, dataset.image_format)
-        bits = loss / math.log(2) * counts["text"] / counts["characters"]
-        grammar = "-"
-        if settings.zorro:
-            loaded = SimpleNamespace(model=net, tokenizer=dataset.tokenizer, device=device)
-            grammar = (
-                f"{evaluation.zorro(settings.zorro, loaded, 256)['all']['accuracy']['score']:.3f}"
+    for seed in settings.seeds:
+        for kind, (net, (seconds, tokens)) in train_all(settings, seed, dataset, device).items():
+            bits, grammar = score(net, settings, dataset, device)
+            size = sum(p.numel() for p in net.parameters())
+            print(
+                f"| {NAMES[kind]} | {seed} | {size:,} | {tokens:,} | {seconds / 60:.1f} | "
+                f"{bits:.3f} | {grammar} |",
+                flush=True,
             )
-        print(
-            f"| {name} | {sum(p.numel() for p in net.parameters()):,} | {spent[name][1]:,} | "
-            f"{spent[name][0] / 60:.1f} | {bits:.3f} | {grammar} |",
-            flush=True,
-        )
 
 
 if __name__ == "__main__":
