@@ -6,7 +6,7 @@ another. The views here are crops of two frames of one clip: they share its thin
 places. A loss that falls proves nothing; watch linear_probe.
 
 What a step of this phase does is behind the calls by which train.py's loop knows BabyLLaVA too:
-inputs(), forward() with the loss, after_step() or after_skipped(). Knows nothing of files.
+inputs(), forward() with the loss, after_step(). Knows nothing of files.
 Letters: n rows, N images, S side, E width, K prototypes.
 """
 
@@ -162,21 +162,22 @@ class DINO(nn.Module):
         return outputs, sum(terms) / len(terms)
 
     @torch.no_grad()
-    def after_step(self, progress):
-        """Move centre and teacher, whose momentum climbs to 1 along a cosine. progress: 0 to 1."""
+    def after_step(self, progress, taken=True):
+        """Move centre and teacher, whose momentum climbs to 1 along a cosine, unless the step was
+        not taken: then its outputs, not finite perhaps, are forgotten. progress: 0 to 1."""
+        if taken:
+            self.move(progress)
+        self.step_sum.zero_()
+        self.step_rows.zero_()
+
+    def move(self, progress):
         if dist.is_initialized():
             dist.all_reduce(self.step_sum)
             dist.all_reduce(self.step_rows)
         self.centre.lerp_(self.step_sum / self.step_rows, 0.1)
-        self.after_skipped()
         momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
         for slow, fast in zip(self.teacher.parameters(), self.student.parameters()):
             slow.lerp_(fast, 1 - momentum)
-
-    def after_skipped(self):
-        """Forget a step's outputs: the next step begins its own sum."""
-        self.step_sum.zero_()
-        self.step_rows.zero_()
 
 
 def linear_probe(features, labels, split):

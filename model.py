@@ -414,10 +414,7 @@ class BabyLLaVA(nn.Module):
         """What forward() takes, from a batches.Batch."""
         return batch.to(self.gpt.device, image_format)
 
-    def after_step(self, progress):
-        pass
-
-    def after_skipped(self):
+    def after_step(self, progress, taken):
         pass
 
     # ---- generation

@@ -303,11 +303,10 @@ def take_step(run, step, batches):
         loss.backward()
         loss_sum += loss.detach() / world
     norm = torch.nn.utils.clip_grad_norm_(run.learning, settings.grad_clip)
-    if not settings.skip_bad_steps or norm.isfinite():  # the same on all ranks
+    taken = not settings.skip_bad_steps or bool(norm.isfinite())  # the same on all ranks
+    if taken:
         run.optimizer.step()
-        run.raw_model.after_step(step / run.steps)
-    else:
-        run.raw_model.after_skipped()
+    run.raw_model.after_step(step / run.steps, taken)
     run.optimizer.zero_grad(set_to_none=True)
     return loss_sum, norm
 

@@ -157,7 +157,8 @@ def test_without_gradients_results_are_the_same():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="keep_memory() does nothing elsewhere")
 def test_kept_memory_is_used_again(tmp_path):
-    """A step's large tensors cost no new pages, once there were others as large."""
+    """A step's large tensors cost no new pages, once there were others as large; what is free then
+    can be given back."""
     script = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -167,17 +168,26 @@ def pages():
     for _ in range(8):
         torch.zeros(12_000_000).add_(1)  # 48 MB: beyond what the C library keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def held():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmRSS:")[1].split()[0])  # KiB
 first = pages()
 fused.keep_memory()
 pages()
 print(first, pages())
+many = [torch.ones(1_000_000) for _ in range(100)]  # 400 MB, with holes between ones in use
+few = many[::10]
+del many
+before = held()
+fused.return_memory()
+print(before - held())
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    first, later = map(int, done.stdout.split())
-    assert later < first / 10
+    first, later, given_back = map(int, done.stdout.split())
+    assert later < first / 10 and given_back > 300_000
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
