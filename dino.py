@@ -162,7 +162,7 @@ class DINO(nn.Module):
         return outputs, sum(terms) / len(terms)
 
     @torch.no_grad()
-    def after_step(self, progress, taken=True):
+    def after_step(self, progress, taken):
         """Move centre and teacher, whose momentum climbs to 1 along a cosine, unless the step was
         not taken: then its outputs, not finite perhaps, are forgotten. progress: 0 to 1."""
         if taken:

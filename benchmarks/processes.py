@@ -108,8 +108,11 @@ def ranks(home, settings):
     wait_for(lambda: (home / f"out/{out}/phase0.pt").exists())
     os.kill(workers_of(run)[0], signal.SIGKILL)
     run.wait(timeout=600)
+    if run.returncode:
+        print(f"a rank is killed, --max-restarts=1: exit {run.returncode}: **not started again**\n")
+        return
     far = max(furthest(home / f"out/1x1/{n}.pt", home / f"out/{out}/{n}.pt") for n in PHASES)
-    print(f"a rank is killed, --max-restarts=1: exit {run.returncode}, {far:.1e}\n")
+    print(f"a rank is killed, --max-restarts=1: exit 0, {far:.1e}\n")
 
 
 def start(words, folder):

@@ -99,7 +99,7 @@ def test_the_centre_is_the_mean_over_all_micro_batches():
         frames, others = np.random.RandomState(0).randint(0, 256, (2, 6, 32, 32, 3), np.uint8)
         for a, b in cuts:
             dino(*dino.inputs(FramePairs(frames[a:b], others[a:b], a, b - a), FORMAT, 0, 0))
-        dino.after_step(0.0)
+        dino.after_step(0.0, taken=True)
         outputs.append(dino.centre.clone())
     assert outputs[0].abs().sum() > 0
     assert all(torch.allclose(outputs[0], other, atol=1e-6) for other in outputs[1:])
@@ -114,7 +114,7 @@ def test_a_skipped_step_leaves_nothing_to_the_next():
             dino(*dino.inputs(pairs(), FORMAT, 0, 0))
             dino.after_step(0.0, taken=False)
         dino(*dino.inputs(pairs(), FORMAT, 0, 1))
-        dino.after_step(0.0)
+        dino.after_step(0.0, taken=True)
         centres.append(dino.centre)
     assert torch.equal(*centres) and centres[0].abs().sum() > 0
 
@@ -127,11 +127,11 @@ def test_the_teacher_follows_and_is_never_trained():
     slow, fast = dino.teacher["head"].last.weight, dino.student["head"].last.weight
     fast.data += 1.0
     before = slow.clone()
-    dino.after_step(0.0)
+    dino.after_step(0.0, taken=True)
     assert torch.allclose(slow, 0.9 * before + 0.1 * fast)
     before = slow.clone()
     dino(*dino.inputs(pairs(), FORMAT, 0, 1))
-    dino.after_step(1.0)
+    dino.after_step(1.0, taken=True)
     assert torch.equal(slow, before)
 
 
