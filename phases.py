@@ -8,6 +8,8 @@ with eyes and words is put together from.
 
 import math
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -127,8 +129,45 @@ def find_processes(settings):
         keep_memory()
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=settings.patience))
+        patience = timedelta(minutes=settings.patience)
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=patience))
+            own = meet(store, rank, world, patience)
+            dist.init_process_group(
+                backend, store=own, rank=rank, world_size=world, timeout=patience
+            )
+        except dist.DistError as error:
+            raise UserError(
+                f"rank {rank}: {world} processes did not come together within "
+                f"{settings.patience:g} minutes (--patience): {str(error).splitlines()[0]}"
+            ) from None
     return Processes(rank, world, device)
+
+
+def meet(store, rank, world, patience):
+    """A part of the store that these processes alone write to; waits for all of them.
+
+    torchrun's store outlives a restart, and in it lies where processes listened that are dead by
+    now. Who asks under a word just invented is alive, and so is who answers it: the first process
+    answers all others with the name of the part, until each has written there that it is present.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", word)
+        store.wait([f"answer/{word}"], patience)
+        name = store.get(f"answer/{word}").decode()
+        store.set(f"{name}/present/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name, absent, limit = word, set(range(1, world)), time.monotonic() + patience.total_seconds()
+    while absent:
+        if time.monotonic() > limit:
+            raise dist.DistStoreError(f"ranks {sorted(absent)} did not come")
+        for other in absent:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+        absent = {other for other in absent if not store.check([f"{name}/present/{other}"])}
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def is_about_others(error):

@@ -54,7 +54,7 @@ class Tower:
 
 
 def waiting(home, settings):
-    """Steps on batches that are read, beside steps on one batch again and again, in turn."""
+    """Each batch twice in turn: as it comes, while the thread reads another, and then again."""
     torch.set_num_threads(os.cpu_count())
     dataset, features = make_corpus(home)
     gpt = GPT(GPTConfig(**SIZES))
@@ -68,14 +68,14 @@ def waiting(home, settings):
         optimizer.step()
         optimizer.zero_grad()
 
-    same, steps = read(0), 24
+    steps = 24
     subprocess.run(["sync"], check=False)
     drop = Path("/proc/sys/vm/drop_caches")
     cold = os.access(drop, os.W_OK)
     if cold:
         drop.write_text("3")
-    take(same)
-    coming, times = made_ahead(read, range(1, 10**6), 2), {"waits": [], "read": [], "same": []}
+    take(read(0))
+    coming, times = made_ahead(read, range(1, 10**6), 2), {"waits": [], "read": [], "again": []}
     for _ in range(steps):
         clock = time.perf_counter()
         batch = next(coming)
@@ -83,11 +83,11 @@ def waiting(home, settings):
         take(batch)
         times["read"].append(time.perf_counter() - clock)
         clock = time.perf_counter()
-        take(same)
-        times["same"].append(time.perf_counter() - clock)
+        take(batch)
+        times["again"].append(time.perf_counter() - clock)
     coming.close()
     lost = sum(times["waits"]) / sum(times["read"])
-    ratio = np.median(np.array(times["read"]) / np.array(times["same"]))
+    ratio = np.median(np.array(times["read"]) / np.array(times["again"]))
     print(
         f"{PAIRS:,} pairs, features of {features.nbytes / 1e9:.1f} GB, cache "
         f"{'cold' if cold else 'as it was'}: {lost:.2%} of the time is waiting for data; a step "

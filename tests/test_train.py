@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, SMALL, TINY, furthest, make_corpus, one_line, same, shell, weights
 from PIL import Image
 
@@ -834,3 +835,62 @@ def test_every_row_of_the_table_names_knobs_that_are_there():
         assert set(row.own_knobs(name)) <= knobs, name
         assert set(row.starts_from) <= set(train.PHASES)
     assert phases.EVERY_PHASE
+
+
+STARTS_OVER = """
+import os, time, traceback
+import torch, torch.distributed as dist
+import phases, train
+
+def join(rank):
+    os.environ["RANK"] = str(rank)
+    time.sleep(0.3 * (rank == 0))  # the other one meets what the dead have left
+    phases.find_processes(train.Config(device="cpu", patience=0.2))
+    total = torch.tensor([float(rank)])
+    dist.all_reduce(total)
+    assert total == 1
+
+def fork(rank):
+    child = os.fork()
+    if not child:
+        try:
+            join(rank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)  # and leaves the store as it is
+    return child
+
+for _ in range(8):
+    children = [fork(0), fork(1)]
+    assert not any(os.waitpid(child, 0)[1] for child in children)
+"""
+
+
+def test_processes_started_again_do_not_look_for_the_dead():
+    """torchrun keeps its store over a restart, and in it where the dead ones listened."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    run_ = subprocess.run(
+        [sys.executable, "-c", STARTS_OVER], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert run_.returncode == 0, run_.stderr[-3000:]
+
+
+def test_processes_that_do_not_come_are_told_in_one_line(monkeypatch):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    place |= {"WORLD_SIZE": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    settings = train.Config(device="cpu", patience=0.01)
+    for rank, reason in (("0", r"ranks \[1, 2\]"), ("1", "Timed out|timeout|wait")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match=f"rank {rank}: 3 processes did not .*{reason}"):
+            phases.find_processes(settings)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UserError, match="did not come together within 0.01 minutes") as told:
+        phases.find_processes(settings)
+    assert one_line(told)
