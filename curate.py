@@ -94,13 +94,17 @@ def rewrite(part, keep):
         part.sample(old["tokens"][own].tolist(), old["learn"][own].tolist(), images.tolist())
 
 
-def sift(writer, settings):
-    """Leave out of all that a source has written for training what the model of --curate finds
-    less than --min_gain likelier with its own picture; validation stays as it is."""
-    device = choose_device("")
-    loaded = weights.open_model(settings.curate, device, "")
+def open_judge(path):
+    """The model at a path, opened before anything is prepared. Raises UserError."""
+    loaded = weights.open_model(path, choose_device(""), "")
     if loaded.model.projector is None:
-        raise UserError(f"--curate {settings.curate}: it cannot see; give one of phase 2")
+        raise UserError(f"--curate {path}: it cannot see; give one of phase 2")
+    return loaded
+
+
+def sift(writer, settings, loaded):
+    """Leave out of all that a source has written for training what a model finds less than
+    --min_gain likelier with its own picture; validation stays as it is."""
     part = writer.splits.get("train")
     if part is None or "shown" not in part.bins:
         raise UserError("--curate: there are no pictures to judge utterances by")

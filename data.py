@@ -259,10 +259,13 @@ def prepare(source, argv):
         raise UserError(f"--name {settings.name}: want a plain name, to be a folder in data/")
     directory = Path("data") / (settings.name or source)
     with only_one(directory, "preparing data"):
+        judge = None
+        if getattr(settings, "curate", ""):
+            judge = importlib.import_module("curate").open_judge(settings.curate)
         writer = Writer(directory, source)
         module.prepare(settings, writer)
-        if getattr(settings, "curate", ""):
-            importlib.import_module("curate").sift(writer, settings)
+        if judge:
+            importlib.import_module("curate").sift(writer, settings, judge)
         return directory, writer.finish()
 
 

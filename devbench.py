@@ -143,7 +143,7 @@ def read_human(path, rows):
             continue  # of another subset
         wanted = len(known[row["trial"]]["images"])
         wanted = wanted if wanted > 1 else len(known[row["trial"]]["texts"])
-        if len(own) != wanted or not (own >= 0).all() or own.sum() <= 0:
+        if len(own) != wanted or not (own >= 0).all() or not 0 < own.sum() < np.inf:
             raise UserError(f"{where}: want {wanted} shares of choices, not negative")
         shares[row["trial"]].append(own / own.sum())
     if not shares:

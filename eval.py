@@ -17,6 +17,7 @@ A new test is an entry in TASKS: its columns, which of them name pictures, its r
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +222,11 @@ TASKS = {
 }
 for name in toolbox.TESTS:
     TASKS[name] = Task(
-        ("image", "conversations"), ("image",), toolbox.rule(name), read=toolbox.read, suffix="json"
+        ("image", "conversations"),
+        ("image",),
+        toolbox.rule(name),
+        read=partial(toolbox.read, name),
+        suffix="json",
     )
 
 
@@ -325,6 +330,8 @@ def evaluate(loaded, settings):
         raise UserError(f"--task {settings.task}: one of toolbox, {', '.join(TASKS)}")
     if (settings.csv or settings.images) and not settings.task:
         raise UserError(f"--csv and --images need a --task: one of {', '.join(TASKS)}")
+    if settings.csv and settings.task == "toolbox":
+        raise UserError("--task toolbox reads a file for each test: --json DIR, or one test's name")
     if settings.task and not sees:
         raise UserError(f"{settings.checkpoint} cannot see: --task needs one of phase 1 or later")
     folder = Path(settings.data or saved["settings"]["data"])
@@ -342,6 +349,7 @@ def evaluate(loaded, settings):
         "csv": settings.csv,
         "shuffled": settings.shuffle,
         "ties": settings.ties,
+        "parse": settings.parse,
         "tasks": {},
     }
     entries, items = [], []
@@ -372,8 +380,10 @@ def evaluate(loaded, settings):
 
 def write(results, entries, items, out, task):
     """results.json, report.html, captions.png and toolbox.png in the folder `out`, under names that
-    say so if one task was run alone or pictures were shuffled; returns their names."""
+    say so if one task was run alone, pictures were shuffled, or answers read as published; returns
+    their names."""
     shuffled = "_shuffled" if results["shuffled"] else ""
+    shuffled += "_published" if results["parse"] == "published" else ""
     suffix = (f"_{task}" if task else "") + shuffled
     sheet = report.contact_sheet(entries) if entries else None
     names = [f"results{suffix}.json", f"report{suffix}.html"]
@@ -405,7 +415,9 @@ def main(argv):
         tasks, files = {}, []  # with what this checkpoint scored on other files given by --csv
         for path in sorted(out.glob("results_*.json")):
             other = read_json(path)
-            alike = all(other.get(key) == results[key] for key in ("digest", "shuffled", "ties"))
+            alike = all(
+                other.get(key) == results[key] for key in ("digest", "shuffled", "ties", "parse")
+            )
             if alike and other.get("csv"):
                 tasks |= other["tasks"]
                 files.append(other["csv"])

@@ -115,15 +115,14 @@ def write_csv(path, header, rows):
 def read_csv(path, columns):
     """[{column: text}] of a CSV file, with each row's line number under "line".
 
-    Raises OSError for a missing file, UserError for a missing column, an empty cell in `columns`,
-    or no rows."""
-    with open(regular(path), newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        try:
-            header = reader.fieldnames or []
-            rows = [row | {"line": reader.line_num} for row in reader]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{reader.line_num}: not a CSV in UTF-8 ({error})") from None
+    Raises OSError for a missing file, UserError for another encoding (read_text), a missing column,
+    an empty cell in `columns`, or no rows."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        header = reader.fieldnames or []
+        rows = [row | {"line": reader.line_num} for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not a CSV ({error})") from None
     lacking = [column for column in columns if column not in header]
     if lacking:
         found = ",".join(header) or "(empty)"

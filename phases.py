@@ -435,7 +435,7 @@ def check_steps(run, taken):
     for step, rows in bad:
         run.skipped += 1
         if run.skipped > run.settings.skip_bad_steps:
-            some = ", ".join(map(str, rows[:8].tolist())) + (" ..." if len(rows) > 8 else "")
+            some = ", ".join(map(str, rows.tolist()))
             held = f"{run.path} holds the last good step" if run.path.exists() else "none was saved"
             raise UserError(
                 f"{run.name} step {step}: the loss or the gradient of rows {some} is not finite; "

@@ -20,7 +20,6 @@ commonest answer. What a control solves does not test what its name says.
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -118,16 +117,16 @@ def write(test, pictures, word=""):
 # Reading files and answers
 
 
-def check(item):
-    """Why an item is no question of the Toolbox, or ""."""
+def check(name, item):
+    """Why an item is no question of a test of the Toolbox, or ""."""
     if not isinstance(item, dict) or not isinstance(item.get("image"), list):
         return 'want {"image": [...], "conversations": [...]}'
     if not all(isinstance(name, str) for name in item["image"]):
         return "its image must be a list of names"
     if not isinstance(item.get("subset", ""), str):
         return "its subset must be a name"
-    if "phrases" in item:  # Looking While Listening
-        phrases = item["phrases"]
+    if name == "looking_while_listening":
+        phrases = item.get("phrases")
         whole = isinstance(phrases, list) and all(isinstance(p, str) and p for p in phrases)
         fits = whole and len(phrases) == len(item["image"]) == 2
         return "" if fits else "want two pictures and two phrases"
@@ -138,19 +137,28 @@ def check(item):
         whole = isinstance(turn, dict) and isinstance(turn.get("value"), str)
         if not whole or turn.get("from") != ("human", "gpt")[i % 2]:
             return f'turn {i} is no {{"from": "{("human", "gpt")[i % 2]}", "value"}}'
-    asked = sum(turn["value"].count("<image>") for turn in turns[::2])
-    if asked != len(item["image"]):
-        return f"{asked} <image> for {len(item['image'])} pictures"
-    return ""
+    asked = [turn["value"].count("<image>") for turn in turns[::2]]
+    if sum(asked) != len(item["image"]):
+        return f"{sum(asked)} <image> for {len(item['image'])} pictures"
+    return check_pictures(name, asked) or check_answers(name, item)
 
 
-def read(path):
-    """The items of a JSON file. Raises UserError, with file and item."""
+def check_pictures(name, asked):
+    """Why questions that show so many pictures each are none of a test's, or ""."""
+    want = [TESTS[name].prompt.count("#")]
+    if name.startswith("memory"):
+        want = [1] + want * (ROUNDS - 1)
+        return "" if asked == want else f"want {ROUNDS} rounds, the first of 1 picture, others of 2"
+    if name.startswith("delayed_response"):
+        return "" if sum(asked) else "want a clip, one picture at least"
+    return "" if asked == want else f"{sum(asked)} pictures, want {want[0]} and one question"
+
+
+def read(name, path):
+    """The items of a test's JSON file. Raises UserError, with file and item."""
     items = read_list(path, "items")
     for i, item in enumerate(items):
-        fault = check(item)
-        if not fault and "phrases" not in item:
-            fault = check_answers(Path(path).stem, item)
+        fault = check(name, item)
         if fault:
             raise UserError(f"{path}: item {i}: {fault}")
     return items
@@ -164,7 +172,7 @@ def check_answers(name, item):
     if not name.startswith("memory") and len(said) != 1:
         return f"{len(said)} questions, want one"
     for answer in said:
-        if name in TESTS and answer not in TESTS[name].answers:
+        if answer not in TESTS[name].answers:
             return f"{answer!r} is no answer: want {', '.join(TESTS[name].answers)}"
     return ""
 

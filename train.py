@@ -14,7 +14,7 @@ A new phase, or another set of parts that learn, is a row of PHASES below.
 import copy
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -422,10 +422,7 @@ def main(argv):
     settings = load_settings(argv)
     processes = phases.find_processes(settings)
     try:
-        if processes.is_first:
-            with only_one(settings.out, "training"):
-                train(settings, processes)
-        else:
+        with only_one(settings.out, "training") if processes.is_first else nullcontext():
             train(settings, processes)
     except RuntimeError as error:
         if processes.world == 1 or not phases.is_about_others(error):

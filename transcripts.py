@@ -25,16 +25,28 @@ class Said:
 TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{2})(?:[.,](\d{1,3}))?$")
 
 
+LONGEST = 100 * 3600.0  # seconds; no film is longer, and frames are counted up to here
+
+
 def seconds(text, where):
     """Seconds of 1:02:03.5, 02:03,500 or 123.5. Raises UserError."""
     text = text.strip()
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
     found = TIME.match(text)
-    if not found:
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        time = float(text)
+    elif found:
+        hours, minutes, whole, part = found.groups()
+        time = float(hours or 0) * 3600 + int(minutes) * 60 + int(whole) + float(f"0.{part or 0}")
+    else:
         raise UserError(f"{where}: {text[:30]!r} is no time")
-    hours, minutes, whole, part = found.groups()
-    return int(hours or 0) * 3600 + int(minutes) * 60 + int(whole) + float(f"0.{part or 0}")
+    return within(time, text, where)
+
+
+def within(time, text, where):
+    """The time, if a film can be as long."""
+    if time > LONGEST:
+        raise UserError(f"{where}: {text[:30]} is past {LONGEST / 3600:g} hours: no film's time")
+    return time
 
 
 def read_subtitles(path):
@@ -90,7 +102,8 @@ def read_chat(path):
             raise UserError(f"{path}:{number}: {speaker} is not among @Participants")
         mark = re.search(r"\x15(\d+)_(\d+)\x15", rest)
         if mark:
-            start, end = (int(ms) / 1000 for ms in mark.groups())
+            where = f"{path}:{number}"
+            start, end = (within(float(ms) / 1000, f"{ms} ms", where) for ms in mark.groups())
             said.append(Said(start, end, plain_words(rest), speaker, number))
     return said
 
@@ -114,7 +127,7 @@ CHILD = "CHI"  # CHILDES' code of the key child
 
 def read(path, speakers=()):
     """(The Said of a transcript in order, all who speak in it). Of the Said those of `speakers`
-    where some are named, "-MOT" for all but her; without, all but the key child's own. Raises
+    where some are named, all but hers for "-MOT"; the key child's own only where named. Raises
     UserError, with file and line."""
     said = READERS[Path(path).suffix.lower()](path)
     before = 0.0
@@ -125,7 +138,7 @@ def read(path, speakers=()):
         if one.start < before:
             raise UserError(f"{where}: time runs backwards, from {before:g} s to {one.start:g} s")
         before = one.start
-    left_out = [name[1:] for name in speakers if name.startswith("-")] or [CHILD]
+    left_out = [CHILD, *(name[1:] for name in speakers if name.startswith("-"))]
     kept = [name for name in speakers if not name.startswith("-")]
     chosen = []
     for one in said:

@@ -226,15 +226,30 @@ def read_turns(conversations):
     turns = [
         (question, answer.strip()) for (_, question), (_, answer) in zip(said[::2], said[1::2])
     ]
-    if not turns or not all(answer for _, answer in turns):
+    if not turns:
+        raise ValueError("a conversation in which nothing is said")
+    if not all(answer for _, answer in turns):
         raise ValueError("an answer is empty: nothing to learn")
     return turns
 
 
+def shows_none(item):
+    """Whether an item in LLaVA's form has pictures, and no words of it show one."""
+    talks = isinstance(item, dict) and item.get("image") and "conversations" in item
+    return bool(talks) and not any("<image>" in turn["value"] for turn in item["conversations"])
+
+
+def tell_mended(path, items):
+    """Say which items of a file --mend gave their <image>s, if any."""
+    mended = [i for i, item in enumerate(items) if shows_none(item)]
+    if mended:
+        print(f"{path}: {len(mended)} items showed none of their pictures, item {mended[0]} first")
+
+
 def read_talk(item, mend=False):
     """(names of its pictures, turns) of an item in LLaVA's form. mend: where a conversation shows
-    none of its pictures, they are put before its first words. Raises ValueError, KeyError or
-    TypeError."""
+    none of its pictures, they are put in: one before each question where there are as many, else
+    all before the first. Raises ValueError, KeyError or TypeError."""
     names, turns = item.get("image") or [], read_turns(item["conversations"])
     names = [names] if isinstance(names, str) else list(names)
     if not all(isinstance(name, str) for name in names):
@@ -242,10 +257,12 @@ def read_talk(item, mend=False):
     if any("<image>" in answer for _, answer in turns):
         raise ValueError("an <image> in an answer")
     asked = sum(question.count("<image>") for question, _ in turns)
+    if asked == 0 and len(names) == len(turns) and mend:
+        return names, [("<image>" + question, answer) for question, answer in turns]
     if asked == 0 and names and mend:
         (question, answer), *rest = turns
         return names, [("<image>" * len(names) + question, answer), *rest]
     if asked != len(names):
-        more = "; --mend puts what is missing before the first words" if not asked else ""
+        more = "; --mend puts them in" if not asked else ""
         raise ValueError(f"{asked} <image> for {len(names)} pictures{more}")
     return names, turns

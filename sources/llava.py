@@ -22,7 +22,7 @@ from data import Data
 from files import read_list
 from images import FITS, NORMS, RESAMPLING, ImageFormat
 from places import Places
-from sources import Talk, hold_out, read_talk, write_samples
+from sources import Talk, hold_out, read_talk, tell_mended, write_samples
 from templates import TEMPLATES, check_vocabulary
 from tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class Config(config.Knobs):
     json: tuple[str, ...] = ()  # files of conversations
     val: tuple[str, ...] = ()  # files to validate on; empty: every tenth stretch of the others
     images: tuple[str, ...] = (".",)  # folders or zips that the pictures are in
-    mend: bool = False  # put the <image>s that a conversation forgot before its first words
+    mend: bool = False  # put in the <image>s where an item shows none of its pictures
     like: str = ""  # a model or prepared data: its vocabulary, template and form of pictures
     template: str = knob("", choices=("", "plain", *TEMPLATES))  # empty: that of --like, or baby_v1
     system: str = ""  # what is said before each conversation
@@ -64,6 +64,8 @@ def read_file(path, places, mend):
             raise UserError(f"{path}: item {i}: {why}") from None
         except ValueError as error:
             raise UserError(f"{path}: item {i}: {error}") from None
+    if mend:
+        tell_mended(path, items)
     return talks
 
 

@@ -32,6 +32,7 @@ from sources import (
     keep_out,
     make_tokenizer,
     read_talk,
+    tell_mended,
     write_samples,
 )
 from templates import TEMPLATES, check_vocabulary
@@ -52,7 +53,7 @@ class Config(Sifted):
     val: tuple[str, ...] = ()  # JSON files to validate on
     test: tuple[str, ...] = ()  # JSON files to test on
     frames_per_utterance: int = knob(0, low=0, high=10**6)  # so many, spread; 0: all
-    mend: bool = False  # put the <image>s that a clip or moments forgot before the first words
+    mend: bool = False  # put in the <image>s where an item shows none of its pictures
     template: str = knob("bare", choices=tuple(TEMPLATES))  # how clips and moments are written
     min_similarity: float = 0.0  # only frames whose "similarity" is above this; 0: all
     size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
@@ -73,7 +74,7 @@ class Utterance:
 
 def read_item(item, mend):
     """The Utterance of an item in one of the four forms. Raises KeyError, TypeError,
-    AttributeError or StopIteration for anything else; ValueError, which says why, where its
+    AttributeError for anything else; ValueError, which says why, where its
     <image>s are not its pictures."""
     if isinstance(item, str):
         return Utterance(item.strip(), [])
@@ -81,12 +82,18 @@ def read_item(item, mend):
         words, names = item["utterance"], item["frame_filenames"]
     else:
         names, turns = item["image"], item["conversations"]
-        asked = sum(turn["value"].count("<image>") for turn in turns)
-        # one <image> for several pictures: BabyLLaVA's frames of an utterance, each a pair
-        if len(turns) > 2 or (not isinstance(names, str) and len(names) > 1 and asked != 1):
-            names, turns = read_talk(item, mend)
-            return Utterance(turns[0][1], names, turns=turns)
-        words = next(turn["value"] for turn in turns if turn["from"] == "gpt")
+        several = not isinstance(names, str) and len(names) > 1
+        if not several and len(turns) == 2 and not turns[1]["value"].strip():
+            return Utterance("", [])  # nothing was said
+        if several and len(turns) == 2 and turns[0]["value"].count("<image>") == 1:
+            # one <image> for several pictures: BabyLLaVA's frames of an utterance, each a pair
+            read_talk(item | {"image": names[0]})
+            words = turns[1]["value"]
+        else:
+            names, talk = read_talk(item, mend)
+            if several or len(turns) > 2:
+                return Utterance(talk[0][1], names, turns=talk)
+            words = talk[0][1]
     names = [names] if isinstance(names, str) else list(names)
     if not all(isinstance(name, str) for name in names):
         raise TypeError("names")
@@ -108,12 +115,14 @@ def read_annotations(path, mend):
             utterances.append(read_item(item, mend))
         except ValueError as error:
             raise UserError(f"{path}: item {i}: {error}") from None
-        except (KeyError, TypeError, AttributeError, StopIteration):
+        except (KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path}: item {i} is no utterance, no CVCL entry (utterance, "
                 "frame_filenames), no LLaVA entry (image, conversations), or its "
                 "similarities are not as many as its frames"
             ) from None
+    if mend:
+        tell_mended(path, items)
     return [utterance for utterance in utterances if utterance.words]
 
 

@@ -34,7 +34,7 @@ class Config(Sifted):
     name: str = ""  # write to data/<name>; empty: video
     videos: str = ""  # a folder of films
     transcripts: str = ""  # a folder of transcripts, named as their films; empty: that of videos
-    speakers: tuple[str, ...] = ()  # keep only these; -CHI: all but these; empty: all but CHI
+    speakers: tuple[str, ...] = ()  # keep only these; -MOT: not hers; CHI only if named
     fps: float = knob(2.0, low=0.01, high=120.0)  # frames taken, a second
     frames: int = knob(8, low=2, high=1024)  # of a clip, at most, evenly spread
     window: int = knob(6, low=2, high=64)  # utterances in a stretch of moments; each begins a half

@@ -98,6 +98,14 @@ def test_what_cannot_be_sifted(folder, recipe, flags, why):
     assert not (folder / "data/pairs/meta.json").exists()
 
 
+def test_a_model_that_is_not_there_costs_no_data(folder):
+    data.main(["pairs", *FLAGS])
+    before = {path: path.read_bytes() for path in (folder / "data/pairs").iterdir()}
+    with pytest.raises(UserError, match="typo.pt"):
+        data.main(["pairs", *FLAGS, "--curate=typo.pt"])
+    assert before == {path: path.read_bytes() for path in (folder / "data/pairs").iterdir()}
+
+
 def test_clips_are_judged_as_one_and_moments_are_not(recipe, tmp_path):
     """A sample of several pictures and one text is judged; one whose turns alternate stays."""
     loaded = checkpoint.load(recipe / "phase2.pt")

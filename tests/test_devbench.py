@@ -137,7 +137,13 @@ def test_spoilt_tables(tmp_path, read, header, row, why):
 
 
 @pytest.mark.parametrize(
-    "line, why", [("1,0.5", "want 2 shares"), ("1,x,y", "numbers"), ("9,1,1", "none of its trials")]
+    "line, why",
+    [
+        ("1,0.5", "want 2 shares"),
+        ("1,x,y", "numbers"),
+        ("1,inf,1", "want 2 shares"),
+        ("9,1,1", "none of its trials"),
+    ],
 )
 def test_spoilt_shares(tmp_path, line, why):
     manifest = write(tmp_path / "manifest.csv", "image1,image2,text1", "a,b,s")

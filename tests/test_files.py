@@ -105,11 +105,14 @@ def test_a_bad_table_is_one_clear_line(tmp_path, content, message):
 
 
 def test_a_table_in_another_encoding_is_one_clear_line(tmp_path):
-    for content in (b"a,b\n1,\xe9\n", b"a,\xe9\n1,2\n"):
+    for content, line in ((b"a,b\n1,2\n3,\xe9\n", 3), (b"a,\xe9\n1,2\n", 1)):
         (tmp_path / "t.csv").write_bytes(content)
-        with pytest.raises(UserError, match="not a CSV in UTF-8") as error:
+        with pytest.raises(UserError, match=f"t.csv:{line}: not in UTF-8") as error:
             read_csv(tmp_path / "t.csv", ("a", "b"))
         assert one_line(error)
+    (tmp_path / "t.csv").write_text('a,b\r\n"x\ny",\u00e9\r\n', "utf-16")
+    row = {"a": "x\ny", "b": "\u00e9", "line": 3}
+    assert read_csv(tmp_path / "t.csv", ("a", "b")) == [row]
 
 
 def test_half_a_line_of_a_log_is_passed_over_and_trimmed(tmp_path):

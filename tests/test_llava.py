@@ -185,7 +185,7 @@ def test_a_given_flag_changes_the_form_that_a_model_has(place, recipe):
 # ---- trained on
 
 
-def test_forgotten_pictures_are_an_error_or_mended(place):
+def test_forgotten_pictures_are_an_error_or_mended(place, capsys):
     """BabyLLaVA-V2's trap: a human turn without <image>, which would train without its pictures."""
     turns = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "a ball ."}]
     items = many(40)
@@ -198,6 +198,9 @@ def test_forgotten_pictures_are_an_error_or_mended(place):
     mended = [*TALK[:0], {"from": "human", "value": "<image><image>what ?"}, turns[1]]
     by_hand = prepare([*items[:7], item(["0.png", "1.png"], mended), *items[8:]], name="by_hand")
     assert by_hand.meta["corpus"] == dataset.meta["corpus"]
+    assert (
+        "chat.json: 1 items showed none of their pictures, item 7 first" in capsys.readouterr().out
+    )
     items[7] = item(["0.png", "1.png"], [{"from": "human", "value": "<image>what ?"}, turns[1]])
     with pytest.raises(UserError, match="item 7: 1 <image> for 2 pictures$"):
         prepare(items, "--mend")

@@ -224,7 +224,7 @@ def test_another_size_starts_anew(fake):
         ("{", "train.json: not JSON"),
         ("{}", "item 0 is no utterance"),
         ("[1]", "item 0 is no utterance"),
-        ('[{"image": "a.jpg", "conversations": []}]', "item 0 is no utterance"),
+        ('[{"image": "a.jpg", "conversations": []}]', "item 0: a conversation in which nothing"),
         ('[{"utterance": "a", "frame_filenames": ["x", "y"], "similarity": [1]}]', "not as many"),
         ('["hello", "baby"]', "one for training must have frames"),
     ],
@@ -388,6 +388,39 @@ def test_v2s_three_forms(fake):
     assert single.rows == (dataset.open("train", "samples")[:, 3] == 1).sum() < every.rows
     words = [dataset.tokenizer.decode(dataset.open("train", "text"))]
     assert "look !" in words[0] and "a ball" in words[0] and "a clip" in words[0]
+
+
+@pytest.mark.parametrize(
+    "image, human, gpt, why",
+    [
+        (["F"], "what ?", "hi .", "item 3: 0 <image> for 1 pictures; --mend"),
+        ("F", "what ?", "hi .", "item 3: 0 <image> for 1 pictures; --mend"),
+        (["F"], "<image><image>", "hi .", "item 3: 2 <image> for 1 pictures"),
+        (["F"], "<image>", "a <image> .", "item 3: an <image> in an answer"),
+        (["F", "F"], "<image>", "a <image> .", "item 3: an <image> in an answer"),
+        ([], "<image>", "hi .", "item 3: 1 <image> for 0 pictures"),
+    ],
+)
+def test_pictures_that_are_not_shown_are_never_silent(fake, image, human, gpt, why):
+    """BabyLLaVA-V2's trap with one picture, too: the original trains without it."""
+    with zipfile.ZipFile("frames.txt") as archive:
+        frames = [name for name in archive.namelist() if name.endswith(".jpg")][:48]
+    items = v2_items(frames)
+    names = frames[0] if image == "F" else [frames[0]] * len(image)
+    said = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    items[3] = {"image": names, "conversations": said}
+    Path("v2_train.json").write_text(json.dumps(items))
+    with pytest.raises(UserError) as error:
+        prepare(annotations=("v2_train.json",))
+    assert one_line(error) and f"v2_train.json: {why}" in str(error.value)
+
+
+def test_forgotten_images_of_moments_are_mended_in_turn(capsys):
+    turns = [{"from": who, "value": "a"} for who in ("human", "gpt") * 2]
+    names, said = sources.read_talk({"image": ["0", "1"], "conversations": turns}, mend=True)
+    assert names == ["0", "1"] and said == [("<image>a", "a")] * 2
+    names, said = sources.read_talk({"image": ["0"] * 3, "conversations": turns}, mend=True)
+    assert said == [("<image><image><image>a", "a"), ("a", "a")]
 
 
 def test_a_clip_without_its_images_is_an_error_or_mended(fake):

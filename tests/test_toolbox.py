@@ -247,7 +247,7 @@ def test_overall_is_the_mean_of_eleven_columns():
 
 def test_items_fit_their_tests(made):
     for name in TESTS:
-        items = toolbox.read(made / "eval" / f"{name}.json")
+        items = toolbox.read(name, made / "eval" / f"{name}.json")
         assert {item["subset"] for item in items} == {"seen", "held_out"}
         for item in items:
             assert all((made / "eval" / "images" / image).exists() for image in item["image"])
@@ -436,13 +436,50 @@ def test_a_context_that_is_full_counts_as_unread(made, trained, capsys):
     subject = SimpleNamespace(
         loaded=loaded, settings=settings, embeds=lambda images: [embed] * len(images)
     )
-    rows = toolbox.read(made / "eval" / "memory.json")[:2]
+    rows = toolbox.read("memory", made / "eval" / "memory.json")[:2]
     said = toolbox.ask(rows, subject)
     assert [len(own) for own in said] == [ROUNDS] * 2 and said[0][-1] == ""
     assert "rounds did not fit into the context of 300 tokens" in capsys.readouterr().out
     loaded.model.gpt.config.block_size = 8
     with pytest.raises(UserError, match="this model holds 8"):
         toolbox.ask(rows, subject)
+
+
+def talked(*turns):
+    """An item of (question, answer) turns, with as many pictures as its questions show."""
+    said = [
+        {"from": who, "value": words}
+        for turn in turns
+        for who, words in zip(("human", "gpt"), turn)
+    ]
+    count = sum(question.count("<image>") for question, _ in turns)
+    return {"image": ["a.png"] * count, "conversations": said}
+
+
+TWICE = ("<image><image>", "A")
+
+
+@pytest.mark.parametrize(
+    "name, item, why",
+    [
+        ("left_right", talked(("<image>", "A")), "1 pictures, want 4"),
+        ("picture_vocabulary", talked(("<image>" * 5, "A")), "5 pictures, want 4"),
+        ("object_counting", talked(("how many?", "3")), "0 pictures, want 1"),
+        ("delayed_response", talked(("where?", "left")), "want a clip"),
+        ("more_natural", talked(TWICE, TWICE), "want 2 and one question"),
+        ("memory", talked(*[("<image>", "A")] * ROUNDS), "first of 1 picture, others of 2"),
+        ("memory_fair", talked(*[("<image>", "A")] + [TWICE] * 3), f"want {ROUNDS} rounds"),
+        ("left_right", {"image": ["a", "b"], "phrases": ["c", "d"]}, "want a conversation"),
+        ("looking_while_listening", talked(TWICE), "two pictures and two phrases"),
+    ],
+)
+def test_items_of_another_form_are_refused(tmp_path, name, item, why):
+    """Whatever the file is called; each of these ended in a traceback, or in half a sentence."""
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps([item]))
+    with pytest.raises(UserError) as error:
+        toolbox.read(name, path)
+    assert one_line(error) and why in str(error.value) and f"{path}: item 0" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -457,16 +494,12 @@ def test_a_context_that_is_full_counts_as_unread(made, trained, capsys):
             '{"from": "gpt", "value": "A"}]}]',
             "0 <image> for 1 pictures",
         ),
-        (
-            '[{"image": ["a"], "conversations": [{"from": "human", "value": "<image>"}, '
-            '{"from": "gpt", "value": "Z"}]}]',
-            "'Z' is no answer",
-        ),
+        (json.dumps([talked(("<image>" * 4, "Z"))]), "'Z' is no answer"),
     ],
 )
 def test_spoilt_files(tmp_path, content, why):
     path = tmp_path / "picture_vocabulary.json"
     path.write_text(content)
     with pytest.raises(UserError) as error:
-        toolbox.read(path)
+        toolbox.read("picture_vocabulary", path)
     assert one_line(error) and why in str(error.value) and str(path) in str(error.value)

@@ -1,6 +1,7 @@
 """Anybody's video: a film whose every frame and time is known, in four forms of transcript."""
 
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_speakers_are_kept_or_dropped(tmp_path):
     path.write_text(FORMS["cha"], encoding="utf-8")
     assert [one.words for one in transcripts.read(path, ("CHI",))[0]] == ["ba ."]
     assert len(transcripts.read(path, ("CHI", "MOT"))[0]) == 3
-    assert [one.speaker for one in transcripts.read(path, ("-MOT",))[0]] == ["CHI"]
+    assert transcripts.read(path, ("-MOT",))[0] == []  # nor is the key child let in by it
 
 
 def test_a_killed_run_reads_no_film_twice(folder, monkeypatch):
@@ -170,6 +171,15 @@ def spoil(folder, name):
         path.unlink()
     elif name == "no time":
         path.write_text(srt(SAID).replace("00:00:05,000 -->", "five -->"))
+    elif name == "far":
+        end = "--> 99999999999999999999:00:02,000"
+        path.write_text(re.sub(r"--> \S+", end, srt(SAID), count=1))
+    elif name == "far in a table":
+        path.unlink()
+        (folder / "films" / "one.csv").write_text("start,end,text\n1,100000000,a ball\n")
+    elif name == "far in a chat":
+        path.unlink()
+        (folder / "films" / "one.cha").write_text("*MOT:\thi . \x150_9000000000000\x15\n")
     elif name == "stranger":
         path.unlink()
         text = "@Participants:\tMOT Mother\n*DAD:\thi . \x150_1000\x15\n"
@@ -189,6 +199,9 @@ def spoil(folder, name):
         ("mixed encodings", "one.srt:83: not in UTF-8"),
         ("no transcript", "one.mkv: no one{.srt"),
         ("no time", "one.srt:22: 'five' is no time"),
+        ("far", "one.srt:2: 99999999999999999999:00:02,000 is past 100 hours"),
+        ("far in a table", "one.csv:2: 100000000 is past 100 hours"),
+        ("far in a chat", "one.cha:1: 9000000000000 ms is past 100 hours"),
         ("stranger", "one.cha:2: DAD is not among @Participants"),
     ],
 )
