@@ -4,6 +4,7 @@ they do not say has transformers' default, here as there; what is not understood
 """
 
 import json
+import math
 import re
 from itertools import pairwise
 
@@ -95,6 +96,14 @@ def refuse(folder, what, value, why="is not taken here"):
     raise UserError(f"{folder}/config.json: {what} {value!r} {why}")
 
 
+def positive(folder, config, name):
+    """A number above 0 in a config. Raises UserError."""
+    value = config[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        refuse(folder, name, value, "is no number above 0")
+    return value
+
+
 def rope_of(folder, text):
     """(theta, scaling) of a text config; see fused.rotary_frequencies."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -137,7 +146,7 @@ def gpt_config(folder, text, tied):
         n_hidden=text["intermediate_size"],
         rope_theta=float(theta),
         rope_scaling=scaling,
-        norm_eps=text["rms_norm_eps"],
+        norm_eps=positive(folder, text, "rms_norm_eps"),
         qkv_bias=kind == "qwen2",
         tied=tied,
     )
@@ -174,7 +183,7 @@ def make_tower(folder, seen, alone=False):
         "heads": seen["num_attention_heads"],
         "hidden": seen["intermediate_size"],
         "activation": ACTIVATIONS[seen["hidden_act"]],
-        "eps": seen["layer_norm_eps"],
+        "eps": positive(folder, seen, "layer_norm_eps"),
         "offset": 0.0,
         "final_norm": alone and kind in ("vit", "dinov2"),
     }

@@ -85,12 +85,13 @@ def contact_sheet(entries, columns=6):
 
 def item_sheet(items):
     """A PIL picture with a row for each item (test, frames, question, right answer, what the model
-    says): its first pictures, the words (black), the answer (blue)."""
+    says): its last pictures, which of Memory are those asked about, the words (black), the answer
+    (blue)."""
     page = Image.new("RGB", (9 * 104 + 8, 148 * len(items)), "white")
     draw = ImageDraw.Draw(page)
     for row, (test, frames, question, right, said) in enumerate(items):
         y = 148 * row + 4
-        for i, frame in enumerate(frames[:9]):
+        for i, frame in enumerate(frames[-9:]):
             page.paste(Image.fromarray(frame).resize((100, 100)), (104 * i + 4, y))
         words = question.replace("<image>", "#")
         draw.text((4, y + 102), f"{test}: {words[:165]}", "black", font_size=10)

@@ -27,6 +27,8 @@ from pathlib import Path
 from PIL import Image
 from processes import SMALL, TOY, command, must
 
+import toolbox
+
 SECONDS, MEGABYTES = 30, 2048
 FEW = SMALL.replace("=60", "=2").replace("=80", "=2").replace("size=48", "size=64")  # steps
 ODD_VALUES = (
@@ -104,12 +106,30 @@ def make_tables(good):
     (good / "train.json").write_text(json.dumps({"data": items}))
     (good / "vocab.json").write_text(json.dumps({"<unk>": 0, "a": 1, "ball": 2, "look": 3}))
     (good / "tests").mkdir()
-    asked = "Touch the image of 'ball' (A)<image> (B)<image> (C)<image> (D)<image>"
-    said = [{"from": "human", "value": asked}, {"from": "gpt", "value": "B"}]
-    question = {"image": names[:4], "conversations": said, "subset": "seen"}
-    (good / "tests" / "picture_vocabulary.json").write_text(json.dumps([question] * 2))
-    choice = {"image": [names[0]], "question": "what ?", "answer": "a ball", "others": ["a cup"]}
+    for test, counts, answer in (
+        ("picture_vocabulary", [4], "B"),
+        ("left_right", [4], "A"),
+        ("delayed_response_open", [3], "up left"),
+        ("memory", [1] + [2] * 14, "A"),
+        ("object_counting", [1], "7"),
+    ):
+        said = []
+        for count in counts:
+            said += [{"from": "human", "value": toolbox.write(test, count, "ball")}]
+            said += [{"from": "gpt", "value": answer}]
+        question = {"image": names[: sum(counts)], "conversations": said, "subset": "seen"}
+        (good / "tests" / f"{test}.json").write_text(json.dumps([question] * 2))
+    pair = {"image": names[:2], "phrases": ["a ball", "a cup"]}
+    (good / "tests" / "looking_while_listening.json").write_text(json.dumps([pair] * 2))
+    asked = [{"from": "human", "value": "<image>what ?"}]
+    choice = {"image": names[0], "conversations": asked, "choices": ["a", "b"], "answer": 0}
     (good / "choice.json").write_text(json.dumps([choice] * 2))
+    a, b = names[:2]
+    rows = [f"lexical,1,{a},{b},a ball,", f"syntax,2,{a},{b},a ball,a cup"]
+    header = "task,bin,image1,image2,text1,text2"
+    (good / "machine.csv").write_text("\n".join([header, *rows]))
+    (good / "manifest.csv").write_text(f"trial,image1,image2,text1\n1,{a},{b},a ball\n")
+    (good / "human.csv").write_text("trial,image1,image2\n1,0.7,0.3\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,6 +361,23 @@ KINDS = {
         "eval",
         "--checkpoint out/w/phase2.pt --task toolbox --json tests --images pictures --out out/e",
         "tests/*.json",
+    ),
+    "JSON of choices": spoilt_file(
+        "eval",
+        "--checkpoint out/w/phase2.pt --task choice --csv {} --images pictures --out out/e",
+        "choice.json",
+    ),
+    "CSV of Machine-DevBench": spoilt_file(
+        "eval",
+        "--checkpoint out/w/phase2.pt --task machine_devbench --csv {} --images pictures --out out/e",
+        "machine.csv",
+    ),
+    "CSVs of DevBench": spoilt_file(
+        "eval",
+        "--checkpoint out/w/phase2.pt --task devbench --csv manifest.csv --human human.csv "
+        "--images pictures --out out/e",
+        "manifest.csv",
+        "human.csv",
     ),
     "transcripts": transcripts,
     "zips": zips,

@@ -16,13 +16,14 @@ from processes import SMALL, TOY, command, environment, must
 import data
 from ahead import made_ahead
 from batches import SampleBatches
+from fused import keep_memory
 from images import ImageFormat
 from model import GPT, BabyLLaVA, GPTConfig, Projector
 from tokenizer import Tokenizer, caption_sample
 
-# The published model, and as many pairs and features as SAYCam has: (F, P, E), 13 GB
-PAIRS, P, E = 67_000, 49, 2048
-SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 6000, "block_size": 128}
+# As many pairs and features as SAYCam has: (F, P, E), 13 GB; the GPT and batch of configs/phase2.py
+PAIRS, P, E, BATCH = 67_000, 49, 2048, 64
+SIZES = {"n_layer": 8, "n_head": 8, "n_embd": 256, "vocab_size": 6000, "block_size": 2048}
 
 
 def make_corpus(home):
@@ -58,17 +59,20 @@ def waiting(home, settings):
     torch.set_num_threads(os.cpu_count())
     dataset, features = make_corpus(home)
     gpt = GPT(GPTConfig(**SIZES))
-    model = BabyLLaVA(gpt, Projector("mlp2x_gelu", E, 768), None, dataset.tokenizer.image)
-    batches = SampleBatches(dataset, "train", 16, 0, Tower(gpt), features)
+    model = BabyLLaVA(
+        gpt, Projector("mlp2x_gelu", E, SIZES["n_embd"]), None, dataset.tokenizer.image
+    )
+    batches = SampleBatches(dataset, "train", BATCH, 0, Tower(gpt), features)
     read = lambda step: batches.read(*batches.plan(step))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    keep_memory()
 
     def take(batch):
         model(*batch.to("cpu", dataset.image_format))[1].backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    steps = 24
+    steps = 100
     subprocess.run(["sync"], check=False)
     drop = Path("/proc/sys/vm/drop_caches")
     cold = os.access(drop, os.W_OK)

@@ -287,6 +287,8 @@ SPOILT = [
     ("config.json", {"text_config": {"num_hidden_layers": 3}}, "weights missing"),
     ("config.json", {"text_config": {"num_hidden_layers": 1}}, "weights left over"),
     ("config.json", {"text_config": {"vocab_size": 32000}}, "of another shape"),
+    ("config.json", {"text_config": {"rms_norm_eps": "1e-5"}}, "rms_norm_eps '1e-5' is no number"),
+    ("config.json", {"vision_config": {"layer_norm_eps": ""}}, "layer_norm_eps '' is no number"),
     ("config.json", {"vision_config": {"model_type": "dinov3"}}, "tower 'dinov3'"),
     ("model.safetensors", None, "no model.safetensors"),
     ("model.safetensors", "xxxxxxxxxx", "not a checkpoint, or cut short"),
