@@ -30,7 +30,7 @@ from processes import SMALL, TOY, command, must
 import toolbox
 
 SECONDS, MEGABYTES = 30, 2048
-FEW = SMALL.replace("=60", "=2").replace("=80", "=2").replace("size=48", "size=64")  # steps
+FEW = SMALL.replace("=60", "=2").replace("=80", "=2").replace("size=48", "size=96")  # steps
 ODD_VALUES = (
     None, True, -1, 0, 1.5, 1e308, 2**70, "", "x", "x" * 9999, "\x00", "../../x", "<image>" * 99,
     [], {}, [[]], [None], {"": ""}, "\ud800", [1] * 999, "NaN", "é",
