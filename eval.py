@@ -328,6 +328,11 @@ def evaluate(loaded, settings):
     sees, saved = loaded.model.projector is not None, loaded.checkpoint
     if settings.task not in ("", "toolbox", *TASKS):
         raise UserError(f"--task {settings.task}: one of toolbox, {', '.join(TASKS)}")
+    asked = settings.task or "nothing"
+    if settings.human and settings.task != "devbench":
+        raise UserError(f"--human is for --task devbench; asked for is {asked}")
+    if settings.parse != "strict" and settings.task not in ("", "toolbox", *toolbox.TESTS):
+        raise UserError(f"--parse is for the tests of the Toolbox; asked for is {asked}")
     if (settings.csv or settings.images) and not settings.task:
         raise UserError(f"--csv and --images need a --task: one of {', '.join(TASKS)}")
     if settings.csv and settings.task == "toolbox":
@@ -382,9 +387,9 @@ def write(results, entries, items, out, task):
     """results.json, report.html, captions.png and toolbox.png in the folder `out`, under names that
     say so if one task was run alone, pictures were shuffled, or answers read as published; returns
     their names."""
-    shuffled = "_shuffled" if results["shuffled"] else ""
-    shuffled += "_published" if results["parse"] == "published" else ""
-    suffix = (f"_{task}" if task else "") + shuffled
+    how = "_shuffled" if results["shuffled"] else ""
+    how += "_published" if results["parse"] == "published" else ""
+    suffix = (f"_{task}" if task else "") + how
     sheet = report.contact_sheet(entries) if entries else None
     names = [f"results{suffix}.json", f"report{suffix}.html"]
     remove_leftovers(out)
@@ -394,7 +399,7 @@ def write(results, entries, items, out, task):
     sheets = {"captions": sheet, "toolbox": report.item_sheet(items) if items else None}
     for name, drawn in sheets.items():
         if drawn:
-            names.append(f"{name}{shuffled}.png")
+            names.append(f"{name}{how}.png")
             with writing(out / names[-1]) as file:
                 drawn.save(file, "PNG")
     return names
@@ -415,9 +420,7 @@ def main(argv):
         tasks, files = {}, []  # with what this checkpoint scored on other files given by --csv
         for path in sorted(out.glob("results_*.json")):
             other = read_json(path)
-            alike = all(
-                other.get(key) == results[key] for key in ("digest", "shuffled", "ties", "parse")
-            )
+            alike = all(other.get(key) == results[key] for key in ("digest", "shuffled", "ties"))
             if alike and other.get("csv"):
                 tasks |= other["tasks"]
                 files.append(other["csv"])

@@ -369,7 +369,8 @@ KINDS = {
     ),
     "CSV of Machine-DevBench": spoilt_file(
         "eval",
-        "--checkpoint out/w/phase2.pt --task machine_devbench --csv {} --images pictures --out out/e",
+        "--checkpoint out/w/phase2.pt --task machine_devbench --csv {} --images pictures "
+        "--out out/e",
         "machine.csv",
     ),
     "CSVs of DevBench": spoilt_file(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import films
 import transcripts
-from config import UserError, knob
+from config import UserError, knob, regular
 from images import FITS, ImageFormat, to_square
 from places import on_all_cores
 from sources import Sifted, hold_out
@@ -84,8 +84,9 @@ def find_films(settings):
     found, speakers = [], set()
     passed = (*transcripts.READERS, ".txt", ".json", ".md", "")
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in passed or not path.is_file():
+        if path.suffix.lower() in passed or path.is_dir():
             continue
+        regular(path)
         if path.stem not in by_stem:
             raise UserError(f"{path}: no {path.stem}{{{','.join(transcripts.READERS)}}} in {texts}")
         transcript = by_stem.pop(path.stem)

@@ -100,7 +100,7 @@ def test_plain_is_captions(place):
         (item([]), "item 3: 1 <image> for 0 pictures"),
         (item(said=TALK[:1]), "item 3: want human and gpt in turn"),
         (item(said=TALK[::-1]), "item 3: want human and gpt in turn"),
-        (item(said=[]), "item 3: an answer is empty"),
+        (item(said=[]), "item 3: a conversation in which nothing is said"),
         (item(said=[TALK[0], {"from": "gpt", "value": " "}]), "item 3: an answer is empty"),
         (item(said=[TALK[0], {"from": "cat", "value": "meow"}]), "nobody is called 'cat'"),
         (item(said=[TALK[0], {"from": "gpt", "value": "<image>"}]), "an <image> in an answer"),

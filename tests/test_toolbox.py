@@ -425,6 +425,23 @@ def test_all_tests_from_the_command_line(trained, monkeypatch, capsys):
     assert model["parts"]["seeing"]["image_pool"] == 2
 
 
+def test_answers_read_as_published_lie_beside_the_strict_ones(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    flags = ["--checkpoint=out/v2/phase3.pt", "--task=left_right"]
+    evaluation.main(flags)
+    evaluation.main([*flags, "--parse=published"])
+    for name in ("strict", "published"):
+        suffix = "" if name == "strict" else "_published"
+        assert json.load(open(f"out/v2/results_left_right{suffix}.json"))["parse"] == name
+    with pytest.raises(UserError, match="reads a file for each test") as error:
+        evaluation.main([flags[0], "--task=toolbox", "--csv=data/toy_v2/eval/left_right.json"])
+    assert one_line(error)
+    for words in (["--task=vtwt", "--parse=published"], ["--task=vtwt", "--human=h.csv"]):
+        with pytest.raises(UserError, match="asked for is vtwt") as error:
+            evaluation.main([flags[0], *words])
+        assert one_line(error)
+
+
 def test_a_context_that_is_full_counts_as_unread(made, trained, capsys):
     """A model that talks on has no room left in Memory; a question too long is an error."""
     import checkpoint

@@ -1,6 +1,7 @@
 """Anybody's video: a film whose every frame and time is known, in four forms of transcript."""
 
 import json
+import os
 import re
 import subprocess
 
@@ -180,6 +181,8 @@ def spoil(folder, name):
     elif name == "far in a chat":
         path.unlink()
         (folder / "films" / "one.cha").write_text("*MOT:\thi . \x150_9000000000000\x15\n")
+    elif name == "a pipe":
+        os.mkfifo(folder / "films" / "two.mp4")
     elif name == "stranger":
         path.unlink()
         text = "@Participants:\tMOT Mother\n*DAD:\thi . \x150_1000\x15\n"
@@ -202,6 +205,7 @@ def spoil(folder, name):
         ("far", "one.srt:2: 99999999999999999999:00:02,000 is past 100 hours"),
         ("far in a table", "one.csv:2: 100000000 is past 100 hours"),
         ("far in a chat", "one.cha:1: 9000000000000 ms is past 100 hours"),
+        ("a pipe", "two.mp4: a folder, a pipe or a device"),
         ("stranger", "one.cha:2: DAD is not among @Participants"),
     ],
 )
