@@ -207,8 +207,9 @@ def save(path, checkpoint):
     with writing(path) as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch's words for what the disk said
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        except RuntimeError as error:  # torch's words for what the disk, or the user, said
+            first = error.__context__
+            raise first if isinstance(first, (OSError, KeyboardInterrupt)) else error from None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """What a run saves and loads."""
 
+import contextlib
+import io
+
 import pytest
 import torch
 from conftest import one_line, same, weights
@@ -138,3 +141,17 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_file(recipe, tmp_path, 
         with pytest.raises(UserError, match="spoilt.pt") as error:
             read(tmp_path / "spoilt.pt")
         assert one_line(error)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_told_as_such(tmp_path, monkeypatch):
+    """torch's own words for it are "unexpected pos 205888 vs 205780"."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, content):
+            if self.tell() > 1000:
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    monkeypatch.setattr(checkpoint, "writing", lambda path: contextlib.nullcontext(Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "a.pt", {"weights": torch.ones(100, 1000)})
