@@ -23,9 +23,7 @@ class Said:
 
 
 TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{2})(?:[.,](\d{1,3}))?$")
-
-
-LONGEST = 100 * 3600.0  # seconds; no film is longer, and frames are counted up to here
+LONGEST = 100 * 3600.0  # seconds: frames are counted before the film's own end is known
 
 
 def seconds(text, where):
@@ -43,7 +41,7 @@ def seconds(text, where):
 
 
 def within(time, text, where):
-    """The time, if a film can be as long."""
+    """The time, where a film can be as long. Raises UserError."""
     if time > LONGEST:
         raise UserError(f"{where}: {text[:30]} is past {LONGEST / 3600:g} hours: no film's time")
     return time

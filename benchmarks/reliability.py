@@ -7,11 +7,11 @@ Is what is promised kept? Things are broken on purpose, many times, and what cam
     sudo python benchmarks/reliability.py --what disks nodes   # small disks and networks of its own
 
 kills     kill -9 at random moments of preparing, training, evaluating; then on to the same bits
-disks     the disk full at such moments, read-only, or in another run's hands: one line, no loss
+disks     the disk full at such moments, or read-only: one line, no loss
 ranks     1, 2 and 4 processes learn the same; one that dies, that stops, that is started again
 nodes     two torchrun agents, each with a network of its own, train as one process does
 waiting   how long a loop over as many features as SAYCam has waits for data
-soak      many tiny steps through all phases: memory, open files
+soak      many tiny steps through phases 0 to 2: memory, open files
 inputs    spoilt input of every kind (see bad_inputs.py): success or one line
 """
 

@@ -20,6 +20,6 @@ n_embd = 2048
 n_hidden = 5632
 block_size = 8192
 phase0_lr = 2e-4  # or 2e-5: both were swept
-phase0_batch = 4  # x 8192 tokens; of all processes together, so 4 at most (8 GPUs: 8)
+phase0_batch = 4  # x 8192 tokens; of all processes together: with 8 GPUs say 8
 phase0_steps = 10 * 37486 * 10 // 32768  # 10 passes of some 375,000 tokens: 114
 weight_decay = 0.1

@@ -243,7 +243,7 @@ def tell_mended(path, items):
     """Say which items of a file --mend gave their <image>s, if any."""
     mended = [i for i, item in enumerate(items) if shows_none(item)]
     if mended:
-        print(f"{path}: {len(mended)} items showed none of their pictures, item {mended[0]} first")
+        print(f"{path}: --mend put <image> into {len(mended)} items, item {mended[0]} first")
 
 
 def read_talk(item, mend=False):

@@ -87,13 +87,12 @@ def read_item(item, mend):
             return Utterance("", [])  # nothing was said
         if several and len(turns) == 2 and turns[0]["value"].count("<image>") == 1:
             # one <image> for several pictures: BabyLLaVA's frames of an utterance, each a pair
-            read_talk(item | {"image": names[0]})
-            words = turns[1]["value"]
+            _, talk = read_talk(item | {"image": names[0]})
         else:
             names, talk = read_talk(item, mend)
-            if several or len(turns) > 2:
+            if several or len(talk) > 1:
                 return Utterance(talk[0][1], names, turns=talk)
-            words = talk[0][1]
+        words = talk[0][1]
     names = [names] if isinstance(names, str) else list(names)
     if not all(isinstance(name, str) for name in names):
         raise TypeError("names")

@@ -86,7 +86,7 @@ def find_films(settings):
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in passed or path.is_dir():
             continue
-        regular(path)
+        regular(path)  # a pipe has no end
         if path.stem not in by_stem:
             raise UserError(f"{path}: no {path.stem}{{{','.join(transcripts.READERS)}}} in {texts}")
         transcript = by_stem.pop(path.stem)

@@ -198,9 +198,7 @@ def test_forgotten_pictures_are_an_error_or_mended(place, capsys):
     mended = [*TALK[:0], {"from": "human", "value": "<image><image>what ?"}, turns[1]]
     by_hand = prepare([*items[:7], item(["0.png", "1.png"], mended), *items[8:]], name="by_hand")
     assert by_hand.meta["corpus"] == dataset.meta["corpus"]
-    assert (
-        "chat.json: 1 items showed none of their pictures, item 7 first" in capsys.readouterr().out
-    )
+    assert "chat.json: --mend put <image> into 1 items, item 7 first" in capsys.readouterr().out
     items[7] = item(["0.png", "1.png"], [{"from": "human", "value": "<image>what ?"}, turns[1]])
     with pytest.raises(UserError, match="item 7: 1 <image> for 2 pictures$"):
         prepare(items, "--mend")

@@ -415,7 +415,7 @@ def test_pictures_that_are_not_shown_are_never_silent(fake, image, human, gpt, w
     assert one_line(error) and f"v2_train.json: {why}" in str(error.value)
 
 
-def test_forgotten_images_of_moments_are_mended_in_turn(capsys):
+def test_forgotten_images_of_moments_are_mended_in_turn():
     turns = [{"from": who, "value": "a"} for who in ("human", "gpt") * 2]
     names, said = sources.read_talk({"image": ["0", "1"], "conversations": turns}, mend=True)
     assert names == ["0", "1"] and said == [("<image>a", "a")] * 2
