@@ -25,12 +25,15 @@ import zlib
 from pathlib import Path
 
 from PIL import Image
-from processes import SMALL, TOY, command, must
+from processes import SMALL, command, must
 
 import toolbox
 
 SECONDS, MEGABYTES = 30, 2048
-FEW = SMALL.replace("=60", "=2").replace("=80", "=2").replace("size=48", "size=96")  # steps
+WORLD = (
+    "toy --name=w --size=16 --scenes=24 --clip_frames=4 --lines=200 --trials=0.1 --vocab_size=300"
+)
+FEW = SMALL.replace("=60", "=2").replace("=80", "=2").replace("size=700", "size=96")  # steps
 ODD_VALUES = (
     None, True, -1, 0, 1.5, 1e308, 2**70, "", "x", "x" * 9999, "\x00", "../../x", "<image>" * 99,
     [], {}, [[]], [None], {"": ""}, "\ud800", [1] * 999, "NaN", "é",
@@ -49,7 +52,7 @@ ODD_WORDS = (
 def make_good(good):
     """A folder with something of everything, small."""
     good.mkdir()
-    must(command("data.py", "toy", TOY.replace("300 ", "24 ", 1).replace("2000", "200")), good)
+    must(command("data.py", WORLD), good)
     must(command("train.py", FEW), good)
     must(command("weights.py", "export out/w/phase2.pt hf"), good)
     flags = [word for word in FEW.split()[1:] if "steps=" not in word and "out=" not in word]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from processes import SMALL, TOY, command, environment, must
+from processes import PHASES, SMALL, TOY, command, environment, must
 
 import data
 from ahead import made_ahead
@@ -105,12 +105,11 @@ def waiting(home, settings):
 
 def soak(home, settings):
     """Tiny steps through all phases, while memory and open files are looked at from outside."""
-    must(command("data.py", "toy", TOY), home)
-    each = settings.steps // 4
-    names = ("vision", "phase0", "phase1", "phase2")
-    flags = " ".join(f"--{name}_steps={each}" for name in names)
+    must(command("data.py", TOY), home)
+    each = settings.steps // len(PHASES)
+    flags = " ".join(f"--{name}_steps={each}" for name in PHASES)
     flags += f" --eval_every={each} --save_every={max(each // 20, 1)} --log_every=50"
-    log, seen = home / "out/w/log.jsonl", {name: [] for name in names}
+    log, seen = home / "out/w/log.jsonl", {name: [] for name in PHASES}
     words = command("train.py", SMALL, flags)
     run = subprocess.Popen(
         words, cwd=home, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -14,14 +14,18 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY = "--name=w --size=16 --scenes=300 --clip_frames=4 --lines=2000 --trials=0.1 --vocab_size=300"
+# a small toy world for all phases
+TOY = (
+    "toy_v2 --name=w --size=16 --scenes=150 --clips=30 --moments=20 --lines=2000 --items=120 "
+    "--replay=20 --questions=10 --vocab_size=400"
+)
 SMALL = (
     f"{ROOT}/configs/toy.py --data=data/w --out=out/w --patch=8 --vision_width=16 "
     "--vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 --n_head=2 --n_embd=16 "
-    "--block_size=48 --vision_batch=8 "
+    "--block_size=700 --vision_batch=8 "
     "--phase0_batch=8 --phase1_batch=8 --phase2_batch=8 --phase3_batch=8 --device=cpu "
-    "--vision_steps=60 --phase0_steps=80 --phase1_steps=80 --phase2_steps=80 --eval_every=40 "
-    "--save_every=15 --log_every=1 --evaluate=False"
+    "--vision_steps=60 --phase0_steps=80 --phase1_steps=80 --phase2_steps=80 --phase3_steps=80 "
+    "--eval_every=40 --save_every=15 --log_every=1 --evaluate=False"
 )
 
 
@@ -69,13 +73,19 @@ def furthest(a, b):
     return max(float((one[name].float() - two[name].float()).abs().max()) for name in one)
 
 
-PHASES = ("vision", "phase0", "phase1", "phase2")
+PHASES = ("vision", "phase0", "phase1", "phase2", "phase3")
 
 
 def ranks(home, settings):
-    must(command("data.py", "toy", TOY), home)
+    must(command("data.py", TOY), home)
     must(command("train.py", SMALL.replace("out/w", "out/1x1")), home)
-    print("| processes x micro-batches | " + " | ".join(PHASES) + " |\n" + "|---" * 5 + "|")
+    print(
+        "| processes x micro-batches | "
+        + " | ".join(PHASES)
+        + " |\n"
+        + "|---" * (1 + len(PHASES))
+        + "|"
+    )
     for processes, pieces in ((1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
         out = f"{processes}x{pieces}"
         must(torchrun(processes, *train_flags(out, f"--grad_accum={pieces}")), home)
@@ -92,8 +102,8 @@ def ranks(home, settings):
         print(f"killed with {before} processes, gone on with {after}: {far:.1e}")
     for name, signals in (("dies", signal.SIGKILL), ("stops", signal.SIGSTOP)):
         out = f"one_{name}"
-        run = start(torchrun(2, *train_flags(out, "--phase2_steps=100000", "--patience=0.2")), home)
-        wait_for(lambda out=out: (home / f"out/{out}/phase2.pt").exists())
+        run = start(torchrun(2, *train_flags(out, "--phase3_steps=100000", "--patience=0.2")), home)
+        wait_for(lambda out=out: (home / f"out/{out}/phase3.pt").exists())
         clock = time.perf_counter()
         workers = workers_of(run)
         os.kill(workers[1], signals)
@@ -187,7 +197,7 @@ def nodes(home, settings):
         if any(map(run, lines)):
             print("nodes: not measured, network namespaces are not allowed here\n")
             return
-        must(command("data.py", "toy", TOY), home)
+        must(command("data.py", TOY), home)
         must(command("train.py", SMALL.replace("out/w", "out/one")), home)
         flags = "--nnodes=2 --master_addr=10.91.7.1 --node_rank="
         agents = []

@@ -11,7 +11,7 @@ disks     the disk full at such moments, or read-only: one line, no loss
 ranks     1, 2 and 4 processes learn the same; one that dies, that stops, that is started again
 nodes     two torchrun agents, each with a network of its own, train as one process does
 waiting   how long a loop over as many features as SAYCam has waits for data
-soak      many tiny steps through phases 0 to 2: memory, open files
+soak      many tiny steps through phases 0 to 3: memory, open files
 inputs    spoilt input of every kind (see bad_inputs.py): success or one line
 """
 
@@ -128,7 +128,7 @@ def make_scenes(home):
     frames = "--frames saycam/frames.txt --annotations saycam/train.json saycam/val.json"
     video = "--videos films --fps 4 --size 32 --vocab_size 300 --name w"
     scenes = [
-        Scene("data.py toy", empty, command("data.py", "toy", TOY), "data/w"),
+        Scene("data.py toy_v2", empty, command("data.py", TOY), "data/w"),
         Scene(
             "data.py saycam",
             empty,
@@ -143,13 +143,14 @@ def make_scenes(home):
         ("phase0", "--phase 0 --tower language"),
         ("phase1", "--phase 1"),
         ("phase2", "--phase 2"),
+        ("phase3", "--phase 3"),
     ):
         words = command("train.py", SMALL, flags)
         if name == "phase1":
             scenes.append(Scene("features", before, words, "data/w/features"))
         scenes.append(Scene(f"train.py {name}", before, words, "out/w"))
         before = run_on(home, name, scenes[-1])
-    words = command("eval.py", "--checkpoint out/w/phase2.pt --data data/w --device cpu")
+    words = command("eval.py", "--checkpoint out/w/phase3.pt --data data/w --device cpu")
     scenes.append(Scene("eval.py", before, words, "out/w"))
     return scenes
 
