@@ -260,7 +260,7 @@ def prepare(source, argv):
     directory = Path("data") / (settings.name or source)
     with only_one(directory, "preparing data"):
         judge = None
-        if getattr(settings, "curate", ""):
+        if importlib.import_module("sources").is_sifted(settings):
             judge = importlib.import_module("curate").open_judge(settings.curate)
         writer = Writer(directory, source)
         module.prepare(settings, writer)

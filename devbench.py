@@ -22,7 +22,7 @@ import numpy as np
 
 from config import UserError
 from files import read_csv
-from scores import accuracy, lowest
+from scores import accuracy, lowest, wilson
 
 LEXICAL = "lexical"
 
@@ -58,7 +58,12 @@ def machine(rows, subject, ties):
     results = {}
     for task, own in hits.items():
         mean = float(np.mean([np.mean(one) for one in bins[task].values()]))
-        results[task] = accuracy(own, 0.5) | {"score": round(mean, 4)}
+        # of bins of different sizes the mean is as sure as one of so many items (Kish 1965)
+        sure = len(bins[task]) ** 2 / sum(1 / len(one) for one in bins[task].values())
+        results[task] = accuracy(own, 0.5) | {
+            "score": round(mean, 4),
+            "ci95": wilson(mean * sure, sure),
+        }
     grammatical = [results[task]["score"] for task in results if task != LEXICAL]
     means = {"grammatical": grammatical}
     if grammatical and LEXICAL in results:
@@ -125,7 +130,7 @@ def devbench(rows, subject, ties):
         own = [min(t[0, 0], t[1, 1]) > max(t[0, 1], t[1, 0]) for t in square]
         results["group"] = accuracy(own, round(1 / 6, 4))
     if subject.settings.human:
-        results |= beside_children(rows, tables, read_human(subject.settings.human, rows))
+        results |= beside_children(rows, tables, read_human(subject.settings.human, subject.rows))
     return results
 
 
@@ -140,7 +145,7 @@ def read_human(path, rows):
         except ValueError:
             raise UserError(f"{where}: shares of choices must be numbers") from None
         if row["trial"] not in known:
-            continue  # of another subset
+            continue  # of a trial that is not asked here
         wanted = len(known[row["trial"]]["images"])
         wanted = wanted if wanted > 1 else len(known[row["trial"]]["texts"])
         if len(own) != wanted or not (own >= 0).all() or not 0 < own.sum() < np.inf:
@@ -166,6 +171,8 @@ def beside_children(rows, tables, human):
         for row, table in zip(rows, tables)
         for own in human.get(row["trial"], [])
     ]
+    if not pairs:  # children were not asked what is in this subset
+        return {}
     mean = lambda beta: float(np.mean([divergence(own, scores, beta) for own, scores in pairs]))
     low, high = np.log(0.025), np.log(40.0)
     for _ in range(6):  # the mean is convex in beta: a finer grid around the best, again and again

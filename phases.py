@@ -321,6 +321,12 @@ def restore(model, resume):
         model.load_state_dict(resume.get("dino") or resume["weights"])
 
 
+def progress_of(resume):
+    """Where a run is: the step it starts from, and how many it has skipped."""
+    resume = resume or {"step": 0}
+    return {"start": resume["step"], "skipped": resume.get("skipped", 0)}
+
+
 # ---------------------------------------------------------------------------------------------
 # What learns, and on what
 
@@ -480,4 +486,6 @@ def save(run, step):
         contents["lora"] = factors
     if run.optimizer:
         contents["optimizer"] = run.optimizer.state_dict()
+    if run.skipped:
+        contents["skipped"] = run.skipped
     checkpoint.save(run.path, contents)

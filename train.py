@@ -249,7 +249,7 @@ def set_up(settings, name, dataset, processes):
         optimizer=optimizer,
         train_batches=batches[0],
         val_batches=batches[1] if len(batches) > 1 else None,
-        start=resume["step"] if resume else 0,
+        **phases.progress_of(resume),
         steps=steps,
         batch=batch,
     )

@@ -33,6 +33,15 @@ class Sifted(config.Knobs):
     others: int = knob(4, low=1, high=1000)  # pictures that each is compared with
 
 
+def is_sifted(settings):
+    """Whether utterances of a source are to be sifted. Raises UserError for the knobs of sifting
+    without a model that judges."""
+    idle = [name for name in ("min_gain", "others") if name in settings.given]
+    if isinstance(settings, Sifted) and idle and not settings.curate:
+        raise UserError(f"--{idle[0]}: of what model? it judges nothing without --curate FILE")
+    return bool(getattr(settings, "curate", ""))
+
+
 @dataclass
 class Captioned:
     """A picture and what is said over it: where it is (see places.Places), the clip it belongs

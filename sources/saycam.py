@@ -94,6 +94,8 @@ def read_item(item, mend):
                 return Utterance(talk[0][1], names, turns=talk)
         words = talk[0][1]
     names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ValueError("it has no pictures; speech without any is a list of strings")
     if not all(isinstance(name, str) for name in names):
         raise TypeError("names")
     similarities = item.get("similarity")

@@ -120,3 +120,12 @@ def test_clips_are_judged_as_one_and_moments_are_not(recipe, tmp_path):
     part.sample([image, 11, 10], [0, 1, 1], numbers[5:6])
     found = curate.judge(part, loaded, 2, 0)
     assert np.isfinite(found).tolist() == [True, True, False, True]
+
+
+def test_sifting_wants_a_model(folder):
+    """Else --min_gain would leave all in, and say nothing."""
+    for flag in ("--min_gain=0.1", "--others=2"):
+        with pytest.raises(UserError, match="without --curate") as error:
+            data.main(["pairs", *FLAGS, "--name=idle", flag])
+        assert one_line(error)
+    assert not (folder / "data/idle").exists() or not (folder / "data/idle/meta.json").exists()

@@ -13,10 +13,10 @@ from config import UserError
 from devbench import columns_of, machine, read_human, read_machine, read_manifest
 
 
-def subject_of(table, human=""):
+def subject_of(table, human="", rows=()):
     """A Subject whose NLL of a text after a picture is table[picture, text]."""
     nll = lambda images, texts: np.array([table[pair] for pair in zip(images, texts)])
-    return SimpleNamespace(nll=nll, settings=SimpleNamespace(human=human))
+    return SimpleNamespace(nll=nll, settings=SimpleNamespace(human=human), rows=rows)
 
 
 def write(path, header, *rows):
@@ -94,9 +94,38 @@ def test_the_divergence_is_zero_for_the_childrens_own_choices(tmp_path):
         lines.append(f"{trial}," + ",".join(f"{share:.12f}" for share in shares))
     manifest = write(tmp_path / "manifest.csv", "image1,image2,image3,image4,text1", *rows)
     human = write(tmp_path / "human.csv", "trial,image1,image2,image3,image4", *lines)
-    results = devbench.devbench(read_manifest(manifest), subject_of(table, str(human)), "fair")
+    rows = read_manifest(manifest)
+    subject = subject_of(table, str(human), rows)
+    results = devbench.devbench(rows, subject, "fair")
     assert results["kl"]["score"] == pytest.approx(0, abs=1e-4)
     assert results["beta"]["score"] == pytest.approx(beta, abs=0.02)
+
+
+def test_a_subset_of_which_children_were_not_asked_has_no_divergence(tmp_path):
+    lines = "a,b,s,seen", "a,b,s,held_out"
+    manifest = write(tmp_path / "manifest.csv", "image1,image2,text1,subset", *lines)
+    human = write(tmp_path / "human.csv", "trial,image1,image2", "1,0.6,0.4")
+    rows = read_manifest(manifest)
+    subject = subject_of({("a", "s"): 0.0, ("b", "s"): 1.0}, str(human), rows)
+    for asked, measures in ((rows[:1], {"accuracy", "kl", "beta"}), (rows[1:], {"accuracy"})):
+        assert set(devbench.devbench(asked, subject, "fair")) == measures
+
+
+def test_the_interval_is_of_the_mean_over_bins(tmp_path):
+    """One bin of 200 items, one of 10: the mean of both hits 95 of 100 times what it is drawn
+    from, which an interval of 210 pooled hits would not."""
+    truth, rng, covered = (0.9, 0.4), np.random.RandomState(0), []
+    lines = [f"order,bin{b},{b}_{i},x{b}_{i},s,t" for b, n in ((0, 200), (1, 10)) for i in range(n)]
+    rows = read_machine(write(tmp_path / "m.csv", "task,bin,image1,image2,text1,text2", *lines))
+    for _ in range(300):
+        table = {}
+        for row in rows:
+            right = rng.rand() < truth[int(row["bin"][-1])]
+            one, two = row["image1"], row["image2"]
+            table |= {(one, "s"): 1.0 - right, (two, "t"): 0.0, (two, "s"): 0.5, (one, "t"): 0.0}
+        low, high = machine(rows, subject_of(table), "fair")["order"]["ci95"]
+        covered.append(low <= np.mean(truth) <= high)
+    assert np.mean(covered) > 0.9
 
 
 def test_the_best_beta_by_brute_force(tmp_path):

@@ -226,6 +226,7 @@ def test_another_size_starts_anew(fake):
         ("[1]", "item 0 is no utterance"),
         ('[{"image": "a.jpg", "conversations": []}]', "item 0: a conversation in which nothing"),
         ('[{"utterance": "a", "frame_filenames": ["x", "y"], "similarity": [1]}]', "not as many"),
+        ('[{"utterance": "a", "frame_filenames": []}]', "item 0: it has no pictures"),
         ('["hello", "baby"]', "one for training must have frames"),
     ],
 )

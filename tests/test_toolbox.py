@@ -172,6 +172,61 @@ def test_thrown_answers_score_a_quarter_in_memory():
     assert len(hits) == 600 * LEARNT and np.mean(hits) == pytest.approx(chance, abs=0.02)
 
 
+def test_a_constant_answer_never_finds_both_pictures_of_a_thing_but_by_chance():
+    """All that a constant A can hit of 600 dialogues, counted another way."""
+    rows, both = [], []
+    for seed in range(600):
+        images, answers = dialogue(seed)
+        rows.append(row(answers, images))
+        for thing in {images[0], *images[1:9:2], *images[2:9:2]}:
+            own = [
+                answers[number]
+                for number in range(LEARNT, ROUNDS)
+                if thing in images[2 * number - 1 : 2 * number + 1]
+            ]
+            both.append(own == ["A", "A"])
+    hits, chance = hits_of("memory", rows, [["A"] * ROUNDS] * 600)["adjusted"]
+    assert len(both) == 600 * LEARNT and sum(hits) == sum(both)
+    assert np.mean(hits) == pytest.approx(chance, abs=0.02)
+
+
+class Listener:
+    """A Subject whose log-likelihoods are given: nll(image, phrase)."""
+
+    def __init__(self, nll):
+        self.one = nll
+
+    def nll(self, images, phrases):
+        return np.array([self.one(*pair) for pair in zip(images, phrases)])
+
+    def blinded(self):
+        return Listener(lambda image, phrase: self.one("", phrase))
+
+
+@pytest.mark.parametrize(
+    "nll, score, cannot_see",
+    [
+        (lambda image, phrase: float(image[-1:] != phrase[-1:]), 1, 1 / 6),  # the right answer
+        (lambda image, phrase: float(image[-1:] == phrase[-1:]), 0, 1 / 6),  # the wrong one
+        (lambda image, phrase: 1.0, 1 / 6, 1 / 6),  # always the same
+    ],
+)
+def test_listening_scores_what_it_must(nll, score, cannot_see):
+    rows = [{"image": [f"{i}a", f"{i}b"], "phrases": ["an a", "a b"]} for i in range(20)]
+    results = toolbox.listening(rows, Listener(nll), "fair")
+    assert results["accuracy"]["score"] == pytest.approx(score, abs=1e-4)
+    assert results["cannot_see"]["score"] == pytest.approx(cannot_see, abs=1e-4)
+    assert results["cannot_read"]["score"] == pytest.approx(1 / 6, abs=1e-4)
+    assert "solved_by" not in results["accuracy"]
+
+
+def test_thrown_likelihoods_score_a_sixth():
+    rng = np.random.RandomState(0)
+    rows = [{"image": [f"{i}a", f"{i}b"], "phrases": ["an a", "a b"]} for i in range(6000)]
+    results = toolbox.listening(rows, Listener(lambda image, phrase: rng.rand()), "fair")
+    assert results["accuracy"]["score"] == pytest.approx(1 / 6, abs=0.02)
+
+
 # ---------------------------------------------------------------------------------------------
 # The controls
 

@@ -651,6 +651,27 @@ def test_bad_steps_are_skipped_and_logged_as_often_as_allowed(spoilt, recipe):
             run(*flags, f"--skip_bad_steps={allowed}", out="out/skip")
 
 
+def test_bad_steps_before_a_save_count_after_it(spoilt, recipe):
+    """Two halves of a run may skip no more than the whole."""
+    folder = begin(recipe, "skip_on", "vision", "phase0")
+    flags = ["--data=data/spoilt", "--phase=1", "--phase1_steps=12", "--save_every=1"]
+    run(*flags, "--skip_bad_steps=100", out="out/skip_on")
+    log = read_log(folder / "log.jsonl")
+    bad = [entry["step"] for entry in log if "skipped" in entry]
+    (folder / "phase1.pt").unlink()
+
+    def stop(run, step, watch_and_save=train.watch_and_save):
+        watch_and_save(run, step)
+        if step > bad[0]:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "watch_and_save", stop)
+        run(*flags, "--skip_bad_steps=1", out="out/skip_on")
+    with pytest.raises(UserError, match=f"step {bad[1]}: .* not finite"):
+        run(*flags, "--skip_bad_steps=1", out="out/skip_on")
+
+
 @pytest.mark.parametrize("phase, flags", [("vision", ["--tower=vision"]), ("phase2", [])])
 def test_nothing_but_its_settings_decides_what_a_run_learns(recipe, home, phase, flags):
     """Not how many batches lie ready, how often it is watched, saved or logged."""
