@@ -12,7 +12,7 @@ from PIL import Image
 from sources import toy
 from sources.toy import COLOURS, ROOMS, THINGS, Thing, draw_room, draw_thing, pick, random_thing
 from sources.toy_chat import article
-from toolbox import DIRECTIONS, LEARNT, LETTERS, NEW, ROUNDS, TESTS, write
+from toolbox import DIRECTIONS, LATER, LEARNT, LETTERS, NEW, ROUNDS, TESTS, write
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
@@ -355,6 +355,77 @@ MAKE = {
     "object_counting": counting,
     "looking_while_listening": listening,
 }
+# ---------------------------------------------------------------------------------------------
+# Games: yes or no, picture by picture, (pictures, [(question, answer)]). A test that shows several
+# pictures asks at once what these ask one by one: does this word go with this picture, was this
+# picture there before?
+
+IS_IT = ("is it {} ?", "is this the {} ?", "can you see the '{}' ?", "touch the '{}' !")
+IS_IT_NEW = "is it new ?"
+
+
+def yes_or_no(right, thing):
+    """An answer as people give it, which tells what it is instead: no , a cup ."""
+    return f"{'yes' if right else 'no'} , {article(thing.kind)} ."
+
+
+def one_by_one(album):
+    """Picture Vocabulary's question, and each picture's answer."""
+    target = album.thing()
+    shown = [target]
+    while len(shown) < 4:
+        shown.append(album.other([thing.kind for thing in shown]))
+    shown = [shown[i] for i in album.rng.permutation(4)]
+    question, turns = f"Touch the image of '{target.kind}' ", []
+    for letter, thing in zip(LETTERS, shown):
+        turns.append((f"{question}({letter})<image>", yes_or_no(thing == target, thing)))
+        question = " "
+    return [album.portrait(thing) for thing in shown], turns
+
+
+def is_it(album):
+    """One word, and four pictures, each of it or not."""
+    rng, kind = album.rng, album.thing().kind
+    question, shown, turns = pick(rng, IS_IT).format(kind), [], []
+    for _ in range(4):
+        right = rng.randint(2)
+        thing = of_kind(kind, rng) if right else album.other([kind])
+        shown.append(album.portrait(thing))
+        turns.append((f"{question}<image>", yes_or_no(right, thing)))
+        question = ""
+    return shown, turns
+
+
+def is_it_new(album):
+    """Six pictures in a row, each of another kind than all before, or one of those before."""
+    rng, kinds, shown, turns = album.rng, [], [], []
+    for _ in range(6):
+        new = not shown or rng.randint(2)
+        if new:
+            thing = album.other(kinds)
+            kinds.append(thing.kind)
+        shown.append(album.portrait(thing) if new else pick(rng, shown))
+        turns.append((f"{IS_IT_NEW}<image>", "yes" if new else "no"))
+    return shown, turns
+
+
+def new_one_by_one(album):
+    """Five rounds of Memory, and each picture's answer."""
+    rng = album.rng
+    kinds = rng.permutation(list(THINGS))[:5]
+    pictures = [album.portrait(of_kind(str(kind), rng)) for kind in kinds]
+    shown, turns = pictures[:1], [(NEW + "(A) <image>", "yes")]
+    for number in range(1, 5):
+        new, pair = pictures[number], [pictures[number], pick(rng, pictures[:number])]
+        pair, _ = shuffled(rng, pair, 0)
+        shown += pair
+        opening = LATER.partition("(A)")[0]
+        turns.append((f"{opening}(A) <image>", "yes" if pair[0] == new else "no"))
+        turns.append((" (B) <image>", "yes" if pair[1] == new else "no"))
+    return shown, turns
+
+
+GAMES = (one_by_one, is_it, is_it_new, new_one_by_one)
 UNTRAINED = ("subitizing", "looking_while_listening")  # these have no tuning data
 # Of long dialogues, easy tests and those of our own, one in so many: to train on, to test by
 FEWER_TO_TRAIN = {

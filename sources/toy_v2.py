@@ -7,9 +7,11 @@ interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to 
 Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the single pictures,
 phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
 the original; but phase 3 repeats some named pictures (--replay), which the original does not, so
-that naming is not forgotten. eval/NAME.json are the test parts, with pictures of their own. The
-pairs of colour and thing that the toy world holds out occur in no training picture and in no
-training word; subsets tell them apart.
+that naming is not forgotten, and plays what the tests ask picture by picture (--games): which of
+four pictures a word means is not found in these minutes by who was only told that it is the third.
+eval/NAME.json are the test parts, with pictures of their own. The pairs of colour and thing that
+the toy world holds out occur in no training picture and in no training word; subsets tell them
+apart.
 """
 
 import json
@@ -28,6 +30,9 @@ from sources import begin, end, toy
 from sources._toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
+    GAMES,
+    IS_IT,
+    IS_IT_NEW,
     MAKE,
     UNTRAINED,
     Album,
@@ -38,8 +43,9 @@ from sources._toy_items import (
     some_light,
     some_room,
     stand,
+    yes_or_no,
 )
-from sources.toy import THINGS, Scene, pick, random_scene, utterance
+from sources.toy import THINGS, Scene, pick, random_scene, random_thing, utterance
 from sources.toy_chat import article
 from templates import TEMPLATES, chat_sample
 from tokenizer import Tokenizer, caption_sample
@@ -57,6 +63,7 @@ class Config(config.Knobs):
     moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     items: int = knob(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
+    games: int = knob(40000, low=0, high=10**8)  # among these, yes or no picture by picture
     replay: int = knob(6000, low=0, high=10**8)  # single pictures and utterances among these
     questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
 
@@ -98,6 +105,9 @@ def speech(settings, split):
         if rng.randint(8) == 0:
             test = pick(rng, asking)
             yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {pick(rng, test.answers)}"
+        if rng.randint(8) == 0:
+            question = pick(rng, [*IS_IT, IS_IT_NEW]).format(pick(rng, list(THINGS)))
+            yield f"{question} {yes_or_no(rng.randint(2), random_thing(rng, THINGS))}"
 
 
 def happen(rng, size, frames=5):
@@ -172,7 +182,7 @@ def write_heard(part, settings, rng, one_in):
 
 
 def write_tuning(part, settings, rng, one_in):
-    """The training parts of the tests."""
+    """The training parts of the tests, the games that lead to them, and names."""
     most = max(2, 20 // one_in), max(2, settings.items // 12 // one_in)
     album = Album(Clips(part), rng, settings.size, most=most)
     tests = [name for name in TESTS if name not in UNTRAINED]
@@ -181,6 +191,9 @@ def write_tuning(part, settings, rng, one_in):
             pictures, turns, _ = MAKE[test](test, album)
             sample = chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns)
             part.sample(*sample, pictures)
+    for number in tqdm(range(settings.games // one_in), f"{part.name} games", unit="game"):
+        pictures, turns = GAMES[number % len(GAMES)](album)
+        part.sample(*chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns), pictures)
     for _ in range(settings.replay // one_in):  # naming, so that it is not forgotten
         thing = album.thing()
         words = talk(Scene(0, (thing,)), rng)
