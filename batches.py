@@ -12,8 +12,7 @@ kind of batches promises:
     .read(rows, length, first)    any part of them, `first` being the place of the first one in
                                   the batch, so that processes and micro-batches cut it as they like
     .fixed_plan(limit)            the plans of a validation, where there is one
-Letters: B batch, T sequence length, N images, P image tokens an image, E vision width, S side,
-K targets.
+Letters: B batch, T length, N images, P image tokens an image, E vision width, S side, K targets.
 """
 
 import math
@@ -24,6 +23,7 @@ import torch
 
 from checks import check_clips, check_images_lead, check_pointers, check_tokens, damaged
 from config import UserError
+from files import Rows
 from images import to_pixels
 from tiles import arrange, count_tokens, join
 
@@ -141,10 +141,10 @@ class SampleBatches:
         self.learn, self.tokenizer = dataset.open(split, "learn"), dataset.tokenizer
         self.path = dataset.path(split, "tokens")
         self.batch, self.seed, self.rows = batch, seed, len(self.samples)
-        self.features, self.shown = features, None
+        self.shown = None
         if dataset.count(split, "shown"):
             self.shown, self.images = (dataset.open(split, kind) for kind in ("shown", "images"))
-            self.frames = dataset.open(split, "frames")
+            self.pictures = Rows(dataset.open(split, "frames") if features is None else features)
         check_pointers(self, dataset, split)
         if self.shown is not None:
             self.count_image_tokens(model, dataset.image_format)
@@ -247,7 +247,7 @@ class SampleBatches:
                 arranged = arrange(*grid, self.side, len(frames), self.max_tiles)
                 arrangements.append(arranged)
             frames += range(first, first + 1 + grid[0] * grid[1])
-        batch.images = (self.frames if self.features is None else self.features)[np.array(frames)]
+        batch.images = self.pictures[np.array(frames)]
         if self.tiled:
             batch.arrangement = join(arrangements)
 
@@ -264,8 +264,8 @@ class ClipBatches:
     BIN = "frames"
 
     def __init__(self, dataset, split, batch, seed, model=None, features=None):
-        self.frames, self.clips = dataset.open(split, "frames"), dataset.open(split, "clips")
-        self.rows, self.batch = len(self.frames), batch
+        self.frames, self.clips = Rows(dataset.open(split, "frames")), dataset.open(split, "clips")
+        self.rows, self.batch = len(self.clips), batch
         check_clips(self.clips, dataset.path(split, "clips"))
         self.order = Order(self.rows, seed)
 

@@ -48,7 +48,7 @@ def check_pointers(batches, dataset, split):
         if batches.shown.max() >= len(batches.images):
             raise damaged(dataset.path(split, "shown"))
         images = batches.images[:].astype(np.float64)
-        if (images[:, 0] + images[:, 1] * images[:, 2] >= len(batches.frames)).any():
+        if (images[:, 0] + images[:, 1] * images[:, 2] >= dataset.count(split, "frames")).any():
             raise damaged(dataset.path(split, "images"))
 
 

@@ -30,13 +30,15 @@ from sources import begin, end, toy
 from sources._toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
-    GAMES,
     IS_IT,
     IS_IT_NEW,
     MAKE,
     UNTRAINED,
     Album,
     Placed,
+    is_it,
+    is_it_new,
+    one_by_one,
     paint,
     path_out,
     plural,
@@ -60,10 +62,11 @@ class Config(config.Knobs):
     seed: int = knob(2, low=0, high=2**32 - 1)  # of the world
     scenes: int = knob(4000, low=10, high=10**8)  # single pictures, each filmed twice
     clips: int = knob(1500, low=10, high=10**8)  # in which something happens
+    questions_heard: int = knob(30000, low=0, high=10**8)  # is it a ball? of four pictures
     moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     items: int = knob(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
-    games: int = knob(40000, low=0, high=10**8)  # among these, yes or no picture by picture
+    games: int = knob(30000, low=0, high=10**8)  # among these, tests picture by picture
     replay: int = knob(6000, low=0, high=10**8)  # single pictures and utterances among these
     questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
 
@@ -179,6 +182,10 @@ def write_heard(part, settings, rng, one_in):
         told = moments(rng, settings.size)
         images = [keep(frame, True) for frame, _ in told]
         part.sample(*chat_sample(tokenizer, bare, [("<image>", w) for _, w in told]), images)
+    album = Album(keep, rng, settings.size, most=(max(2, 20 // one_in), 0))
+    for _ in tqdm(range(settings.questions_heard // one_in), f"{part.name} questions", unit="game"):
+        images, turns = is_it(album)
+        part.sample(*chat_sample(tokenizer, bare, turns), images)
 
 
 def write_tuning(part, settings, rng, one_in):
@@ -192,7 +199,7 @@ def write_tuning(part, settings, rng, one_in):
             sample = chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns)
             part.sample(*sample, pictures)
     for number in tqdm(range(settings.games // one_in), f"{part.name} games", unit="game"):
-        pictures, turns = GAMES[number % len(GAMES)](album)
+        pictures, turns = (one_by_one, is_it_new)[number % 2](album)
         part.sample(*chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns), pictures)
     for _ in range(settings.replay // one_in):  # naming, so that it is not forgotten
         thing = album.thing()

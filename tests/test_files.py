@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, one_line
 
@@ -151,3 +152,35 @@ def test_a_folder_that_cannot_be_written_is_not_called_another_runs(tmp_path, mo
     monkeypatch.setattr("builtins.open", denied)
     with pytest.raises(PermissionError), only_one(tmp_path, "training"):
         pass
+
+
+def test_rows_of_a_bin_are_those_of_its_map(tmp_path):
+    whole = np.random.RandomState(0).randint(0, 1 << 16, (50, 7, 3)).astype("uint16")
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"four" + whole.tobytes())
+    array = np.memmap(path, "uint16", "r", offset=4, shape=whole.shape)
+    numbers = np.array([49, 0, 7, 7, 31])
+    for rows in (files.Rows(array), files.Rows(whole)):
+        assert (rows[numbers] == whole[numbers]).all()
+        assert rows[numbers[:0]].shape == (0, 7, 3)
+
+
+def test_a_read_may_bring_less_than_a_row(tmp_path, monkeypatch):
+    whole = np.arange(60, dtype="float16").reshape(5, 12)
+    (tmp_path / "x.bin").write_bytes(whole.tobytes())
+    rows = files.Rows(np.memmap(tmp_path / "x.bin", "float16", "r", shape=whole.shape))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:5]], at))
+    assert (rows[np.array([4, 1])] == whole[[4, 1]]).all()
+
+
+def test_a_bin_that_is_cut_short_while_it_is_read_is_told(tmp_path):
+    """Through the map it would be a bus error."""
+    whole = np.arange(60, dtype="float16").reshape(5, 12)
+    path = tmp_path / "x.bin"
+    path.write_bytes(whole.tobytes())
+    rows = files.Rows(np.memmap(path, "float16", "r", shape=whole.shape))
+    os.truncate(path, 60)
+    with pytest.raises(UserError, match="ends before row 3") as error:
+        rows[np.array([0, 3])]
+    assert one_line(error)

@@ -413,6 +413,53 @@ def test_memory_items_follow_the_dialogues_rule():
         assert sorted(times.values()) == [2] * LEARNT
 
 
+GAMES = (_toy_items.is_it, _toy_items.is_it_new, _toy_items.one_by_one)
+
+
+class Shown(_toy_items.Album):
+    """An Album whose pictures are what they show, and a number."""
+
+    def __init__(self, seed):
+        super().__init__(None, np.random.RandomState(seed), 64)
+        self.numbers = itertools.count()
+
+    def portrait(self, thing):
+        return thing, next(self.numbers)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_games_are_true_to_their_pictures(seed):
+    pictures, turns = _toy_items.one_by_one(Shown(seed))
+    kind = turns[0][0].split("'")[1]
+    assert [f"({letter})<image>" in words for letter, (words, _) in zip(LETTERS, turns)] == [
+        True
+    ] * 4
+    for (thing, _), (_, answer) in zip(pictures, turns):
+        assert answer.split()[0] == ("yes" if thing.kind == kind else "no")
+        assert answer.split()[-2] == thing.kind
+    assert sum(answer.startswith("yes") for _, answer in turns) == 1
+    pictures, turns = _toy_items.is_it(Shown(seed))
+    for (thing, _), (_, answer) in zip(pictures, turns):
+        is_said = thing.kind in turns[0][0].replace("'", " ").split()
+        assert answer.startswith("yes" if is_said else "no") and f" {thing.kind} ." in answer
+    pictures, turns = _toy_items.is_it_new(Shown(seed))
+    for i, (_, answer) in enumerate(turns):
+        assert answer == ("no" if pictures[i] in pictures[:i] else "yes")
+    new = [picture for i, picture in enumerate(pictures) if picture not in pictures[:i]]
+    assert len({thing.kind for thing, _ in new}) == len(new)
+    for pictures, turns in (game(Shown(seed)) for game in GAMES):
+        assert "".join(words for words, _ in turns).count("<image>") == len(pictures)
+        assert not any(toy.held_out(thing) for thing, _ in pictures)
+
+
+def test_games_say_what_the_tests_say():
+    """Else a game would be learnt in words that no test uses."""
+    _, turns = _toy_items.one_by_one(Shown(0))
+    kind = turns[0][0].split("'")[1]
+    asked = "".join(words for words, _ in turns)
+    assert asked == toolbox.write("picture_vocabulary", 4, kind)
+
+
 def blobs(frame):
     """How many connected patches there are on black, by flooding."""
     bright, found = frame.max(-1) > 60, 0
