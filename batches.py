@@ -69,23 +69,24 @@ def round_up(n, parts=8):
 
 
 class Order:
-    """An endless shuffled deck of 0 .. n - 1: each pass is a fresh permutation of all of them."""
+    """The first `lead` of 0 .. n - 1 as they stand, once; then the others, an endless shuffled
+    deck: each pass is a fresh permutation of all of them."""
 
-    def __init__(self, n, seed):
-        self.n, self.seed, self.decks = n, seed, {}
+    def __init__(self, n, seed, lead=0):
+        self.n, self.seed, self.lead, self.decks = n - lead, seed, lead, {}
 
     def __call__(self, start, count):
         """Cards number start .. start + count - 1 of the endless deck."""
-        positions = np.arange(start, start + count)
+        positions = np.arange(start, start + count) - self.lead
         decks, cards = positions // self.n, positions % self.n
-        chosen, used = np.empty(count, np.int64), {}
-        for deck in np.unique(decks).tolist():
+        chosen, used = positions.copy(), {}
+        for deck in np.unique(decks[positions >= 0]).tolist():
             used[deck] = self.decks.get(deck)
             if used[deck] is None:
                 used[deck] = np.random.RandomState([self.seed, deck]).permutation(self.n)
             chosen[decks == deck] = used[deck][cards[decks == deck]]
         self.decks = used  # the next call will want one of these again
-        return chosen
+        return chosen + self.lead
 
 
 def some_rows(n, limit):
@@ -158,7 +159,8 @@ class SampleBatches:
             )
         if model.image_attention == "full":
             check_images_lead(self, dataset.directory)
-        self.order, self.window, self.plans = Order(self.rows, seed), None, None
+        lead = 0 if self.ONE_PICTURE else dataset.count(split, "lead")
+        self.order, self.window, self.plans = Order(self.rows, seed, lead), None, None
 
     def count_image_tokens(self, model, image_format):
         """P; of each image its number of tokens; and of the images shown, their running total."""
@@ -204,8 +206,8 @@ class SampleBatches:
         return self.plans[step % self.WINDOW]
 
     def fixed_plan(self, limit=0):
-        """The plans of a validation over `limit` samples (0: all), always the same."""
-        return self.group(some_rows(self.rows, limit))
+        """The plans of a validation over `limit` samples (0: all) but those that lead, the same."""
+        return self.group(self.order.lead + some_rows(self.order.n, limit))
 
     def read(self, rows, length, first=0):
         stream = np.full((len(rows), length + 1), self.tokenizer.pad, np.int64)
@@ -286,8 +288,7 @@ class ClipBatches:
 
 @dataclass
 class FramePairs:
-    """frames and others (n, S, S, 3) uint8, row by row of one clip; number `first` and on of
-    their batch; `count` rows."""
+    """frames, others (n, S, S, 3) uint8, row by row of one clip; from number `first` of a batch."""
 
     frames: np.ndarray
     others: np.ndarray

@@ -17,10 +17,12 @@ def check_meta(meta, bins):
     if type(meta["vocab_size"]) is not int:
         raise TypeError("vocab_size")
     for split, counts in meta["splits"].items():
-        for kind in (*bins, "characters"):
+        for kind in (*bins, "characters", "lead"):
             count = counts.get(kind, 0)
             if type(count) is not int or count < 0:
                 raise ValueError(f"{split} {kind} {count}")
+        if counts.get("lead", 0) and counts["lead"] >= counts.get("samples", 0):
+            raise ValueError(f"{split} lead {counts['lead']}")
         if counts.get("frames") and not isinstance(counts["frames_digest"], str):
             raise TypeError("frames_digest")
 

@@ -83,7 +83,7 @@ class SplitWriter:
 
     def __init__(self, writer, name):
         self.writer, self.name, self.bins, self.characters = writer, name, {}, 0
-        self.last_clip = 0
+        self.last_clip = self.lead = 0  # so many samples are learnt from first, in their order
 
     def path(self, suffix):
         return self.writer.directory / f"{self.name}_{suffix}"
@@ -197,7 +197,8 @@ class Writer:
         corpus = hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode())
         self.meta["splits"] = {}
         for name, split in self.splits.items():
-            counts = self.meta["splits"][name] = {"characters": split.characters}
+            counts = {"characters": split.characters, "lead": split.lead}
+            self.meta["splits"][name] = counts
             for kind, written in sorted(split.bins.items(), key=lambda b: [*BINS].index(b[0])):
                 written.close()
                 counts[kind] = written.rows
@@ -338,8 +339,7 @@ class Data:
 
 
 def open_bin(path, dtype, shape, remedy="prepare its folder again"):
-    """An np.memmap of a file, read-only. Raises UserError, naming the remedy, where its size is
-    another."""
+    """An np.memmap of a file, read-only. Raises UserError, with the remedy, for another size."""
     expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.exists() else 0
     if found != expected:

@@ -431,8 +431,7 @@ class BabyLLaVA(nn.Module):
         generator=None,
         cache=None,
     ):
-        """Yield the next token of each row, (B,), until all rows have said a token of `stop` or had
-        enough.
+        """Yield the next token of each row, (B,), until all rows have said one of `stop` or enough.
 
         tokens (B, T) begins the text; images, see project(), fill its placeholders. temperature 0
         is greedy; top_k keeps the k likeliest, 0 all. A row that has stopped goes on yielding the

@@ -201,8 +201,7 @@ PHASES = {
 
 
 def set_up(settings, name, dataset, processes):
-    """The Run of a phase: from nothing, from the phases before, or from where it stopped; None
-    where it is done."""
+    """The Run of a phase, from its parents or from where it stopped; None where it is done."""
     phase, device = PHASES[name], processes.device
     steps, lr, batch = (getattr(settings, f"{name}_{what}") for what in ("steps", "lr", "batch"))
     if batch % (processes.world * settings.grad_accum):
@@ -280,8 +279,7 @@ def make_batches(run, step):
 
 
 def take_step(run, step, batches):
-    """Forward, backward, update. Returns the loss, mean over all targets of the whole batch, and
-    the norm of the gradient."""
+    """Forward, backward, update. Returns the mean loss of the whole batch, the gradient's norm."""
     world, settings = run.processes.world, run.settings
     for group in run.optimizer.param_groups:
         group["lr"] = group["highest_lr"] * learning_rate(step, run.steps, settings.warmup)

@@ -6,9 +6,11 @@ interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to 
 
 Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the single pictures,
 phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
-the original; but phase 3 repeats some named pictures (--replay), which the original does not, so
-that naming is not forgotten, and plays what the tests ask picture by picture (--games): which of
-four pictures a word means is not found in these minutes by who was only told that it is the third.
+the original. Two things the original does not do: phase 3 begins with games (--games), first "is it
+a ball?" of one picture after the other, then Picture Vocabulary, every other time picture by
+picture, as its letter alone did not teach in these minutes what it depends on; and among the tests
+it names pictures (--replay), so that naming is not forgotten.
+
 eval/NAME.json are the test parts, with pictures of their own. The pairs of colour and thing that
 the toy world holds out occur in no training picture and in no training word; subsets tell them
 apart.
@@ -31,16 +33,15 @@ from sources._toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
     IS_IT,
-    IS_IT_NEW,
     MAKE,
     UNTRAINED,
     Album,
     Placed,
     is_it,
-    is_it_new,
     one_by_one,
     paint,
     path_out,
+    picture_vocabulary,
     plural,
     some_light,
     some_room,
@@ -62,11 +63,10 @@ class Config(config.Knobs):
     seed: int = knob(2, low=0, high=2**32 - 1)  # of the world
     scenes: int = knob(4000, low=10, high=10**8)  # single pictures, each filmed twice
     clips: int = knob(1500, low=10, high=10**8)  # in which something happens
-    questions_heard: int = knob(30000, low=0, high=10**8)  # is it a ball? of four pictures
     moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     items: int = knob(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
-    games: int = knob(30000, low=0, high=10**8)  # among these, tests picture by picture
+    games: int = knob(32000, low=0, high=10**8)  # yes or no, and Picture Vocabulary, before these
     replay: int = knob(6000, low=0, high=10**8)  # single pictures and utterances among these
     questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
 
@@ -109,7 +109,7 @@ def speech(settings, split):
             test = pick(rng, asking)
             yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {pick(rng, test.answers)}"
         if rng.randint(8) == 0:
-            question = pick(rng, [*IS_IT, IS_IT_NEW]).format(pick(rng, list(THINGS)))
+            question = pick(rng, IS_IT).format(pick(rng, list(THINGS)))
             yield f"{question} {yes_or_no(rng.randint(2), random_thing(rng, THINGS))}"
 
 
@@ -182,25 +182,28 @@ def write_heard(part, settings, rng, one_in):
         told = moments(rng, settings.size)
         images = [keep(frame, True) for frame, _ in told]
         part.sample(*chat_sample(tokenizer, bare, [("<image>", w) for _, w in told]), images)
-    album = Album(keep, rng, settings.size, most=(max(2, 20 // one_in), 0))
-    for _ in tqdm(range(settings.questions_heard // one_in), f"{part.name} questions", unit="game"):
-        images, turns = is_it(album)
-        part.sample(*chat_sample(tokenizer, bare, turns), images)
 
 
 def write_tuning(part, settings, rng, one_in):
     """The training parts of the tests, the games that lead to them, and names."""
     most = max(2, 20 // one_in), max(2, settings.items // 12 // one_in)
     album = Album(Clips(part), rng, settings.size, most=most)
+    write = lambda pictures, turns, *_: part.sample(
+        *chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns), pictures
+    )
+    games = settings.games // one_in  # one picture and one word, then four pictures
+    for number in tqdm(range(games), f"{part.name} games", unit="game"):
+        if number < games // 2:
+            write(*is_it(album))
+        elif number % 2:
+            write(*one_by_one(album))
+        else:
+            write(*picture_vocabulary("picture_vocabulary", album))
+    part.lead = games
     tests = [name for name in TESTS if name not in UNTRAINED]
     for test in tqdm(tests, f"{part.name} tests", unit="test"):
         for _ in range(settings.items // one_in // FEWER_TO_TRAIN.get(test, 1)):
-            pictures, turns, _ = MAKE[test](test, album)
-            sample = chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns)
-            part.sample(*sample, pictures)
-    for number in tqdm(range(settings.games // one_in), f"{part.name} games", unit="game"):
-        pictures, turns = (one_by_one, is_it_new)[number % 2](album)
-        part.sample(*chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns), pictures)
+            write(*MAKE[test](test, album))
     for _ in range(settings.replay // one_in):  # naming, so that it is not forgotten
         thing = album.thing()
         words = talk(Scene(0, (thing,)), rng)

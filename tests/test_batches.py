@@ -57,6 +57,26 @@ def test_every_row_once_a_pass_and_any_start_the_same():
         assert np.array_equal(Order(10, seed=3)(start, 9), whole[start : start + 9])
 
 
+def test_what_leads_comes_once_in_its_order_and_the_others_in_passes():
+    whole = Order(13, seed=3, lead=3)(0, 43)
+    assert whole[:3].tolist() == [0, 1, 2]
+    assert all(sorted(whole[i : i + 10]) == list(range(3, 13)) for i in (3, 13, 23, 33))
+    for start in (0, 2, 3, 17):
+        assert np.array_equal(Order(13, seed=3, lead=3)(start, 9), whole[start : start + 9])
+
+
+def test_leading_samples_are_read_before_all_others(mixed, monkeypatch):
+    monkeypatch.setitem(mixed.meta["splits"]["train"], "lead", 70)
+    found = SampleBatches(mixed, "train", 2, 1, make_model(mixed))
+    steps = [found.plan(step)[0] for step in range(3 * SampleBatches.WINDOW)]
+    rows = np.concatenate(steps)
+    assert sorted(rows[:64]) == list(range(64))  # a window; within it batches are of like length
+    assert set(range(64, 70)) < set(rows[64:128]) and rows[128:].min() >= 70
+    for limit, count in ((0, 50), (20, 20)):
+        validated = np.concatenate([some for some, _ in found.fixed_plan(limit)])
+        assert len(validated) == count and validated.min() >= 70
+
+
 @pytest.mark.parametrize("batch", [4, 8, 32])
 def test_every_sample_once_a_pass(mixed, batch):
     """In any number of whole windows each sample occurs as often as the others, give or take one;

@@ -22,7 +22,10 @@ from sources import _toy_items, toy
 from sources.toy import THINGS, Thing
 from toolbox import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS, hits_of, parse, rule
 
-FLAGS = "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --questions=10"
+FLAGS = (
+    "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --games=40 "
+    "--replay=20 --questions=10"
+)
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +416,7 @@ def test_memory_items_follow_the_dialogues_rule():
         assert sorted(times.values()) == [2] * LEARNT
 
 
-GAMES = (_toy_items.is_it, _toy_items.is_it_new, _toy_items.one_by_one)
+GAMES = (_toy_items.is_it, _toy_items.one_by_one)
 
 
 class Shown(_toy_items.Album):
@@ -442,14 +445,25 @@ def test_games_are_true_to_their_pictures(seed):
     for (thing, _), (_, answer) in zip(pictures, turns):
         is_said = thing.kind in turns[0][0].replace("'", " ").split()
         assert answer.startswith("yes" if is_said else "no") and f" {thing.kind} ." in answer
-    pictures, turns = _toy_items.is_it_new(Shown(seed))
-    for i, (_, answer) in enumerate(turns):
-        assert answer == ("no" if pictures[i] in pictures[:i] else "yes")
-    new = [picture for i, picture in enumerate(pictures) if picture not in pictures[:i]]
-    assert len({thing.kind for thing, _ in new}) == len(new)
     for pictures, turns in (game(Shown(seed)) for game in GAMES):
         assert "".join(words for words, _ in turns).count("<image>") == len(pictures)
         assert not any(toy.held_out(thing) for thing, _ in pictures)
+
+
+def test_games_lead_in_their_order(made):
+    """First one word at a time, then four pictures at once; what they are not, comes after."""
+    dataset = Data(made)
+    tokens, samples = dataset.open("chat_train", "tokens"), dataset.open("chat_train", "samples")
+    said = [
+        dataset.tokenizer.decode(tokens[a : a + n]) for a, n, *_ in samples.astype(int).tolist()
+    ]
+    assert dataset.count("chat_train", "lead") == 40 and dataset.count("train", "lead") == 0
+    assert not any("Touch the image" in one for one in said[:20])
+    assert all("Touch the image" in one for one in said[20:40])
+    assert sum("yes ," in one for one in said[20:40]) == 10
+    after = said[40:]
+    assert not any("touch the '" in one for one in after)
+    assert not any("Touch the image" in one and "yes ," in one for one in after)
 
 
 def test_games_say_what_the_tests_say():

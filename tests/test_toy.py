@@ -25,6 +25,34 @@ def test_the_toy_world_is_the_same_bytes_everywhere():
     assert digest.hexdigest()[:16] == "37a5dc627a572b17"
 
 
+@pytest.mark.parametrize(
+    "source, flags, wanted",
+    [
+        ("toy", "--scenes=20 --clip_frames=3 --lines=100 --trials=0.05", ""),
+        ("toy_chat", "--talks=30 --lines=100 --questions=1", ""),
+        (
+            "toy_v2",
+            "--scenes=12 --clips=12 --moments=12 --lines=100 --items=48 --games=24 "
+            "--replay=12 --questions=10",
+            "",
+        ),
+    ],
+)
+def test_prepared_worlds_are_the_same_bytes_everywhere(
+    tmp_path, monkeypatch, source, flags, wanted
+):
+    """Bins, vocabulary, tests; of pictures the pixels, as compressors differ."""
+    monkeypatch.chdir(tmp_path)
+    data.main([source, "--name=w", "--size=16", "--vocab_size=300", *flags.split()])
+    digest = hashlib.sha256()
+    for path in sorted((tmp_path / "data" / "w").rglob("*.*")):
+        if path.name not in ("meta.json", ".lock"):
+            is_picture = path.suffix == ".png"
+            content = Image.open(path).tobytes() if is_picture else path.read_bytes()
+            digest.update(path.name.encode() + content)
+    assert digest.hexdigest()[:16] == wanted
+
+
 def held_out_pairs():
     pairs = [(colour, kind) for kind in toy.THINGS for colour in toy.COLOURS]
     return [(c, k) for c, k in pairs if toy.held_out(toy.Thing(k, c))]
