@@ -28,13 +28,13 @@ def test_the_toy_world_is_the_same_bytes_everywhere():
 @pytest.mark.parametrize(
     "source, flags, wanted",
     [
-        ("toy", "--scenes=20 --clip_frames=3 --lines=100 --trials=0.05", ""),
-        ("toy_chat", "--talks=30 --lines=100 --questions=1", ""),
+        ("toy", "--scenes=20 --clip_frames=3 --lines=100 --trials=0.05", "b9108a0bea9b3faa"),
+        ("toy_chat", "--talks=30 --lines=100 --questions=1", "a65c4bcd5087a75b"),
         (
             "toy_v2",
             "--scenes=12 --clips=12 --moments=12 --lines=100 --items=48 --games=24 "
             "--replay=12 --questions=10",
-            "",
+            "d94699cf872bfeec",
         ),
     ],
 )
