@@ -227,10 +227,8 @@ class Rows:
             return self.array[numbers]
         rows = np.empty((len(numbers), *self.array.shape[1:]), self.array.dtype)
         for number, row in zip(numbers.tolist(), rows):
-            at, left = (
-                self.array.offset + number * row.nbytes,
-                memoryview(row.reshape(-1)).cast("B"),
-            )
+            at = self.array.offset + number * row.nbytes
+            left = memoryview(row.reshape(-1)).cast("B")
             while left:  # a read may bring less than it is asked for
                 count = os.preadv(self.file.fileno(), [left], at)
                 if not count:

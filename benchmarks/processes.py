@@ -79,13 +79,8 @@ PHASES = ("vision", "phase0", "phase1", "phase2", "phase3")
 def ranks(home, settings):
     must(command("data.py", TOY), home)
     must(command("train.py", SMALL.replace("out/w", "out/1x1")), home)
-    print(
-        "| processes x micro-batches | "
-        + " | ".join(PHASES)
-        + " |\n"
-        + "|---" * (1 + len(PHASES))
-        + "|"
-    )
+    print("| processes x micro-batches | " + " | ".join(PHASES) + " |")
+    print("|---" * (1 + len(PHASES)) + "|")
     for processes, pieces in ((1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
         out = f"{processes}x{pieces}"
         must(torchrun(processes, *train_flags(out, f"--grad_accum={pieces}")), home)

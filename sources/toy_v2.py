@@ -96,9 +96,9 @@ def talk(scene, rng):
 
 
 def speech(settings, split):
-    """toy.py's utterances, words to say after, and now and then what the tests will say, without
-    pictures and with any answer: tokens that phase 0 never meets end as one and the same vector,
-    pushed away from all that is said, and A would look like B for thousands of steps."""
+    """toy.py's utterances, words to say after, and now and then what tests and games will say,
+    without pictures and with any answer: tokens that phase 0 never meets end as one and the same
+    vector, pushed away from all that is said, and A would look like B for thousands of steps."""
     rng = np.random.RandomState([settings.seed, toy.SPLITS[split][0], 8])
     asking = [test for test in TESTS.values() if test.answers]
     for line in toy.speech(settings, split, THINGS):
