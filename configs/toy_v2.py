@@ -1,6 +1,6 @@
 """
 BabyLLaVA-V2's recipe in miniature: single pictures, then clips and interleaved moments too, then
-the tests' own training parts, all of it together.
+games of yes and no, and the tests' own training parts, all of them together.
 
     python train.py configs/toy_v2.py      # draws data/toy_v2, trains, is tested
 
