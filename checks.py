@@ -21,8 +21,9 @@ def check_meta(meta, bins):
             count = counts.get(kind, 0)
             if type(count) is not int or count < 0:
                 raise ValueError(f"{split} {kind} {count}")
-        if counts.get("lead", 0) and counts["lead"] >= counts.get("samples", 0):
-            raise ValueError(f"{split} lead {counts['lead']}")
+        lead = counts.get("lead", 0)
+        if lead and lead >= counts.get("samples", 0):  # none is left to go on with
+            raise ValueError(f"{split} lead {lead}")
         if counts.get("frames") and not isinstance(counts["frames_digest"], str):
             raise TypeError("frames_digest")
 

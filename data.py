@@ -83,7 +83,8 @@ class SplitWriter:
 
     def __init__(self, writer, name):
         self.writer, self.name, self.bins, self.characters = writer, name, {}, 0
-        self.last_clip = self.lead = 0  # so many samples are learnt from first, in their order
+        self.last_clip = 0
+        self.lead = 0  # so many samples, the first ones, are learnt from before all others
 
     def path(self, suffix):
         return self.writer.directory / f"{self.name}_{suffix}"
@@ -313,7 +314,7 @@ class Data:
             )
 
     def count(self, split, kind):
-        """Rows of a bin; 0 where there is none."""
+        """Rows of a bin, 0 where there is none; of "lead" the samples that are read first."""
         return self.meta["splits"].get(split, {}).get(kind, 0)
 
     def path(self, split, kind):

@@ -213,13 +213,13 @@ def only_one(folder, doing):
 
 
 class Rows:
-    """The rows of a memory-mapped bin: Rows(bin)[numbers] is bin[numbers], but read from the file.
-    Through the map each page of a row would be asked for by itself, which takes three times as
-    long where the system does not have it yet. Of another array it is the same."""
+    """The rows of a memory-mapped bin: Rows(bin)[numbers] is bin[numbers], but read from the file,
+    a row at a time. Through the map the system would be asked for each of its pages by itself.
+    Of another array, and where the system cannot read so (Windows), it is bin[numbers]."""
 
     def __init__(self, array):
         self.array, self.file = array, None
-        if isinstance(array, np.memmap):
+        if isinstance(array, np.memmap) and hasattr(os, "preadv"):
             self.file = open(array.filename, "rb", buffering=0)  # noqa: SIM115 - as long as this
 
     def __getitem__(self, numbers):

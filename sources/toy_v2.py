@@ -8,8 +8,8 @@ Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the s
 phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
 the original. Two things the original does not do: phase 3 begins with games (--games), first "is it
 a ball?" of one picture after the other, then Picture Vocabulary, every other time picture by
-picture, as its letter alone did not teach in these minutes what it depends on; and among the tests
-it names pictures (--replay), so that naming is not forgotten.
+picture, as a word is to be held against one picture before it is asked which of four it means; and
+among the tests it names pictures (--replay), so that naming is not forgotten.
 
 eval/NAME.json are the test parts, with pictures of their own. The pairs of colour and thing that
 the toy world holds out occur in no training picture and in no training word; subsets tell them

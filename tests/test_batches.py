@@ -1,8 +1,10 @@
 """Batches: a pure function of (seed, step), each sample once a pass, targets where they belong."""
 
+import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from conftest import ROOT, make_corpus, one_line
 import checkpoint
 import features
 from batches import ClipBatches, Order, SampleBatches, TextBatches, round_up
+from checks import check_meta
 from config import UserError
-from data import Data
+from data import BINS, Data
 from model import GPT, BabyLLaVA, GPTConfig, Projector
 from vision import ViT
 
@@ -63,6 +66,14 @@ def test_what_leads_comes_once_in_its_order_and_the_others_in_passes():
     assert all(sorted(whole[i : i + 10]) == list(range(3, 13)) for i in (3, 13, 23, 33))
     for start in (0, 2, 3, 17):
         assert np.array_equal(Order(13, seed=3, lead=3)(start, 9), whole[start : start + 9])
+
+
+def test_a_lead_that_leaves_no_sample_is_damage(mixed):
+    meta = json.loads(json.dumps(mixed.meta))
+    for lead, fits in ((0, True), (119, True), (120, False), (-1, False), ("1", False)):
+        meta["splits"]["train"]["lead"] = lead
+        with nullcontext() if fits else pytest.raises(ValueError):
+            check_meta(meta, BINS)
 
 
 def test_leading_samples_are_read_before_all_others(mixed, monkeypatch):

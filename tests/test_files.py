@@ -174,6 +174,14 @@ def test_a_read_may_bring_less_than_a_row(tmp_path, monkeypatch):
     assert (rows[np.array([4, 1])] == whole[[4, 1]]).all()
 
 
+def test_where_the_system_cannot_read_so_the_map_is_read(tmp_path, monkeypatch):
+    whole = np.arange(60, dtype="float16").reshape(5, 12)
+    (tmp_path / "x.bin").write_bytes(whole.tobytes())
+    monkeypatch.delattr(os, "preadv")
+    rows = files.Rows(np.memmap(tmp_path / "x.bin", "float16", "r", shape=whole.shape))
+    assert (rows[np.array([4, 1])] == whole[[4, 1]]).all()
+
+
 def test_a_bin_that_is_cut_short_while_it_is_read_is_told(tmp_path):
     """Through the map it would be a bus error."""
     whole = np.arange(60, dtype="float16").reshape(5, 12)

@@ -41,6 +41,14 @@ def test_the_quick_start_is_there():
     assert any(c.startswith("torchrun") for c in COMMANDS) and len(COMMANDS) >= 7
 
 
+@pytest.mark.parametrize("path", ["README.md", "benchmarks/README.md"])
+def test_no_table_is_empty(path):
+    """A head and its rule, and then nothing: figures that were to be put in and were not."""
+    lines = [*(ROOT / path).read_text().splitlines(), ""]
+    rules = [i for i, line in enumerate(lines) if re.fullmatch(r"\|(?:-+\|)+", line)]
+    assert rules and all(lines[i + 1].startswith("|") for i in rules)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_runs(clone, command):
     words = shlex.split(command)
