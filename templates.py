@@ -7,6 +7,7 @@ learnt are made together, segment by segment, so that they cannot fall apart.
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from config import UserError
 
@@ -79,8 +80,7 @@ class Writer:
         if learnt != self.learnt:
             self.flush()
             self.learnt = learnt
-        names = sorted(map(re.escape, specials), key=len, reverse=True)
-        for part in re.split(f"({'|'.join(names)})", text) if names else [text]:
+        for part in any_of(tuple(specials)).split(text) if specials else [text]:
             if part not in specials:
                 self.stretch += part
                 continue
@@ -90,6 +90,13 @@ class Writer:
                 self.learn.append(int(learnt and part != "<image>"))
             if part != "{bos}":  # which others put before a text that is split already
                 self.begins = True
+
+
+@lru_cache
+def any_of(names):
+    """A pattern that finds any of these names, the longest that fits."""
+    names = sorted(map(re.escape, names), key=len, reverse=True)
+    return re.compile(f"({'|'.join(names)})")
 
 
 def with_pictures(template, words, count):

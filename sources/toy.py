@@ -220,9 +220,15 @@ def film(scene, rng, size, kinds):
     frame = np.asarray(image, np.int32)
     if rng.randint(5) == 0:  # a quick turn of the head
         frame = sum(np.roll(frame, step, axis=1) for step in range(-2, 3)) // 5
-    frame = frame.reshape(size, 2, size, 2, 3).sum(axis=(1, 3)) // 4
+    frame = halved(frame)
     frame = frame * rng.randint(85, 116) // 100 + rng.randint(-6, 7, frame.shape)
     return frame.clip(0, 255).astype(np.uint8)
+
+
+def halved(frame):
+    """A frame of half the side: means of 2 x 2 pixels, rounded down."""
+    rows = frame[0::2] + frame[1::2]
+    return (rows[:, 0::2] + rows[:, 1::2]) // 4
 
 
 def draw_room(room, rng, big):
