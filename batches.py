@@ -44,20 +44,19 @@ class Batch:
 
     def to(self, device, image_format):
         """(tokens, targets, positions, images, arrangement, first) as tensors; frames become a
-        tower's input; before `first` no row has a target."""
-        parts = (self.tokens, self.targets, self.positions, self.images)
+        tower's input; before `first`, a multiple of 8, no row has a target."""
         tokens, targets, positions, images = (
             None if part is None else torch.as_tensor(part).to(device, non_blocking=True)
-            for part in parts
+            for part in (self.tokens, self.targets, self.positions, self.images)
         )
         if images is not None and images.dtype == torch.uint8:
             images = to_pixels(images, image_format, device)
-        arrangement = self.arrangement
-        if arrangement is not None:
-            arrangement = tuple(torch.as_tensor(part, device=device) for part in arrangement)
+        arrangement = self.arrangement and tuple(
+            torch.as_tensor(part, device=device) for part in self.arrangement
+        )
         first = 0
         if self.positions is not None and self.count:
-            first = int((self.positions[: self.count] % self.tokens.shape[1]).min())
+            first = int((self.positions[: self.count] % self.tokens.shape[1]).min()) // 8 * 8
         return tokens, targets, positions, images, arrangement, first
 
 
@@ -157,7 +156,8 @@ class SampleBatches:
                 f"its images included, over block_size {self.block_size}: "
                 "raise block_size, or shorten the samples"
             )
-        if model.image_attention == "full":
+        self.ragged = model.image_attention != "full"
+        if not self.ragged:
             check_images_lead(self, dataset.directory)
         lead = 0 if self.ONE_PICTURE else dataset.count(split, "lead")
         self.order, self.window, self.plans = Order(self.rows, seed, lead), None, None
@@ -246,9 +246,10 @@ class SampleBatches:
         frames, arrangements = [], []
         for first, *grid in images:
             if self.tiled:
-                arranged = arrange(*grid, self.side, len(frames), self.max_tiles)
-                arrangements.append(arranged)
+                arrangements.append(arrange(*grid, self.side, len(frames), self.max_tiles))
             frames += range(first, first + 1 + grid[0] * grid[1])
+        if self.ragged:  # to one of few numbers: kernels are made, and kept, for each
+            frames += frames[-1:] * (round_up(8 * len(frames)) // 8 - len(frames))
         batch.images = self.pictures[np.array(frames)]
         if self.tiled:
             batch.arrangement = join(arrangements)
