@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # a small toy world for all phases
 TOY = (
     "toy_v2 --name=w --size=16 --scenes=150 --clips=30 --moments=20 --lines=2000 --items=120 "
-    "--games=120 --replay=20 --questions=10 --vocab_size=400"
+    "--games=140 --replay=20 --questions=10 --vocab_size=400"
 )
 SMALL = (
     f"{ROOT}/configs/toy.py --data=data/w --out=out/w --patch=8 --vision_width=16 "

@@ -20,9 +20,9 @@ phase0_steps = 250
 phase0_batch = 4  # rows of 512 tokens
 phase1_lr = 1e-3  # the projector's output must not drown what blocks add to it:
 phase2_learn = ("projector=5e-4", "gpt")  # at 2e-3 it grew ten times as long as a word's vector
-phase2_steps = 5000
+phase2_steps = 3500
 phase3_learn = ("projector=5e-4", "gpt")
-phase3_steps = 6000  # the games in their order take the first thousand
+phase3_steps = 7600  # the games in their order take the first 2,187
 phase3_lr = 2e-3
 phase3_batch = 32
 eval_every = 1000

@@ -11,6 +11,7 @@ import hashlib
 import multiprocessing
 import os
 import sys
+import threading
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError, knob
+from data import BINS, row_bytes
 from files import named, writing
 from images import read_all
 from templates import TEMPLATES, chat_sample
@@ -64,18 +66,32 @@ class Talk:
 
 
 def begin(work, *arguments):
-    """Begin work(*arguments) in a process of its own, beside what this one does."""
-    process = multiprocessing.Process(target=work_aside, args=(work, *arguments))
+    """Begin work(*arguments) in a process of its own, beside what this one does; it is killed with
+    this one, or it would go on writing into what the next run writes."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.Process(
+        target=work_aside, args=(ours, theirs, work, *arguments), daemon=True
+    )
     process.start()
+    theirs.close()
+    process.lifeline = ours
     return process
 
 
-def work_aside(work, *arguments):
+def work_aside(ours, theirs, work, *arguments):
     """What the system complains of is this process's exit code, and 100, for end() to tell."""
+    ours.close()
+    threading.Thread(target=die_with, args=(theirs,), daemon=True).start()
     try:
         work(*arguments)
     except OSError as error:
         sys.exit(100 + error.errno if error.errno else 1)
+
+
+def die_with(lifeline):
+    """Nothing is ever said on it, but it closes where the process at its other end dies."""
+    lifeline.poll(None)
+    os._exit(1)
 
 
 def end(process, path):
@@ -86,6 +102,14 @@ def end(process, path):
         raise OSError(process.exitcode - 100, os.strerror(process.exitcode - 100), path)
     if process.exitcode:
         raise RuntimeError(f"what writes {path} ended with {process.exitcode}")
+
+
+def adopt(part):
+    """Go on with `part`, a data.SplitWriter, from the bins that another process has written."""
+    for kind in BINS:
+        path = part.path(f"{kind}.partial")
+        if path.exists():
+            part.bin(kind, path.stat().st_size // row_bytes(kind, part.writer.meta))
 
 
 def hold_out(items, key=None):

@@ -40,7 +40,7 @@ def paint(placed, rng, size, room=None, light=1.0):
     for one in reversed(placed):
         centre = one.x * big, one.y * big
         draw_thing(page, one.thing, THINGS, centre, one.side * big, one.tilt, one.mirrored)
-    frame = np.asarray(page, np.int32).reshape(size, 2, size, 2, 3).sum(axis=(1, 3)) // 4
+    frame = toy.halved(np.asarray(page, np.int32))
     frame = frame * int(100 * light) // 100 + rng.randint(-6, 7, frame.shape)
     return frame.clip(0, 255).astype(np.uint8)
 
@@ -269,7 +269,8 @@ def left_right_fair(test, album):
     return one(test, [view(way), *options], letter)
 
 
-def spatial_details(test, album):
+def details(album):
+    """(pictures: a thing cut out, and three to choose from; the thing; what these show)."""
     rng, target = album.rng, album.thing()
 
     def draw():
@@ -284,8 +285,14 @@ def spatial_details(test, album):
         if other != target and other not in others:
             others.append(other)
     pictures = [right, *(album.portrait(other) for other in others)]
-    pictures, letter = shuffled(rng, pictures, 0)
-    return one(test, [query, *pictures], letter)
+    order = rng.permutation(3).tolist()
+    things = [target, *others]
+    return [query, *(pictures[i] for i in order)], target, [things[i] for i in order]
+
+
+def spatial_details(test, album):
+    pictures, target, things = details(album)
+    return one(test, pictures, LETTERS[things.index(target)])
 
 
 def delayed_response(test, album):
@@ -299,20 +306,21 @@ def delayed_response(test, album):
     return one(test, pictures, direction, kind)
 
 
-def memory(test, album):
+def memory(test, album, rounds=ROUNDS, learnt=LEARNT):
+    """learnt: in so many rounds, the first ones, a thing is new, and is asked about later."""
     rng, fair = album.rng, TESTS[test].ours
-    kinds = [str(kind) for kind in rng.permutation(list(THINGS))][:ROUNDS]
-    things = [of_kind(k, rng, album.held_out and i < LEARNT) for i, k in enumerate(kinds)]
+    kinds = [str(kind) for kind in rng.permutation(list(THINGS))][:rounds]
+    things = [of_kind(k, rng, album.held_out and i < learnt) for i, k in enumerate(kinds)]
     pictures = [album.portrait(thing) for thing in things]
-    learnt, new = pictures[:LEARNT], pictures[LEARNT:]
-    shown, turns, same = [learnt[0]], [(NEW + "(A) <image>", "A")], {}
-    pairs = list(zip(range(LEARNT - 1), learnt[1:]))  # the last new one, and a newer
-    tested = rng.permutation(list(range(LEARNT)) * 2).tolist()
+    first, new = pictures[:learnt], pictures[learnt:]
+    shown, turns, same = [first[0]], [(NEW + "(A) <image>", "A")], {}
+    pairs = list(zip(range(learnt - 1), first[1:]))  # the last new one, and a newer
+    tested = rng.permutation(list(range(learnt)) * 2).tolist()
     for number, (old, newer) in enumerate([*pairs, *zip(tested, new)]):
-        before = learnt[old]
-        if fair and number >= LEARNT - 1:  # filmed anew
+        before = first[old]
+        if fair and number >= learnt - 1:  # filmed anew
             before = album.portrait(things[old])
-            same[before] = learnt[old]
+            same[before] = first[old]
         pair, letter = shuffled(rng, [newer, before], 0)
         shown += pair
         turns.append((write(test, 2), letter))
@@ -363,51 +371,15 @@ MAKE = {
 UNTRAINED = ("subitizing", "looking_while_listening")  # these have no tuning data
 # Of long dialogues, easy tests and those of our own, one in so many: to train on, to test by
 FEWER_TO_TRAIN = {
-    "picture_vocabulary": 2,
     "localization": 2,
-    "left_right": 2,
-    "left_right_fair": 4,
-    "delayed_response": 6,
+    "left_right": 3,
+    "left_right_fair": 6,
+    "spatial_details": 2,
+    "delayed_response": 8,
     "delayed_response_open": 3,
-    "memory": 12,
-    "memory_fair": 48,
-    "more_synthetic": 4,
-    "more_natural": 2,
+    "memory": 6,
+    "memory_fair": 24,
+    "more_synthetic": 5,
+    "more_natural": 3,
 }
 FEWER_TO_TEST = {"memory": 5, "memory_fair": 5}
-
-
-# ---------------------------------------------------------------------------------------------
-# Games: yes or no, picture by picture, (pictures, [(question, answer)]). A test of words that shows
-# several pictures asks at once what these ask one by one: does this word go with this picture?
-
-IS_IT = ("is it {} ?", "is this the {} ?", "can you see the '{}' ?", "touch the '{}' !")
-
-
-def yes_or_no(right, thing):
-    """An answer as people give it, which tells what it is instead: no , a cup ."""
-    return f"{'yes' if right else 'no'} , {article(thing.kind)} ."
-
-
-def one_by_one(album):
-    """Picture Vocabulary's question, and each picture's answer."""
-    target, *foils = four_kinds(album)
-    shown = [[target, *foils][i] for i in album.rng.permutation(4)]
-    question, turns = f"Touch the image of '{target.kind}' ", []
-    for letter, thing in zip(LETTERS, shown):
-        turns.append((f"{question}({letter})<image>", yes_or_no(thing == target, thing)))
-        question = " "
-    return [album.portrait(thing) for thing in shown], turns
-
-
-def is_it(album):
-    """One word, and four pictures, each of it or not."""
-    rng, kind = album.rng, album.thing().kind
-    question, shown, turns = pick(rng, IS_IT).format(kind), [], []
-    for _ in range(4):
-        right = rng.randint(2)
-        thing = of_kind(kind, rng) if right else album.other([kind])
-        shown.append(album.portrait(thing))
-        turns.append((f"{question}<image>", yes_or_no(right, thing)))
-        question = ""
-    return shown, turns

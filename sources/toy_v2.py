@@ -6,10 +6,9 @@ interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to 
 
 Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the single pictures,
 phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
-the original. Two things the original does not do: phase 3 begins with games (--games), first "is it
-a ball?" of one picture after the other, then Picture Vocabulary, every other time picture by
-picture, as a word is to be held against one picture before it is asked which of four it means; and
-among the tests it names pictures (--replay), so that naming is not forgotten.
+the original. Two things the original does not do: phase 3 begins with games (--games, see
+_toy_games.py), stage by stage, which ask picture by picture what a test asks of several at once;
+and among the tests it names pictures (--replay), so that naming is not forgotten.
 
 eval/NAME.json are the test parts, with pictures of their own. The pairs of colour and thing that
 the toy world holds out occur in no training picture and in no training word; subsets tell them
@@ -28,25 +27,21 @@ import config
 from config import knob
 from files import writing
 from images import ImageFormat
-from sources import begin, end, toy
+from sources import adopt, begin, end, toy
+from sources._toy_games import IS_IT, SEEN, STAGES, games_of
 from sources._toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
-    IS_IT,
     MAKE,
     UNTRAINED,
     Album,
     Placed,
-    is_it,
-    one_by_one,
     paint,
     path_out,
-    picture_vocabulary,
     plural,
     some_light,
     some_room,
     stand,
-    yes_or_no,
 )
 from sources.toy import THINGS, Scene, pick, random_scene, random_thing, utterance
 from sources.toy_chat import article
@@ -66,8 +61,8 @@ class Config(config.Knobs):
     moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     items: int = knob(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
-    games: int = knob(32000, low=0, high=10**8)  # yes or no, and Picture Vocabulary, before these
-    replay: int = knob(6000, low=0, high=10**8)  # single pictures and utterances among these
+    games: int = knob(70000, low=0, high=10**8)  # picture by picture, in stages, before these
+    replay: int = knob(4000, low=0, high=10**8)  # single pictures and utterances among these
     questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
 
 
@@ -110,7 +105,8 @@ def speech(settings, split):
             yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {pick(rng, test.answers)}"
         if rng.randint(8) == 0:
             question = pick(rng, IS_IT).format(pick(rng, list(THINGS)))
-            yield f"{question} {yes_or_no(rng.randint(2), random_thing(rng, THINGS))}"
+            word, thing = pick(rng, (*SEEN, "yes", "no")), random_thing(rng, THINGS)
+            yield f"{question} {word} , {article(pick(rng, (thing.kind, thing.name)))} ."
 
 
 def happen(rng, size, frames=5):
@@ -191,15 +187,10 @@ def write_tuning(part, settings, rng, one_in):
     write = lambda pictures, turns, *_: part.sample(
         *chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns), pictures
     )
-    games = settings.games // one_in  # one picture and one word, then four pictures
-    for number in tqdm(range(games), f"{part.name} games", unit="game"):
-        if number < games // 2:
-            write(*is_it(album))
-        elif number % 2:
-            write(*one_by_one(album))
-        else:
-            write(*picture_vocabulary("picture_vocabulary", album))
-    part.lead = games
+    stages = games_of(settings.games // one_in)
+    for many, (_, *games) in zip(tqdm(stages, f"{part.name} games", unit="stage"), STAGES):
+        for number in range(many):
+            write(*games[number % len(games)](album))
     tests = [name for name in TESTS if name not in UNTRAINED]
     for test in tqdm(tests, f"{part.name} tests", unit="test"):
         for _ in range(settings.items // one_in // FEWER_TO_TRAIN.get(test, 1)):
@@ -281,16 +272,31 @@ def prompts():
         yield f"{number}"
 
 
+def write_all_tuning(settings, writer):
+    """What phase 3 reads, of both splits."""
+    for split, (number, one_in) in toy.SPLITS.items():
+        part = writer.split(f"chat_{split}")
+        write_tuning(part, settings, np.random.RandomState([settings.seed, number, 11]), one_in)
+        for written in part.bins.values():
+            written.close()
+
+
 def prepare(settings, writer):
-    """Film the toy world in all its forms."""
+    """Film the toy world in all its forms. What shares no random numbers is drawn side by side."""
     words = [*speech(settings, "train"), *(line for line in prompts() for _ in range(40))]
     tokenizer = Tokenizer.train(words, settings.vocab_size)
     writer.start(tokenizer, ImageFormat(settings.size), {"name": "bare", "system": ""})
-    tests = begin(write_tests, settings, writer.directory)  # they share no random numbers
+    tests = begin(write_tests, settings, writer.directory)
+    tuning = begin(write_all_tuning, settings, writer)
     for split, (number, one_in) in toy.SPLITS.items():
-        rngs = [np.random.RandomState([settings.seed, number, 10 + k]) for k in range(2)]
         part = writer.split(split)
         part.text(speech(settings, split))
-        write_heard(part, settings, rngs[0], one_in)
-        write_tuning(writer.split(f"chat_{split}"), settings, rngs[1], one_in)
+        rng = np.random.RandomState([settings.seed, number, 10])
+        write_heard(part, settings, rng, one_in)
+        writer.split(f"chat_{split}")
+    end(tuning, f"{writer.directory}/chat_*")
+    for split, (_, one_in) in toy.SPLITS.items():
+        part = writer.split(f"chat_{split}")
+        adopt(part)
+        part.lead = sum(games_of(settings.games // one_in))
     end(tests, f"{writer.directory}/eval")

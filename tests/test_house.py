@@ -47,6 +47,7 @@ FLOORS = [
     {"sample", "toy_chat", "phases", "babyvlm", "choice", "devbench", "parents"},
     {"toolbox"},
     {"eval", "curate", "_toy_items"},
+    {"_toy_games"},
     {"train", "toy_v2"},
 ]
 KNOWS_NO_FILES = ("model", "vision", "dino", "kernels", "scores")
@@ -156,6 +157,7 @@ def test_there_is_a_test_file_for_each_module():
             "transcripts": "video",
             "toy_v2": "toolbox",
             "_toy_items": "toolbox",
+            "_toy_games": "toolbox",
             "places": "images",
             "inference": "sample",
             "phases": "train",

@@ -1,5 +1,11 @@
 """What sources share: what is held out, and reading on after a kill."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -9,6 +15,8 @@ from images import ImageFormat
 from places import Places
 from sources import hold_out, keep_out, read_images
 from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_tenth_stretch_is_held_out():
@@ -24,6 +32,43 @@ def test_what_is_kept_out_is_said(capsys):
     assert keep_out(["a ball ."], ["a ball .", "a ball", "a bear ."]) == ["a ball", "a bear ."]
     assert "1 lines are validation captions" in capsys.readouterr().out
     assert keep_out([], ["a ball ."]) == ["a ball ."] and not capsys.readouterr().out
+
+
+TWO_ASIDE = """
+import os, sys, time
+import sources
+
+def beat(name):
+    for _ in range(1000):
+        with open(name, "a") as file:
+            file.write(".")
+        time.sleep(0.02)
+
+kept = [sources.begin(beat, name) for name in ("one", "two")]
+while not all(map(os.path.exists, ("one", "two"))):
+    time.sleep(0.02)
+print("begun", flush=True)
+sys.exit(1) if "leave" in sys.argv else time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "leave"])
+def test_what_is_begun_aside_ends_with_the_process_that_began_it(tmp_path, how):
+    """By kill -9, which it cannot hear of, or by its own error: else it would write on."""
+    words = [sys.executable, "-c", TWO_ASIDE, how]
+    run = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert run.stdout.readline() == b"begun\n"
+    if how == "kill":
+        run.kill()
+    run.wait(timeout=10)
+    size = lambda: [(tmp_path / name).stat().st_size for name in ("one", "two")]
+    still, patience = None, 100
+    while size() != still and patience:
+        still, patience = size(), patience - 1
+        time.sleep(0.2)
+    assert patience and max(still) < 500  # of 1,000: it did not simply come to its end
 
 
 def interrupted(locations, image_format):

@@ -4,6 +4,7 @@ toy world's items true to their pictures."""
 import hashlib
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,12 +19,13 @@ import toolbox
 import train
 from config import UserError
 from data import Data
-from sources import _toy_items, toy
+from sources import _toy_games, _toy_items, toy
 from sources.toy import THINGS, Thing
+from sources.toy_chat import article
 from toolbox import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS, hits_of, parse, rule
 
 FLAGS = (
-    "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --games=40 "
+    "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --games=70 "
     "--replay=20 --questions=10"
 )
 
@@ -416,7 +418,7 @@ def test_memory_items_follow_the_dialogues_rule():
         assert sorted(times.values()) == [2] * LEARNT
 
 
-GAMES = (_toy_items.is_it, _toy_items.one_by_one)
+GAMES = [game for _, *games in _toy_games.STAGES for game in games]
 
 
 class Shown(_toy_items.Album):
@@ -426,52 +428,96 @@ class Shown(_toy_items.Album):
         super().__init__(None, np.random.RandomState(seed), 64)
         self.numbers = itertools.count()
 
-    def portrait(self, thing):
-        return thing, next(self.numbers)
+    def paint(self, placed, room=None, light=1.0):
+        return placed[0].thing, next(self.numbers)
+
+
+def answers(turns):
+    """[(first word, the name after it)] of answers picture by picture; then the letter, if any."""
+    said = [answer for _, answer in turns]
+    ends = [] if " , " in said[-1] else [said.pop()]
+    return [tuple(answer[:-2].split(" , ")) for answer in said] + ends
+
+
+def one_by_one(rights, things, colours=False):
+    """What answers() must find in a game, and the letter of the one that is right."""
+    assert sum(rights) == 1
+    names = [article(thing.name if colours else thing.kind) for thing in things]
+    words = ["yes" if right else "no" for right in rights]
+    return [*zip(words, names), LETTERS[rights.index(True)]]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_games_are_true_to_their_pictures(seed):
-    pictures, turns = _toy_items.one_by_one(Shown(seed))
-    kind = turns[0][0].split("'")[1]
-    assert [f"({letter})<image>" in words for letter, (words, _) in zip(LETTERS, turns)] == [
-        True
-    ] * 4
-    for (thing, _), (_, answer) in zip(pictures, turns):
-        assert answer.split()[0] == ("yes" if thing.kind == kind else "no")
-        assert answer.split()[-2] == thing.kind
-    assert sum(answer.startswith("yes") for _, answer in turns) == 1
-    pictures, turns = _toy_items.is_it(Shown(seed))
-    for (thing, _), (_, answer) in zip(pictures, turns):
-        is_said = thing.kind in turns[0][0].replace("'", " ").split()
-        assert answer.startswith("yes" if is_said else "no") and f" {thing.kind} ." in answer
-    for pictures, turns in (game(Shown(seed)) for game in GAMES):
+    pictures, turns = _toy_games.is_it(Shown(seed))
+    things, words = [thing for thing, _ in pictures], turns[0][0].replace("'", " ").split()
+    want = [("yes" if thing.kind in words else "no", article(thing.kind)) for thing in things]
+    assert answers(turns) == want
+
+    pictures, turns = _toy_games.touch(Shown(seed))
+    things, kind = [thing for thing, _ in pictures], turns[0][0].split("'")[1]
+    assert answers(turns) == one_by_one([thing.kind == kind for thing in things], things)
+
+    for again in (True, False):
+        (first, *others), turns = _toy_games.is_same(Shown(seed), again)
+        things = [thing for thing, _ in others]
+        assert answers(turns) == one_by_one([thing == first[0] for thing in things], things)
+        assert (first in others) == again
+        (first, *others), [(_, letter)] = _toy_games.is_same(Shown(seed), again, at_once=True)
+        assert others[LETTERS.index(letter)][0] == first[0] and (first in others) == again
+
+    (first, *others), turns = _toy_games.is_exactly(Shown(seed))
+    things = [thing for thing, _ in others]
+    assert answers(turns) == one_by_one([thing == first[0] for thing in things], things, True)
+
+    pictures, turns = _toy_games.is_new(Shown(seed))
+    for round_ in range(3):
+        before = pictures[: 2 * round_ - 6]
+        pair = pictures[len(before) : len(before) + 2]
+        new = [picture not in before for picture in pair]
+        words = [("new" if is_new else "again", article(p[0].kind)) for is_new, p in zip(new, pair)]
+        assert answers(turns[3 * round_ : 3 * round_ + 3]) == [*words, LETTERS[new.index(True)]]
+        assert sum(new) == 1
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_a_game_shows_what_it_asks_about_and_nothing_held_out(game):
+    for seed in range(10):
+        pictures, turns = game(Shown(seed))
         assert "".join(words for words, _ in turns).count("<image>") == len(pictures)
         assert not any(toy.held_out(thing) for thing, _ in pictures)
 
 
+def test_games_say_what_the_tests_say():
+    """Else a game would be learnt in words that no test uses."""
+    asked = lambda game: "".join(words for words, _ in game(Shown(0))[1])
+    words = asked(_toy_games.touch)
+    assert words == toolbox.write("picture_vocabulary", 4, words.split("'")[1]) + " ?"
+    assert toolbox.write("spatial_details", 4).startswith(asked(_toy_games.is_exactly)[:-2])
+    same = {asked(lambda _, seed=seed: _toy_games.is_same(Shown(seed)))[:-2] for seed in range(9)}
+    tests = [toolbox.write(test, 4) for test in ("left_right", "spatial_details")]
+    assert len(same) == 2 and all(any(t.startswith(words) for t in tests) for words in same)
+    assert asked(_toy_games.is_new).endswith(2 * (toolbox.write("memory", 2) + " ?"))
+
+
 def test_games_lead_in_their_order(made):
-    """First one word at a time, then four pictures at once; what they are not, comes after."""
+    """Each stage after the one before, and the tests' own training parts after all of them."""
     dataset = Data(made)
     tokens, samples = dataset.open("chat_train", "tokens"), dataset.open("chat_train", "samples")
     said = [
         dataset.tokenizer.decode(tokens[a : a + n]) for a, n, *_ in samples.astype(int).tolist()
     ]
-    assert dataset.count("chat_train", "lead") == 40 and dataset.count("train", "lead") == 0
-    assert not any("Touch the image" in one for one in said[:20])
-    assert all("Touch the image" in one for one in said[20:40])
-    assert sum("yes ," in one for one in said[20:40]) == 10
-    after = said[40:]
-    assert not any("touch the '" in one for one in after)
-    assert not any("Touch the image" in one and "yes ," in one for one in after)
+    lead = dataset.count("chat_train", "lead")
+    assert lead == sum(_toy_games.games_of(70)) == 70 and dataset.count("train", "lead") == 0
+    first = [next(i for i, one in enumerate(said) if re.search(mark, one)) for mark in MARKS]
+    ends = np.cumsum(_toy_games.games_of(70)).tolist()
+    assert [sum(end <= i for end in ends) for i in first] == [0, 1, 2, 3, 4, 6]
+    assert not any("no , a" in one or "again , a" in one for one in said[lead:])
 
 
-def test_games_say_what_the_tests_say():
-    """Else a game would be learnt in words that no test uses."""
-    _, turns = _toy_items.one_by_one(Shown(0))
-    kind = turns[0][0].split("'")[1]
-    asked = "".join(words for words, _ in turns)
-    assert asked == toolbox.write("picture_vocabulary", 4, kind)
+# What the samples of a stage say that no stage before does, and what comes after all of them
+COLOURED = f"no , an? ({'|'.join(toy.COLOURS)}) "
+MARKS = ("is it", "Touch the image of", "the same as this", COLOURED, "again ,", "How many")
 
 
 def blobs(frame):
