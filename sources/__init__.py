@@ -10,6 +10,7 @@ finds it by its name.
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from contextlib import ExitStack, closing
@@ -79,7 +80,9 @@ def begin(work, *arguments):
 
 
 def work_aside(ours, theirs, work, *arguments):
-    """What the system complains of is this process's exit code, and 100, for end() to tell."""
+    """What the system complains of is this process's exit code, and 100, for end() to tell. Of
+    Ctrl-C it hears through the process that began it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ours.close()
     threading.Thread(target=die_with, args=(theirs,), daemon=True).start()
     try:

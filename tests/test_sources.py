@@ -1,6 +1,7 @@
 """What sources share: what is held out, and reading on after a kill."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,22 +48,31 @@ def beat(name):
 kept = [sources.begin(beat, name) for name in ("one", "two")]
 while not all(map(os.path.exists, ("one", "two"))):
     time.sleep(0.02)
-print("begun", flush=True)
-sys.exit(1) if "leave" in sys.argv else time.sleep(100)
+try:
+    print("begun", flush=True)
+    sys.exit(1) if "leave" in sys.argv else time.sleep(100)
+except KeyboardInterrupt:
+    sys.exit(1)
 """
 
 
-@pytest.mark.parametrize("how", ["kill", "leave"])
+@pytest.mark.parametrize("how", ["kill", "leave", "interrupt"])
 def test_what_is_begun_aside_ends_with_the_process_that_began_it(tmp_path, how):
-    """By kill -9, which it cannot hear of, or by its own error: else it would write on."""
-    words = [sys.executable, "-c", TWO_ASIDE, how]
+    """By kill -9, which it cannot hear of, by its own error or Ctrl-C: else it would write on."""
     run = subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", TWO_ASIDE, how],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
     assert run.stdout.readline() == b"begun\n"
     if how == "kill":
         run.kill()
-    run.wait(timeout=10)
+    if how == "interrupt":
+        os.killpg(run.pid, signal.SIGINT)
+    assert b"Traceback" not in run.communicate(timeout=10)[1]
     size = lambda: [(tmp_path / name).stat().st_size for name in ("one", "two")]
     still, patience = None, 100
     while size() != still and patience:
