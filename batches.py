@@ -32,8 +32,8 @@ from tiles import arrange, count_tokens, join
 class Batch:
     """What a model is given: tokens (n, T), the positions in the flattened (n T) that have a
     target (None: all have), these targets (K,), and images (N, P, E) features, (N, S, S, 3)
-    frames, or None. `count` targets are to be learnt, the others are padding, -100. arrangement:
-    where images come in tiles, see tiles.py, which of the tower's outputs are their tokens."""
+    frames, or None. The first `count` targets are to be learnt, the others, -100, are padding, as
+    are images at the end that no token shows. arrangement: of tiles, which outputs are tokens."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -44,7 +44,7 @@ class Batch:
 
     def to(self, device, image_format):
         """(tokens, targets, positions, images, arrangement, first) as tensors; frames become a
-        tower's input; before `first`, a multiple of 8, no row has a target."""
+        tower's input; before `first` no row has a target (a multiple of 8: few shapes)."""
         tokens, targets, positions, images = (
             None if part is None else torch.as_tensor(part).to(device, non_blocking=True)
             for part in (self.tokens, self.targets, self.positions, self.images)
@@ -248,7 +248,7 @@ class SampleBatches:
             if self.tiled:
                 arrangements.append(arrange(*grid, self.side, len(frames), self.max_tiles))
             frames += range(first, first + 1 + grid[0] * grid[1])
-        if self.ragged:  # to one of few numbers: kernels are made, and kept, for each
+        if self.ragged:  # fill up to one of few numbers: for each, kernels are made and kept
             frames += frames[-1:] * (round_up(8 * len(frames)) // 8 - len(frames))
         batch.images = self.pictures[np.array(frames)]
         if self.tiled:

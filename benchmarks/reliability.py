@@ -201,12 +201,13 @@ def kills(home, settings):
         if scene.name not in whole:
             clock = time.perf_counter()
             result = scene.result(run_on(home, f"whole {scene.name}", scene))
-            whole[scene.name] = [result, time.perf_counter() - clock]
+            whole[scene.name] = result, time.perf_counter() - clock
         wanted, took = whole[scene.name]
         folder = home / f"killed {number}"
-        while not kill_once(scene, folder, after := rng.uniform(0.2, 1.0) * took):
+        after = rng.uniform(0.2, 1.0) * took
+        while not kill_once(scene, folder, after):
             shutil.rmtree(folder)
-            whole[scene.name][1] = took = min(took, after)
+            after *= rng.uniform(0.2, 1.0)
         code, said = call(scene.words, folder)
         found, left = scene.result(folder), leftovers(folder)
         equal[scene.name].append(code == 0 and found == wanted and not left)
@@ -244,7 +245,8 @@ def is_one_line(code, said):
 
 def disk_usage(folder):
     """Bytes of the pages that a folder's files take."""
-    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
 
 
 def disks(home, settings):

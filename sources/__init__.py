@@ -75,7 +75,7 @@ def begin(work, *arguments):
     )
     process.start()
     theirs.close()
-    process.lifeline = ours
+    process.lifeline = ours  # open as long as this process lives, and has it
     return process
 
 

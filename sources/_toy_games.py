@@ -9,7 +9,7 @@ answer)]).
 
 from functools import partial
 
-from sources._toy_items import MAKE, details, four_kinds, of_kind
+from sources._toy_items import MAKE, details, four_kinds, of_kind, shuffled
 from sources.toy import THINGS, pick
 from sources.toy_chat import article
 from toolbox import LEARNT, LETTERS, NEW, write
@@ -42,10 +42,11 @@ def is_it(album):
 
 def touch(album):
     """Picture Vocabulary, one by one."""
-    target, *foils = four_kinds(album)
-    things = [[target, *foils][i] for i in album.rng.permutation(4)]
-    rights, kinds = [thing == target for thing in things], [thing.kind for thing in things]
-    turns = one_by_one(f"Touch the image of '{target.kind}' ", rights, kinds, "({})")
+    things = four_kinds(album)
+    question = f"Touch the image of '{things[0].kind}' "
+    things, right = shuffled(album.rng, things, 0)
+    rights, kinds = [letter == right for letter in LETTERS], [thing.kind for thing in things]
+    turns = one_by_one(question, rights, kinds, "({})")
     return [album.portrait(thing) for thing in things], turns
 
 
@@ -56,23 +57,26 @@ def is_same(album, again=False, at_once=False):
     first = album.portrait(target)
     things = [target, *(album.other([target.kind]) for _ in range(2))]
     pictures = [first if again else album.portrait(target), *map(album.portrait, things[1:])]
-    order = rng.permutation(3).tolist()
-    shown, test = (
-        [first, *(pictures[i] for i in order)],
-        pick(rng, ("left_right", "spatial_details")),
-    )
+    options, right = shuffled(rng, list(zip(pictures, things)), 0)
+    pictures, things = zip(*options)
+    question = write(pick(rng, ("left_right", "spatial_details")), 4)
     if at_once:
-        return shown, [(write(test, 4), LETTERS[order.index(0)])]
-    rights, kinds = [i == 0 for i in order], [things[i].kind for i in order]
-    return shown, one_by_one(write(test, 4).partition("(A)")[0], rights, kinds, "({}) ")
+        return [first, *pictures], [(question, right)]
+    return [first, *pictures], each_option(question, right, [thing.kind for thing in things])
 
 
 def is_exactly(album):
     """Spatial Details, one by one."""
-    pictures, target, things = details(album)
-    rights, names = [thing == target for thing in things], [thing.name for thing in things]
-    question = write("spatial_details", 4).partition("(A)")[0]
-    return pictures, one_by_one(question, rights, names, "({}) ")
+    pictures, things, right = details(album)
+    turns = each_option(write("spatial_details", 4), right, [thing.name for thing in things])
+    return pictures, turns
+
+
+def each_option(question, right, names):
+    """Turns of a test's three pictures to choose from, the one with the letter `right` among them;
+    of its question what stands before these."""
+    rights = [letter == right for letter in LETTERS[:3]]
+    return one_by_one(question.partition("(A)")[0], rights, names, "({}) ")
 
 
 def is_new(album, most=LEARNT):
@@ -96,8 +100,8 @@ def playing(test, **how):
 
 
 VOCABULARY, DETAILS = playing("picture_vocabulary"), playing("spatial_details")
-# Stages: so many of 70 games, of these kinds in turn. First what a test is made of, then the test;
-# Picture Vocabulary, once it has begun, is lost where it is not asked all along
+# Stages: so many of 70 games, of these kinds in turn. First what a test is made of, then the test.
+# Picture Vocabulary is asked all along: when it was not, it was lost
 STAGES = (
     (10, is_it),
     (12, touch, VOCABULARY),

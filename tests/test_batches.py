@@ -15,7 +15,7 @@ from conftest import ROOT, make_corpus, one_line
 
 import checkpoint
 import features
-from batches import ClipBatches, Order, SampleBatches, TextBatches, round_up
+from batches import Batch, ClipBatches, Order, SampleBatches, TextBatches, round_up
 from checks import check_meta
 from config import UserError
 from data import BINS, Data
@@ -168,21 +168,31 @@ def test_any_cut_of_a_batch_gives_the_same_rows(mixed):
 
 
 def test_logits_at_positions_are_the_head_on_all_of_them(mixed):
-    """The loss over the handed positions is that of the plain way, all positions and -100s."""
+    """The loss over the handed positions is that of the plain way, all positions and -100s; however
+    many positions before the first target are left out."""
     model = make_model(mixed)
     found = SampleBatches(mixed, "train", 8, 1, model)
     for step in range(4):
         batch = found.read(*found.plan(step))
         tokens, targets, positions, images, _, first = batch.to("cpu", mixed.image_format)
-        assert first == min(positions % tokens.shape[1]) // 8 * 8
-        logits = model(tokens, None, positions, images, None, first)[0]
-        loss = model(tokens, targets, positions, images, None, first)[1]
         everywhere = torch.full((tokens.numel(),), -100)
         everywhere[positions[: batch.count]] = targets[: batch.count]
-        all_logits, slow = model(tokens, None, None, images)[0], None
-        slow = F.cross_entropy(all_logits.flatten(0, 1).double(), everywhere, ignore_index=-100)
-        assert abs(loss - slow) < 1e-5 and logits.shape[0] == len(positions)
-        assert torch.allclose(logits, all_logits.flatten(0, 1)[positions], atol=1e-5)
+        all_logits = model(tokens, None, None, images)[0].flatten(0, 1)
+        slow = F.cross_entropy(all_logits.double(), everywhere, ignore_index=-100)
+        most = int(min(positions % tokens.shape[1]))
+        assert first <= most and (step or most)
+        for first in (first, most):
+            logits = model(tokens, None, positions, images, None, first)[0]
+            loss = model(tokens, targets, positions, images, None, first)[1]
+            assert abs(loss - slow) < 1e-5 and logits.shape[0] == len(positions)
+            assert torch.allclose(logits, all_logits[positions], atol=1e-5)
+
+
+@pytest.mark.parametrize("least, first", [(7, 0), (8, 8), (19, 16)])
+def test_shapes_are_few(mixed, least, first):
+    tokens, targets = np.zeros((2, 40), np.int64), np.array([1, 1, -100])
+    batch = Batch(tokens, targets, np.array([39, 40 + least, 0]), None, count=2)
+    assert batch.to("cpu", mixed.image_format)[-1] == first
 
 
 def test_the_validation_is_fixed_whole_and_spread(mixed):
