@@ -136,7 +136,7 @@ def soak(home, settings):
         late = [row for row in found if row[0] >= 0.8]
         early, late = early or found[:1], late or found[-1:]  # a phase that is over in a moment
         one, two = (float(np.median([row[1] for row in rows])) for rows in (early, late))
-        files = [max(row[2] for row in rows) for rows in (early, late)]
+        files = [int(np.median([row[2] for row in rows])) for rows in (early, late)]  # at rest
         print(
             f"| {name} | {each} | {one:.1f} | {two:.1f} | {two / one - 1:+.1%} | {files[0]} | "
             f"{files[1]} |"
