@@ -22,7 +22,7 @@ phase1_lr = 1e-3  # the projector's output must not drown what blocks add to it:
 phase2_learn = ("projector=5e-4", "gpt")  # at 2e-3 it grew ten times as long as a word's vector
 phase2_steps = 3500
 phase3_learn = ("projector=5e-4", "gpt")
-phase3_steps = 7600  # the games in their order take the first 2,187
+phase3_steps = 7600  # the games in their order take the first 1,937
 phase3_lr = 2e-3
 phase3_batch = 32
 eval_every = 1000

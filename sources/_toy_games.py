@@ -9,10 +9,10 @@ answer)]).
 
 from functools import partial
 
-from sources._toy_items import MAKE, details, four_kinds, of_kind, shuffled
+from sources._toy_items import MAKE, four_kinds, of_kind, plural, shuffled
 from sources.toy import THINGS, pick
 from sources.toy_chat import article
-from toolbox import LEARNT, LETTERS, NEW, write
+from toolbox import LETTERS, NEW, write
 
 IS_IT = ("is it {} ?", "is this the {} ?", "can you see the '{}' ?", "touch the '{}' !")
 SEEN = ("again", "new")  # not no and yes: everywhere else yes is said of a match
@@ -50,41 +50,29 @@ def touch(album):
     return [album.portrait(thing) for thing in things], turns
 
 
-def is_same(album, again=False, at_once=False):
-    """One picture, and three others in the words of Left/Right or Spatial Details: which is of the
-    same thing? again: it is the same picture."""
+def is_same(album, at_once=False):
+    """One picture, and three others in the words of Left/Right or Spatial Details: which of them is
+    the same?"""
     rng, target = album.rng, album.thing()
     first = album.portrait(target)
     things = [target, *(album.other([target.kind]) for _ in range(2))]
-    pictures = [first if again else album.portrait(target), *map(album.portrait, things[1:])]
+    pictures = [first, *map(album.portrait, things[1:])]
     options, right = shuffled(rng, list(zip(pictures, things)), 0)
     pictures, things = zip(*options)
     question = write(pick(rng, ("left_right", "spatial_details")), 4)
     if at_once:
         return [first, *pictures], [(question, right)]
-    return [first, *pictures], each_option(question, right, [thing.kind for thing in things])
+    rights, names = [letter == right for letter in LETTERS[:3]], [thing.kind for thing in things]
+    turns = one_by_one(question.partition("(A)")[0], rights, names, "({}) ")
+    return [first, *pictures], turns
 
 
-def is_exactly(album):
-    """Spatial Details, one by one."""
-    pictures, things, right = details(album)
-    turns = each_option(write("spatial_details", 4), right, [thing.name for thing in things])
-    return pictures, turns
-
-
-def each_option(question, right, names):
-    """Turns of a test's three pictures to choose from, the one with the letter `right` among them;
-    of its question what stands before these."""
-    rights = [letter == right for letter in LETTERS[:3]]
-    return one_by_one(question.partition("(A)")[0], rights, names, "({}) ")
-
-
-def is_new(album, most=LEARNT):
-    """Some pictures, or one, without a word; then Memory, one by one."""
+def is_new(album):
+    """A picture or two without a word; then Memory, one by one."""
     rng = album.rng
     kinds = [str(kind) for kind in rng.permutation(list(THINGS))]
     pictures = [album.portrait(of_kind(kind, rng)) for kind in kinds]
-    learnt = rng.randint(1, most + 1)
+    learnt = rng.randint(1, 3)
     shown, turns, question = list(range(learnt)), [], "<image>" * learnt + " "
     for new in range(learnt, learnt + 3):
         pair = [new, rng.randint(learnt)][:: rng.choice([-1, 1])]
@@ -94,21 +82,32 @@ def is_new(album, most=LEARNT):
     return [pictures[i] for i in shown], turns
 
 
+def count_in_room(album):
+    """Object Counting of up to three things in a room, where Subitizing asks in words of its own."""
+    thing, number = album.thing(), album.rng.randint(1, 4)
+    question = write("object_counting", 1, plural(thing.kind))
+    return [album.crowd(thing, number, natural=True)], [(question, f"{number}")]
+
+
 def playing(test, **how):
     """A test's own question as a game."""
     return lambda album: MAKE[test](test, album, **how)[:2]
 
 
-VOCABULARY, DETAILS = playing("picture_vocabulary"), playing("spatial_details")
-# Stages: so many of 70 games, of these kinds in turn. First what a test is made of, then the test.
-# Picture Vocabulary is asked all along: when it was not, it was lost
+def memory_of(learnt):
+    """Memory of so many things, in as many rounds as these make."""
+    return playing("memory", learnt=learnt)
+
+
+VOCABULARY, SAME = playing("picture_vocabulary"), partial(is_same, at_once=True)
+# Stages: so many of 62 games, of these kinds in turn. First what a test is made of, then the test.
+# What was learnt is asked all along: Picture Vocabulary was lost when it was not
 STAGES = (
     (10, is_it),
     (12, touch, VOCABULARY),
-    (14, partial(is_same, again=True), partial(is_same, again=True, at_once=True), VOCABULARY),
-    (14, is_exactly, partial(is_same, at_once=True), DETAILS, VOCABULARY),
-    (10, partial(is_new, most=2), is_new, DETAILS, VOCABULARY),
-    (10, is_new, playing("memory", rounds=7, learnt=3), DETAILS, VOCABULARY),
+    (20, is_same, SAME, VOCABULARY),
+    (10, is_new, memory_of(1), memory_of(1), SAME, VOCABULARY),
+    (10, memory_of(2), memory_of(3), SAME, VOCABULARY),
 )
 
 

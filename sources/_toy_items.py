@@ -12,7 +12,7 @@ from PIL import Image
 from sources import toy
 from sources.toy import COLOURS, ROOMS, THINGS, Thing, draw_room, draw_thing, pick, random_thing
 from sources.toy_chat import article
-from toolbox import DIRECTIONS, LEARNT, LETTERS, NEW, ROUNDS, TESTS, write
+from toolbox import DIRECTIONS, LEARNT, LETTERS, NEW, TESTS, write
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
@@ -269,9 +269,8 @@ def left_right_fair(test, album):
     return one(test, [view(way), *options], letter)
 
 
-def details(album):
-    """(pictures: a thing cut out, and three to choose from; what these three show; the letter of
-    the one that is of that thing)."""
+def spatial_details(test, album):
+    """A thing cut out; the picture it was cut out of, and two of its kind in other colours."""
     rng, target = album.rng, album.thing()
 
     def draw():
@@ -285,15 +284,8 @@ def details(album):
         other = of_kind(target.kind, rng)
         if other != target and other not in others:
             others.append(other)
-    pictures = [right, *(album.portrait(other) for other in others)]
-    options, letter = shuffled(rng, list(zip(pictures, [target, *others])), 0)
-    pictures, things = zip(*options)
-    return [query, *pictures], things, letter
-
-
-def spatial_details(test, album):
-    pictures, _, letter = details(album)
-    return one(test, pictures, letter)
+    options, letter = shuffled(rng, [right, *map(album.portrait, others)], 0)
+    return one(test, [query, *options], letter)
 
 
 def delayed_response(test, album):
@@ -307,10 +299,11 @@ def delayed_response(test, album):
     return one(test, pictures, direction, kind)
 
 
-def memory(test, album, rounds=ROUNDS, learnt=LEARNT):
-    """learnt: in so many rounds, the first ones, a thing is new, and is asked about later."""
+def memory(test, album, learnt=LEARNT):
+    """learnt: so many things are shown in the first rounds, and each is asked about in two others,
+    beside one that is new then."""
     rng, fair = album.rng, TESTS[test].ours
-    kinds = [str(kind) for kind in rng.permutation(list(THINGS))][:rounds]
+    kinds = [str(kind) for kind in rng.permutation(list(THINGS))][: 3 * learnt]
     things = [of_kind(k, rng, album.held_out and i < learnt) for i, k in enumerate(kinds)]
     pictures = [album.portrait(thing) for thing in things]
     first, new = pictures[:learnt], pictures[learnt:]
@@ -326,6 +319,12 @@ def memory(test, album, rounds=ROUNDS, learnt=LEARNT):
         shown += pair
         turns.append((write(test, 2), letter))
     return shown, turns, {"learnt": same} if fair else {}
+
+
+def some_memory(test, album):
+    """Memory to train on, of 1 to LEARNT things: as many rounds of each in all."""
+    sizes = np.arange(1, LEARNT + 1)
+    return memory(test, album, album.rng.choice(sizes, p=1 / sizes / (1 / sizes).sum()))
 
 
 def more(test, album):
@@ -369,6 +368,7 @@ MAKE = {
     "object_counting": counting,
     "looking_while_listening": listening,
 }
+MAKE_TO_TRAIN = MAKE | {"memory": some_memory, "memory_fair": some_memory}
 UNTRAINED = ("subitizing", "looking_while_listening")  # these have no tuning data
 # One in so many, to train on, to test by: fewest of long dialogues, of what is learnt easily, and
 # of the fairer forms; most of Picture Vocabulary and Object Counting, which take longest
@@ -379,8 +379,8 @@ FEWER_TO_TRAIN = {
     "spatial_details": 2,
     "delayed_response": 8,
     "delayed_response_open": 3,
-    "memory": 6,
-    "memory_fair": 24,
+    "memory": 3,
+    "memory_fair": 12,
     "more_synthetic": 5,
     "more_natural": 3,
 }

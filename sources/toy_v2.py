@@ -8,7 +8,8 @@ Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the s
 phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
 the original. Two things the original does not do: phase 3 begins with games (--games, see
 _toy_games.py), stage by stage, which ask picture by picture what a test asks of several at once;
-and among the tests it names pictures (--replay), so that naming is not forgotten.
+and among the tests it names pictures, so that naming is not forgotten, and counts things in rooms
+(--replay).
 
 eval/NAME.json are the test parts, with pictures of their own. The pairs of colour and thing that
 the toy world holds out occur in no training picture and in no training word; subsets tell them
@@ -28,11 +29,12 @@ from config import knob
 from files import writing
 from images import ImageFormat
 from sources import adopt, begin, end, toy
-from sources._toy_games import IS_IT, SEEN, STAGES, games_of
+from sources._toy_games import IS_IT, SEEN, STAGES, count_in_room, games_of
 from sources._toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
     MAKE,
+    MAKE_TO_TRAIN,
     UNTRAINED,
     Album,
     Placed,
@@ -61,8 +63,8 @@ class Config(config.Knobs):
     moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
     lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
     items: int = knob(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
-    games: int = knob(70000, low=0, high=10**8)  # picture by picture, in stages, before these
-    replay: int = knob(4000, low=0, high=10**8)  # single pictures and utterances among these
+    games: int = knob(62000, low=0, high=10**8)  # picture by picture, in stages, before these
+    replay: int = knob(7000, low=0, high=10**8)  # pictures named, and counted, among these
     questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
 
 
@@ -181,7 +183,7 @@ def write_heard(part, settings, rng, one_in):
 
 
 def write_tuning(part, settings, rng, one_in):
-    """The training parts of the tests, the games that lead to them, and names."""
+    """The training parts of the tests, the games that lead to them, names and small numbers."""
     most = max(2, 20 // one_in), max(2, settings.items // 12 // one_in)
     album = Album(Clips(part), rng, settings.size, most=most)
     write = lambda pictures, turns, *_: part.sample(
@@ -194,11 +196,14 @@ def write_tuning(part, settings, rng, one_in):
     tests = [name for name in TESTS if name not in UNTRAINED]
     for test in tqdm(tests, f"{part.name} tests", unit="test"):
         for _ in range(settings.items // one_in // FEWER_TO_TRAIN.get(test, 1)):
-            write(*MAKE[test](test, album))
-    for _ in range(settings.replay // one_in):  # naming, so that it is not forgotten
-        thing = album.thing()
-        words = talk(Scene(0, (thing,)), rng)
-        part.sample(*caption_sample(part.writer.tokenizer, words), [album.portrait(thing)])
+            write(*MAKE_TO_TRAIN[test](test, album))
+    for number in range(settings.replay // one_in):
+        if number % 2:
+            write(*count_in_room(album))
+        else:
+            thing = album.thing()
+            words = talk(Scene(0, (thing,)), rng)
+            part.sample(*caption_sample(part.writer.tokenizer, words), [album.portrait(thing)])
 
 
 def write_tests(settings, directory):

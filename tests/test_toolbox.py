@@ -25,7 +25,7 @@ from sources.toy_chat import article
 from toolbox import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS, hits_of, parse, rule
 
 FLAGS = (
-    "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --games=70 "
+    "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --games=62 "
     "--replay=20 --questions=10"
 )
 
@@ -418,6 +418,16 @@ def test_memory_items_follow_the_dialogues_rule():
         assert sorted(times.values()) == [2] * LEARNT
 
 
+def test_memory_is_trained_on_in_dialogues_of_every_length():
+    """Of each length as many rounds in all."""
+    some, _ = album()
+    rounds = [len(_toy_items.some_memory("memory", some)[1]) for _ in range(1000)]
+    lengths, times = np.unique(rounds, return_counts=True)
+    assert lengths.tolist() == [3, 6, 9, 12, ROUNDS]
+    shares = lengths * times / sum(rounds)
+    assert (abs(shares - 0.2) < 0.06).all()
+
+
 GAMES = [game for _, *games in _toy_games.STAGES for game in games]
 
 
@@ -439,10 +449,10 @@ def answers(turns):
     return [tuple(answer[:-2].split(" , ")) for answer in said] + ends
 
 
-def one_by_one(rights, things, colours=False):
+def one_by_one(rights, things):
     """What answers() must find in a game, and the letter of the one that is right."""
     assert sum(rights) == 1
-    names = [article(thing.name if colours else thing.kind) for thing in things]
+    names = [article(thing.kind) for thing in things]
     words = ["yes" if right else "no" for right in rights]
     return [*zip(words, names), LETTERS[rights.index(True)]]
 
@@ -458,17 +468,11 @@ def test_games_are_true_to_their_pictures(seed):
     things, kind = [thing for thing, _ in pictures], turns[0][0].split("'")[1]
     assert answers(turns) == one_by_one([thing.kind == kind for thing in things], things)
 
-    for again in (True, False):
-        (first, *others), turns = _toy_games.is_same(Shown(seed), again)
-        things = [thing for thing, _ in others]
-        assert answers(turns) == one_by_one([thing == first[0] for thing in things], things)
-        assert (first in others) == again
-        (first, *others), [(_, letter)] = _toy_games.is_same(Shown(seed), again, at_once=True)
-        assert others[LETTERS.index(letter)][0] == first[0] and (first in others) == again
-
-    (first, *others), turns = _toy_games.is_exactly(Shown(seed))
+    (first, *others), turns = _toy_games.is_same(Shown(seed))
     things = [thing for thing, _ in others]
-    assert answers(turns) == one_by_one([thing == first[0] for thing in things], things, True)
+    assert answers(turns) == one_by_one([picture == first for picture in others], things)
+    (first, *others), [(_, letter)] = _toy_games.is_same(Shown(seed), at_once=True)
+    assert others[LETTERS.index(letter)] == first and others.count(first) == 1
 
     pictures, turns = _toy_games.is_new(Shown(seed))
     for round_ in range(3):
@@ -478,6 +482,16 @@ def test_games_are_true_to_their_pictures(seed):
         words = [("new" if is_new else "again", article(p[0].kind)) for is_new, p in zip(new, pair)]
         assert answers(turns[3 * round_ : 3 * round_ + 3]) == [*words, LETTERS[new.index(True)]]
         assert sum(new) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_counted_in_a_room_is_there(seed):
+    shown = Shown(seed)
+    shown.paint = lambda placed, room, light: (placed, room)
+    [(placed, room)], [(question, answer)] = _toy_games.count_in_room(shown)
+    kinds = {one.thing.kind for one in placed}
+    assert room is not None and len(kinds) == 1 and answer == str(len(placed))
+    assert question == toolbox.write("object_counting", 1, _toy_items.plural(*kinds))
 
 
 @pytest.mark.parametrize("game", GAMES)
@@ -493,7 +507,6 @@ def test_games_say_what_the_tests_say():
     asked = lambda game: "".join(words for words, _ in game(Shown(0))[1])
     words = asked(_toy_games.touch)
     assert words == toolbox.write("picture_vocabulary", 4, words.split("'")[1]) + " ?"
-    assert toolbox.write("spatial_details", 4).startswith(asked(_toy_games.is_exactly)[:-2])
     same = {asked(lambda _, seed=seed: _toy_games.is_same(Shown(seed)))[:-2] for seed in range(9)}
     tests = [toolbox.write(test, 4) for test in ("left_right", "spatial_details")]
     assert len(same) == 2 and all(any(t.startswith(words) for t in tests) for words in same)
@@ -508,16 +521,16 @@ def test_games_lead_in_their_order(made):
         dataset.tokenizer.decode(tokens[a : a + n]) for a, n, *_ in samples.astype(int).tolist()
     ]
     lead = dataset.count("chat_train", "lead")
-    assert lead == sum(_toy_games.games_of(70)) == 70 and dataset.count("train", "lead") == 0
+    assert lead == sum(_toy_games.games_of(62)) == 62 and dataset.count("train", "lead") == 0
     first = [next(i for i, one in enumerate(said) if re.search(mark, one)) for mark in MARKS]
-    ends = np.cumsum(_toy_games.games_of(70)).tolist()
-    assert [sum(end <= i for end in ends) for i in first] == [0, 1, 2, 3, 4, 6]
+    ends = np.cumsum(_toy_games.games_of(62)).tolist()
+    assert [sum(end <= i for end in ends) for i in first] == [0, 1, 2, 3, 4, 5]
     assert not any("no , a" in one or "again , a" in one for one in said[lead:])
 
 
 # What the samples of a stage say that no stage before does, and what comes after all of them
-COLOURED = f"no , an? ({'|'.join(toy.COLOURS)}) "
-MARKS = ("is it", "Touch the image of", "the same as this", COLOURED, "again ,", "How many")
+SIX = "(new image.*){6}"
+MARKS = ("is it", "Touch the image of", "the same as this", "again ,", SIX, "How many")
 
 
 def blobs(frame):

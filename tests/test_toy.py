@@ -32,9 +32,9 @@ def test_the_toy_world_is_the_same_bytes_everywhere():
         ("toy_chat", "--talks=30 --lines=100 --questions=1", "a65c4bcd5087a75b"),
         (
             "toy_v2",
-            "--scenes=12 --clips=12 --moments=12 --lines=100 --items=48 --games=70 "
+            "--scenes=12 --clips=12 --moments=12 --lines=100 --items=48 --games=62 "
             "--replay=12 --questions=10",
-            "0913ba736b2ee480",
+            "ddbc0e9d6ddfad0c",
         ),
     ],
 )
