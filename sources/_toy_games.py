@@ -83,7 +83,7 @@ def is_new(album):
 
 
 def count_in_room(album):
-    """Object Counting of up to three things in a room, where Subitizing asks in words of its own."""
+    """Object Counting of up to three things in a room: Subitizing asks there in its own words."""
     thing, number = album.thing(), album.rng.randint(1, 4)
     question = write("object_counting", 1, plural(thing.kind))
     return [album.crowd(thing, number, natural=True)], [(question, f"{number}")]
