@@ -370,8 +370,8 @@ MAKE = {
 }
 MAKE_TO_TRAIN = MAKE | {"memory": some_memory, "memory_fair": some_memory}
 UNTRAINED = ("subitizing", "looking_while_listening")  # these have no tuning data
-# One in so many, to train on, to test by: fewest of long dialogues, of what is learnt easily, and
-# of the fairer forms; most of Picture Vocabulary and Object Counting, which take longest
+# One in so many, to train on, to test by: fewest of what is learnt easily and of the fairer forms,
+# most of Picture Vocabulary and Object Counting, which take longest
 FEWER_TO_TRAIN = {
     "localization": 2,
     "left_right": 3,
