@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -454,8 +455,8 @@ def attempt(script, words, folder):
     return code, said, usage.ru_maxrss / 1024
 
 
-def fault(code, said, megabytes, folder, before):
-    """What is wrong with how a case ended, or ""."""
+def fault(code, said, megabytes, folder, before, words=()):
+    """What is wrong with how a case ended, or ""; `words` are its command line's."""
     if code is None:
         return f"over {SECONDS} s"
     if megabytes > MEGABYTES:
@@ -465,7 +466,9 @@ def fault(code, said, megabytes, folder, before):
     errors = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     if code and len(errors) != 1:
         return "not one line"
-    allowed = ("data", "out", "stderr", "x")  # the last is an odd word, and a place to write to
+    # "x" is an odd word, and a place to write to; so is whatever odd word the command got as --out
+    named = re.findall(r"--out[= ](\S+)", " ".join(words))
+    allowed = ["data", "out", "stderr", "x", *(name.split("/")[0] for name in named[-1:])]
     new = {str(path.relative_to(folder)) for path in folder.rglob("*")} - before
     stray = [name for name in new if name.split("/")[0] not in allowed]
     stray += [path.name for path in folder.parent.iterdir() if path != folder]
@@ -490,7 +493,7 @@ def try_cases(numbers, good, seed, home, report):
             script, words, named = KINDS[kind](rng, folder)
             before = {str(path.relative_to(folder)) for path in folder.rglob("*")}
             code, said, megabytes = attempt(script, words, folder)
-            wrong = fault(code, said, megabytes, folder, before)
+            wrong = fault(code, said, megabytes, folder, before, words)
             line = said.strip().replace("\r", "\n").split("\n")[-1]
             # or the folder that it is in, or what an odd word led to
             places = (named, "pictures", "films", "hf", " rows ", "/proc/", "/dev/")

@@ -54,6 +54,9 @@ def test_a_file_where_none_should_be_is_a_fault(tmp_path):
     assert bad_inputs.fault(0, "", 1, here, {"data"}) == ""
     (here / "pictures").mkdir()
     assert bad_inputs.fault(0, "", 1, here, {"data"}) == "wrote pictures"
+    assert bad_inputs.fault(0, "", 1, here, {"data"}, ["--out=pictures/é"]) == ""
+    replaced = ["--out=pictures", "--out=data"]  # of a flag given twice the last is what counts
+    assert bad_inputs.fault(0, "", 1, here, {"data"}, replaced) == "wrote pictures"
     (here / "pictures").rmdir()
     (tmp_path / "outside").touch()
     assert bad_inputs.fault(0, "", 1, here, {"data"}) == "wrote outside"
