@@ -32,6 +32,8 @@ class Shape:
     batch: int
     words: int = WORDS
     pictures: int = 1  # of a sample
+    width: int = 256  # of the GPT
+    heads: int = 4
 
     @property
     def image_tokens(self):
@@ -67,10 +69,11 @@ class Ours:
     def __init__(self, shape, work, device):
         torch.manual_seed(0)
         P = shape.image_tokens
-        sizes = GPTConfig(VOCABULARY, P + shape.words + ANSWER, shape.layers, 4, 256)
+        longest = P + shape.words + ANSWER
+        sizes = GPTConfig(VOCABULARY, longest, shape.layers, shape.heads, shape.width)
         if P:
             tower = ViT(shape.side, 16, *shape.tower).requires_grad_(False)
-            projector = Projector("mlp2x_gelu", tower.width, 256)
+            projector = Projector("mlp2x_gelu", tower.width, shape.width)
             self.model = BabyLLaVA(GPT(sizes), projector, tower, IMAGE).to(device)
         else:
             self.model = BabyLLaVA(GPT(sizes)).to(device)
@@ -88,10 +91,10 @@ class Ours:
         self.prompt = torch.tensor(tokens[:, : P + 1], device=device)
         self.device, self.work, self.shape = device, work, shape
 
-    def prepare(self, mode):
-        """Make ready for steps in this mode."""
+    def prepare(self, mode, dtype="float32"):
+        """Make ready for steps in this mode; on a GPU in fp32 too, as theirs, unless told."""
         compiled = "on" if mode == "compiled" else "off"
-        settings = train.Config(compile=compiled, dtype="float32")  # on a GPU too, as theirs
+        settings = train.Config(compile=compiled, dtype=dtype)
         processes = phases.Processes(0, 1, self.device)
         learns = () if self.work == "generation" else train.PHASES[self.work].learns
         groups = phases.set_learning(self.model, learns, 1e-4)

@@ -3,10 +3,15 @@
 import json
 import math
 import re
+import sys
 
 import pytest
 from conftest import ROOT, make_corpus, shell
 from PIL import Image
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import utilization
+from sides import VOCABULARY
 
 
 def rows(text):
@@ -108,3 +113,44 @@ def test_speed_beside_a_peer_is_a_ratio_of_rounds(tmp_path):
     head, _, [work, shape, who, eager, best] = table[5:]
     assert head[2:] == ["beside", "eager", "best"]
     assert (work, shape, who) == ("phase2", "S", "LLaVA") and eager == best
+
+
+def test_what_a_machine_could_do_is_measured_beside_what_it_does(tmp_path):
+    flags = ["--widths=64", "--tokens=256", "--frames=1", "--steps=1", "--side=64", "--device=cpu"]
+    done = shell(ROOT / "benchmarks/utilization.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    head, _, *table = rows(done.stdout)
+    assert head[4:7] == ["TFLOP/s", "of products", "busy"]
+    named = ["phase0, 64 wide", "phase1, 64 wide", "phase2, 64 wide", "features, ViT-B/14"]
+    assert [row[0] for row in table] == named
+    for _, dtype, ms, per_second, *_, share, busy, memory in table:
+        assert dtype == "float32" and float(ms) > 0 and float(share.rstrip("%")) > 0
+        assert float(per_second.replace(",", "")) > 0 and busy == memory == "-"
+    done = shell(ROOT / "benchmarks/utilization.py", "--widths=100", cwd=tmp_path)
+    assert done.returncode == 1 and "multiples of 64" in done.stderr
+
+
+def test_a_steps_flops_are_those_of_its_products():
+    """Counted by hand: every product has a multiplication and an addition."""
+    layers, C, hidden, row = 12, 64, 192, 128
+    block = 4 * C * C + 3 * C * hidden  # weights of a block's products
+    forward = 2 * row * (layers * block + VOCABULARY * C) + layers * 4 * row * row * C
+    shape = utilization.shape_of("phase0", C, 2 * row)
+    shape = utilization.dataclasses.replace(shape, batch=2, words=row)
+    assert utilization.step_flops("phase0", shape) == 2 * 3 * forward
+
+    T, places, E, words = 196 + 60 - 1, 196, 384, 60
+    wanted = T - 192  # of the last block, which leaves out what precedes the first target by eights
+    keys_values = 2 * T * 3 * C * C  # its qkv is of all positions
+    last = 2 * wanted * (C * C + 3 * C * hidden) + keys_values
+    products = (layers - 1) * 2 * T * block + last + 2 * words * VOCABULARY * C
+    attention = (layers - 1) * 4 * T * T * C + 4 * wanted * T * C
+    projector = 2 * 2 * places * E * C + 3 * 2 * places * C * C  # nobody asks for its input's
+    shape = utilization.shape_of("phase1", C, 256)
+    # frozen weights have no gradients; attention's has twice its products
+    assert utilization.step_flops("phase1", shape) == 2 * products + 3 * attention + projector
+
+
+def test_busy_is_what_spans_cover_once():
+    assert utilization.busy_share([(0, 2), (1, 3), (5, 6), (5.5, 5.6), (8, 10)]) == 0.6
+    assert utilization.busy_share([(3, 4)]) == 1.0
