@@ -9,7 +9,7 @@ kind of batches promises:
     .rows                         how many there are in a pass
     .plan(step)                   (which rows make up this step's batch, what read() must know of
                                   the whole batch: the length that its rows are padded to)
-    .read(rows, length, first)    any part of them, `first` being the place of the first one in
+    .read(rows, length, place)    any part of them, `place` being that of the first one in
                                   the batch, so that processes and micro-batches cut it as they like
     .fixed_plan(limit)            the plans of a validation, where there is one
 Letters: B batch, T length, N images, P image tokens an image, E vision width, S side, K targets.
@@ -31,9 +31,9 @@ from tiles import arrange, count_tokens, join
 @dataclass
 class Batch:
     """What a model is given: tokens (n, T), the positions in the flattened (n T) that have a
-    target (None: all have), these targets (K,), and images (N, P, E) features, (N, S, S, 3)
-    frames, or None. The first `count` targets are to be learnt, the others, -100, are padding, as
-    are images at the end that no token shows. arrangement: of tiles, which outputs are tokens."""
+    target (None: all have), these targets (K,), and images: features (N, patches, E), frames
+    (N, S, S, 3), or None. The first `count` targets are to be learnt, the others, -100, are
+    padding, as are images at the end that no token shows. arrangement: see tiles.py."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -117,7 +117,7 @@ class TextBatches:
         rows = some_rows(self.rows, limit)
         return [(rows[i : i + self.batch], self.T) for i in range(0, len(rows), self.batch)]
 
-    def read(self, rows, length, first=0):
+    def read(self, rows, length, place=0):
         begins = rows * length
         stream = np.stack([self.text[b : b + length + 1] for b in begins]).astype(np.int64)
         check_tokens(stream, self.tokenizer, self.path)
@@ -206,10 +206,10 @@ class SampleBatches:
         return self.plans[step % self.WINDOW]
 
     def fixed_plan(self, limit=0):
-        """The plans of a validation over `limit` samples (0: all) but those that lead, the same."""
+        """The plans of a validation over `limit` samples (0: all) but those that lead."""
         return self.group(self.order.lead + some_rows(self.order.n, limit))
 
-    def read(self, rows, length, first=0):
+    def read(self, rows, length, place=0):
         stream = np.full((len(rows), length + 1), self.tokenizer.pad, np.int64)
         learn = np.zeros((len(rows), length + 1), bool)
         shown = []
@@ -229,7 +229,7 @@ class SampleBatches:
         check_tokens(stream, self.tokenizer, self.path)
         positions = np.flatnonzero(learn[:, 1:])
         targets = stream[:, 1:].reshape(-1)[positions]
-        padding = round_up(max(len(positions), 1), parts=4) - len(positions)  # not before `first`
+        padding = round_up(max(len(positions), 1), parts=4) - len(positions)  # repeats the last
         batch = Batch(
             tokens=stream[:, :-1],
             targets=np.pad(targets, (0, padding), constant_values=-100),
@@ -276,15 +276,15 @@ class ClipBatches:
         """The rows, and the position in the endless deck at which the batch begins."""
         return self.order(step * self.batch, self.batch), step * self.batch
 
-    def read(self, rows, start, first=0):
-        """(frames, others), each (n, S, S, 3) uint8; these rows are number `first` and on of the
+    def read(self, rows, start, place=0):
+        """(frames, others), each (n, S, S, 3) uint8; these rows are number `place` and on of the
         batch that begins at position `start` of the endless deck."""
         begin = np.searchsorted(self.clips, self.clips[rows], "left")
         length = np.searchsorted(self.clips, self.clips[rows], "right") - begin
-        position = np.arange(start + first, start + first + len(rows))
+        position = np.arange(start + place, start + place + len(rows))
         chance = position * 2654435761 >> 8  # Knuth's multiplicative hash
         others = begin + (rows - begin + 1 + chance % np.maximum(length - 1, 1)) % length
-        return FramePairs(self.frames[rows], self.frames[others], first, len(rows))
+        return FramePairs(self.frames[rows], self.frames[others], place, len(rows))
 
 
 @dataclass

@@ -332,7 +332,7 @@ class Data:
         return open_bin(path, dtype, (self.count(split, kind), *row_shape))
 
     def features_path(self, split, fingerprint):
-        """Where the features are that a tower with this vision.fingerprint makes of a split's
+        """Where the features are that a tower with this features.fingerprint makes of a split's
         frames: a name that follows from the frames and from all that is done to them."""
         frames = self.meta["splits"][split]["frames_digest"]
         how = hashlib.sha256(f"{self.image_format} {fingerprint}".encode()).hexdigest()

@@ -59,7 +59,7 @@ from templates import TEMPLATES
 class Config(config.Knobs):
     checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote, or a LLaVA's folder
     data: str = ""  # the folder with eval/*.csv and val bins; empty: the one it was trained on
-    task: str = ""  # one of TASKS alone, or toolbox, ten of them; empty: all there are in data
+    task: str = ""  # one of TASKS alone, or toolbox, all of its; empty: all there are in data
     csv: str = ""  # the task's file, of choice a JSON; empty: eval/<task>.csv of the data folder
     template: str = knob("", choices=("", "plain", *TEMPLATES))  # of choice; empty: the model's
     json: str = ""  # of toolbox: a folder of its JSON files; empty: eval of the data folder
@@ -160,8 +160,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Task:
-    """A test: the columns its CSV must have, which of them name pictures, its rule, and whether
-    it is one of BabyVLM's four, printed beside the paper."""
+    """A test: the columns its CSV must have (where `read` reads it, they only tell what a row has),
+    which of them name pictures, its rule, and whether it is one of BabyVLM's four, printed beside
+    the paper."""
 
     columns: tuple
     pictures: tuple

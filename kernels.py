@@ -44,9 +44,9 @@ tiles that are visible whole ("#"), where no mask is computed, and masked ones (
               # # / . . . .              # # / . . . .
               # # # / . . .              # # # / . . .
 
-`backend` is "triton"; "sdpa" (attention) or "torch" (the norm), PyTorch's own, or on a CPU in fp32
-fused.py's; "reference", the formulae in fp32; or None, the automatic choice: triton on a GPU that
-has it, else PyTorch's.
+`backend` is "triton"; PyTorch's own, "sdpa" (attention) or "torch" (the norm; on a CPU in fp32 that
+is fused.py's); "reference", the formulae in fp32; or None or "auto": triton on a GPU that has it,
+else PyTorch's.
 Letters: B batch, T sequence length, H heads, D head width, C model width.
 """
 from __future__ import annotations  # where there is no Triton, `tl` below is never looked up
@@ -188,8 +188,9 @@ def norm_backward(DY, DS, X, W, RSTD, DX, DW, rows, width, RESIDUAL: tl.constexp
 
 
 def norm_tile(width):
-    """About 4,096 numbers at a time, 32 a thread (a warp is 32 threads): enough loads under way to
-    keep memory busy, while dy, h, dx and dw in fp32 still fit a thread's 255 registers."""
+    """About 4,096 numbers at a time, 32 a thread (a warp is 32 threads); of rows above 2,048 wide 16
+    a thread: enough loads under way to keep memory busy, while dy, h, dx and dw in fp32 still fit
+    its 255 registers."""
     BLOCK_C = triton.next_power_of_2(width)
     return {"ROWS": max(1, 4096 // BLOCK_C), "BLOCK_C": BLOCK_C,
             "num_warps": min(16, max(4, BLOCK_C // 512))}
@@ -322,7 +323,7 @@ def attention_forward(Q, K, V, O, L, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h
                       prefix, scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                       BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       PRECISION: tl.constexpr):
-    # q_b, q_t, q_h ...: strides, how many numbers lie between one image, token, head and the next.
+    # q_b, q_t, q_h ...: strides, how many numbers lie between one row, token, head and the next.
     # Programs start in order of their number: the last tile of queries, which walks longest, first.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # see norm_forward
@@ -452,10 +453,10 @@ def attention_backward_kv(Q, K, V, DO, L, DELTA, DK, DV, q_b, q_t, q_h, k_b, k_t
 # for D up to 64 and up to 128. A table, not a search: every run has the same kernels, and the tests
 # compile all of them ahead. A program reads its own tile once and the other side's again and again,
 # so its own is the larger, up to what the 255 registers of a thread hold without spilling to
-# memory. Eight warps share a tile's loads; four, in "hopper"'s forward, let two programs fit, one's
-# softmax behind the other's products. "hopper" has 227 KB of shared memory a program, "ampere"
-# keeps below the 99 KB of consumer GPUs. "fp32" makes a product of three in tf32 (tf32x3), which
-# takes registers: it is for checking, not for speed.
+# memory. Eight warps share a tile's loads; four, in "hopper"'s forward of D up to 64, let two
+# programs fit, one's softmax behind the other's products. "hopper" has 227 KB of shared memory a
+# program, "ampere" keeps below the 99 KB of consumer GPUs. "fp32" makes a product of three in tf32
+# (tf32x3), which takes registers: it is for checking, not for speed.
 TILES = {
     "hopper": {64: ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
                128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 64, 8, 2))},

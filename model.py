@@ -86,11 +86,11 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the positions so far, of each layer: (layers, 2, B, length, H_kv, D)."""
+    """Keys and values of the positions so far, of each layer: (layers, 2, B, room, H_kv, D)."""
 
-    def __init__(self, config, like, batch, length):
-        shape = (config.n_layer, 2, batch, length, config.n_kv_head, config.head_width)
-        self.kv, self.length, self.room = like.new_zeros(shape), 0, length
+    def __init__(self, config, like, batch, room):
+        shape = (config.n_layer, 2, batch, room, config.n_kv_head, config.head_width)
+        self.kv, self.length, self.room = like.new_zeros(shape), 0, room
         self.layers = [layer.unbind() for layer in self.kv]  # views: (keys, values) of each
 
     def grow(self, length):
@@ -368,8 +368,8 @@ class BabyLLaVA(nn.Module):
     def embed(self, tokens, image_embeds=None):
         """Token embeddings with the placeholders overwritten, in order, by project()'s (M, C).
 
-        tokens (B, T) -> (B, T, C). The caller sees to it that there are exactly M placeholders
-        (checking here would stall a GPU at each step)."""
+        tokens (B, T) -> (B, T, C). The caller sees to it that there are M placeholders, or fewer if
+        the last images are padding (to check here would stall a GPU at each step)."""
         x = self.gpt.embed(tokens)
         if image_embeds is None:
             return x

@@ -3,7 +3,7 @@ How a phase is made ready: its model, what of it learns, how it is saved. What i
 parents.py.
 
 Which phases there are is a table in train.py; this file knows by name only the two that every model
-with eyes and words is put together from.
+with eyes and words is put together from, and phase 3, with which a template is saved.
 """
 
 import math
@@ -32,7 +32,7 @@ from fused import keep_memory
 from model import GPT, BabyLLaVA, GPTConfig, Projector, projector_fault
 
 DRAWN = ("toy", "toy_chat", "toy_v2")  # sources that need nothing but themselves
-# knobs that concern phases 2 and 3
+# knobs that concern phases 2 and 3, `init` also phase 1
 LATER_KNOBS = ("init", "lora_rank", "lora_alpha")
 # knobs that concern all of them
 EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype")

@@ -10,9 +10,9 @@ Show a picture, read what the model says.
     python sample.py --image img.jpg --checkpoint DIR --prompt "What is this?"   # a LLaVA
 
 --checkpoint is a file that train.py wrote or a folder of a LLaVA as Hugging Face keeps them.
-Without it, out/toy/phase2.pt or else assets/toy.pt, a small model of the toy world that comes with
-the repository. Of a model that has learnt conversations the prompt is a question, put into its
-template.
+Without it, out/toy/phase2.pt (with --chat out/toy_llava15/phase3.pt) or else assets/toy.pt, a small
+model of the toy world that comes with the repository. Of a model that has learnt conversations the
+prompt is a question, put into its template.
 """
 
 from dataclasses import dataclass

@@ -13,8 +13,9 @@ word "a" counts as A. (Of numbers and words its rule is not public: the first nu
 longest answer that is named.)
 
 One control cannot see: the same model, shown the mean of all pictures each time. One cannot read:
-it takes the picture most like the one asked about, by 32 x 32 pixels, or, where there is none, the
-commonest answer. What a control solves does not test what its name says.
+it takes the picture most like the one asked about, by 32 x 32 pixels (in Memory, the one least like
+all before), or, where there is none, the commonest answer. What a control solves does not test what
+its name says.
 """
 
 import re

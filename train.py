@@ -8,7 +8,7 @@ Grow a small vision-language model from what one infant saw and heard, phase by 
 
 Each phase writes out/<run>/<phase>.pt and starts from the ones before. Run again, an interrupted
 phase goes on where it was last saved, to the same bits on a CPU; a finished one is left alone.
-A new phase, or another set of parts that learn, is a row of PHASES below.
+A new phase is a row of PHASES below; other parts to learn are the knob phase1_learn and its like.
 """
 
 import copy
@@ -268,10 +268,10 @@ def learning_rate(step, steps, warmup):
 
 def make_batches(run, step):
     """(rows of the whole batch, tokens a row, this process's share of it in grad_accum pieces)."""
-    (rows, length), pieces = run.train_batches.plan(step), run.settings.grad_accum
-    size = len(rows) // (run.processes.world * pieces)
-    first = run.processes.rank * size * pieces
-    starts = range(first, first + size * pieces, size)
+    (rows, length), count = run.train_batches.plan(step), run.settings.grad_accum
+    size = len(rows) // (run.processes.world * count)
+    first = run.processes.rank * size * count
+    starts = range(first, first + size * count, size)
     pieces = [run.train_batches.read(rows[i : i + size], length, i) for i in starts]
     if run.processes.device.type == "cuda":
         pieces = [ahead.pinned(piece) for piece in pieces]

@@ -4,7 +4,7 @@ on all of it judges which (curate.py). How many does it find, and what is a mode
 trained on all, on what it kept, and on the true pairs alone?
 
     python train.py configs/toy.py                # its tower is taken, and its tests
-    python benchmarks/curation.py                 # about 12 minutes on 2 cores
+    python benchmarks/curation.py                 # about 10 minutes on 2 cores
 """
 
 import csv

@@ -1,8 +1,7 @@
 """
 How much of a machine's arithmetic training and the tower use, beside its matrix products alone.
 
-    python benchmarks/utilization.py                 # on a GPU: 65,536 tokens a step, bf16, compiled
-    python benchmarks/utilization.py --widths 256    # what a CPU has patience for: 2,048 tokens
+    python benchmarks/utilization.py           # a GPU: 65,536 tokens a step, bf16, compiled
 
 A step is train.py's own, on a batch that is there already: a GPT of 12 layers in heads of 64; phase
 0 in rows of 1,024 tokens, phases 1 and 2 in samples of 196 image tokens, stored features 384 wide,
@@ -189,8 +188,8 @@ def main(argv):
         speed = flops / ms * 1e3
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if on_gpu else "-"
         print(
-            f"| {what} | {str(dtype)[6:]} | {ms:.1f} | {units / ms * 1e3:,.1f} | {speed / 1e12:.3f} | "
-            f"{speed / rates[dtype]:.1%} | {share} | {memory} |",
+            f"| {what} | {str(dtype)[6:]} | {ms:.1f} | {units / ms * 1e3:,.1f} | "
+            f"{speed / 1e12:.3f} | {speed / rates[dtype]:.1%} | {share} | {memory} |",
             flush=True,
         )
 

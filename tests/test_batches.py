@@ -247,7 +247,7 @@ def test_the_other_frame_is_of_the_same_clip(world):
     pairs = found.read(rows, start)
     for card, a, b in zip(rows, pairs.frames, pairs.others):
         assert np.array_equal(a, stored[card]) and np.array_equal(b, stored[card ^ 1])  # two a clip
-    half = found.read(rows[12:], start, first=12)
+    half = found.read(rows[12:], start, place=12)
     assert np.array_equal(half.others, pairs.others[12:])
 
 
