@@ -188,8 +188,8 @@ def norm_backward(DY, DS, X, W, RSTD, DX, DW, rows, width, RESIDUAL: tl.constexp
 
 
 def norm_tile(width):
-    """About 4,096 numbers at a time, 32 a thread (a warp is 32 threads); of rows above 2,048 wide 16
-    a thread: enough loads under way to keep memory busy, while dy, h, dx and dw in fp32 still fit
+    """About 4,096 numbers at a time, 32 a thread (a warp is 32 threads); of rows wider than 2,048
+    16 a thread: enough loads under way to keep memory busy, while dy, h, dx and dw in fp32 still fit
     its 255 registers."""
     BLOCK_C = triton.next_power_of_2(width)
     return {"ROWS": max(1, 4096 // BLOCK_C), "BLOCK_C": BLOCK_C,
