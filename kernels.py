@@ -188,9 +188,9 @@ def norm_backward(DY, DS, X, W, RSTD, DX, DW, rows, width, RESIDUAL: tl.constexp
 
 
 def norm_tile(width):
-    """About 4,096 numbers at a time, 32 a thread (a warp is 32 threads); of rows wider than 2,048
-    16 a thread: enough loads under way to keep memory busy, while dy, h, dx and dw in fp32 still fit
-    its 255 registers."""
+    """About 4,096 numbers at a time, 32 a thread (a warp is 32 threads); 16 where rows are wider
+    than 2,048. Enough loads are under way to keep memory busy, while dy, h, dx and dw in fp32
+    still fit a thread's 255 registers."""
     BLOCK_C = triton.next_power_of_2(width)
     return {"ROWS": max(1, 4096 // BLOCK_C), "BLOCK_C": BLOCK_C,
             "num_warps": min(16, max(4, BLOCK_C // 512))}
