@@ -158,11 +158,11 @@ class SplitRotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, heads, cos, sin, kv_heads):
         ctx.save_for_backward(cos, sin)
-        qk, v = heads.split([heads.shape[2] - kv_heads, kv_heads], dim=2)
-        turned = torch.empty_like(qk, memory_format=torch.contiguous_format)
-        rotate_into(turned, qk, cos, sin)
-        q, k = turned.split([qk.shape[2] - kv_heads, kv_heads], dim=2)
-        return q, k, v
+        qk = heads.shape[2] - kv_heads
+        turned = torch.empty_like(heads)
+        rotate_into(turned[:, :, :qk], heads[:, :, :qk], cos, sin)
+        turned[:, :, qk:].copy_(heads[:, :, qk:])  # as a view it would keep all of heads
+        return turned.split([qk - kv_heads, kv_heads, kv_heads], dim=2)
 
     @staticmethod
     @once_differentiable

@@ -53,19 +53,22 @@ from __future__ import annotations  # where there is no Triton, `tl` below is ne
 
 import math
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
 
 from fused import add_norm
 
-try:
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own slow one: how the tests run
+try:  # its import takes 0.4 s and 75 MB: only where kernels can run, or somebody has it already
+    if not (INTERPRET or torch.cuda.is_available() or "triton" in sys.modules):
+        raise ImportError
     import triton
     import triton.language as tl
 except ImportError:  # there is none for macOS and Windows
     triton = None
 jit = triton.jit if triton else lambda kernel: kernel
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own slow one: how the tests run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LIMITS = {"sdpa": 128, "torch": 8192}  # the widest that Triton takes in the place of each
@@ -73,12 +76,12 @@ LIMITS = {"sdpa": 128, "torch": 8192}  # the widest that Triton takes in the pla
 
 def lacking(device):
     """Why Triton kernels cannot run on a device, "cuda:1" say, or "" where they can."""
-    if triton is None:
-        return "the package triton is not installed"
-    if INTERPRET:
+    if INTERPRET and triton:
         return ""
     if torch.device(device).type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return f"it needs an NVIDIA GPU, and this is to run on {torch.device(device).type}"
+    if triton is None:
+        return "the package triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
     return ""

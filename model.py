@@ -419,7 +419,7 @@ class BabyLLaVA(nn.Module):
 
     # ---- generation
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         tokens,

@@ -21,8 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+with suppress(ImportError):
+    import triton  # first: kernels.py takes it where there is no GPU, too, once somebody has it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -90,7 +93,6 @@ def record(families, widths=(8, 32, 40, 64, 72, 128), norms=(256, 1000, 8192)):
 
 def compile_one(launch, capability):
     """[kernel, tile, registers, spilled, shared bytes, wgmma instructions] for sm_<capability>."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -482,8 +484,6 @@ def main(argv):
     if why := kernels.lacking(settings.device):
         raise UserError(f"nothing measured: {why}. --compile needs no GPU")
     if settings.device == "cuda":
-        import triton
-
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0]
         print(
