@@ -270,9 +270,10 @@ def restore(folder, settings, weights, device, dtype):
 @contextmanager
 def understood(folder):
     """What is missing in a folder's settings, or of another type, becomes one line."""
+    faults = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except faults as error:
         raise UserError(f"{folder}: a setting that is not understood ({error!r})") from None
 
 

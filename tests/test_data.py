@@ -10,7 +10,7 @@ from conftest import TINY, make_corpus, one_line
 
 import data
 from config import UserError
-from data import Data, Writer
+from data import Data, Writer, open_bin
 from images import ImageFormat
 from sources import toy
 from tokenizer import Tokenizer
@@ -93,6 +93,12 @@ def test_a_folder_of_the_first_edition_is_refused_with_its_command(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps({"format": 1, "source": "toy"}))
     with pytest.raises(UserError, match="format 1, .*remake it with `python data.py toy --name"):
         Data(tmp_path)
+
+
+def test_a_bin_of_more_numbers_than_there_are_is_refused(world):
+    path = world / "data/tiny/train_text.bin"
+    with pytest.raises(UserError, match="want 2,361,183,241,434,822,606,848: remake it"):
+        open_bin(path, "uint16", (2**70,), "remake it")
 
 
 def test_a_bin_of_another_size_is_refused(world, tmp_path):

@@ -275,6 +275,12 @@ SPOILT = [
     ("config.json", {"model_type": "blip"}, "model_type 'blip' is none of llava"),
     ("config.json", {"vision_feature_layer": [-2, -5]}, "several layers"),
     ("config.json", {"vision_feature_layer": -9}, "and a tower of 3 blocks"),
+    (
+        "config.json",
+        {"text_config": {"num_attention_heads": 0, "head_dim": None}},
+        "not understood",
+    ),
+    ("config.json", {"vision_config": {"num_attention_heads": 0}}, "not understood"),
     ("config.json", {"projector_hidden_act": "relu"}, "projector"),
     ("config.json", {"text_config": {"model_type": "gemma"}}, "text model 'gemma'"),
     (
