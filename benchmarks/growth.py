@@ -146,9 +146,10 @@ def draw(path, found):
         top, bottom = 45, high - low
         pen.text((x0, 8), f"{UNITS[axis][0]}:\n{UNITS[axis][1]}", fill="black")
         pen.line([(x0, top), (x0, bottom), (x1, bottom)], fill="grey")
-        step = (x1 - x0) / max(len(counts) - 1, 1)
+        side = 30  # room for the first and the last number
+        step = (x1 - x0 - 2 * side) / max(len(counts) - 1, 1)
         places = [
-            (x0 + i * step, bottom - (bottom - top) * cost / (1.2 * max(costs)))
+            (x0 + side + i * step, bottom - (bottom - top) * cost / (1.2 * max(costs)))
             for i, cost in enumerate(costs)
         ]
         pen.line(places, fill="navy", width=2)
