@@ -21,11 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
-with suppress(ImportError):
-    import triton  # first: kernels.py takes it where there is no GPU, too, once somebody has it
+os.environ.setdefault("TRITON_INTERPRET", "0")  # else kernels.py has none to compile without a GPU
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -93,6 +91,7 @@ def record(families, widths=(8, 32, 40, 64, 72, 128), norms=(256, 1000, 8192)):
 
 def compile_one(launch, capability):
     """[kernel, tile, registers, spilled, shared bytes, wgmma instructions] for sm_<capability>."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -484,6 +483,8 @@ def main(argv):
     if why := kernels.lacking(settings.device):
         raise UserError(f"nothing measured: {why}. --compile needs no GPU")
     if settings.device == "cuda":
+        import triton
+
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0]
         print(

@@ -9,7 +9,7 @@ answer)]).
 
 from functools import partial
 
-from sources._toy_items import MAKE, four_kinds, of_kind, plural, shuffled
+from sources._toy_items import MAKE, four_kinds, of_kind, shuffled
 from sources.toy import THINGS, pick
 from sources.toy_chat import article
 from toolbox import LETTERS, NEW, write
@@ -80,13 +80,6 @@ def is_new(album):
         turns += one_by_one(question + NEW, rights, names, "({}) ", SEEN)
         shown, question = shown + pair, "Let's try more. "
     return [pictures[i] for i in shown], turns
-
-
-def count_in_room(album):
-    """Object Counting of up to three things in a room: Subitizing asks there in its own words."""
-    thing, number = album.thing(), album.rng.randint(1, 4)
-    question = write("object_counting", 1, plural(thing.kind))
-    return [album.crowd(thing, number, natural=True)], [(question, f"{number}")]
 
 
 def playing(test, **how):

@@ -344,6 +344,13 @@ def counting(test, album):
     return one(test, [picture], answer, word)
 
 
+def count_in_room(album):
+    """Object Counting of up to three things in a room: Subitizing asks there in its own words."""
+    thing, number = album.thing(), album.rng.randint(1, 4)
+    question = write("object_counting", 1, plural(thing.kind))
+    return [album.crowd(thing, number, natural=True)], [(question, f"{number}")]
+
+
 def listening(test, album):
     target = album.thing()
     other = album.other([target.kind])

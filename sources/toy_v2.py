@@ -29,7 +29,7 @@ from config import knob
 from files import writing
 from images import ImageFormat
 from sources import adopt, begin, end, toy
-from sources._toy_games import IS_IT, SEEN, STAGES, count_in_room, games_of
+from sources._toy_games import IS_IT, SEEN, STAGES, games_of
 from sources._toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
@@ -38,6 +38,7 @@ from sources._toy_items import (
     UNTRAINED,
     Album,
     Placed,
+    count_in_room,
     paint,
     path_out,
     plural,

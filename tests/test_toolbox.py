@@ -488,7 +488,7 @@ def test_games_are_true_to_their_pictures(seed):
 def test_what_is_counted_in_a_room_is_there(seed):
     shown = Shown(seed)
     shown.paint = lambda placed, room, light: (placed, room)
-    [(placed, room)], [(question, answer)] = _toy_games.count_in_room(shown)
+    [(placed, room)], [(question, answer)] = _toy_items.count_in_room(shown)
     kinds = {one.thing.kind for one in placed}
     assert room is not None and len(kinds) == 1 and answer == str(len(placed))
     assert question == toolbox.write("object_counting", 1, _toy_items.plural(*kinds))
