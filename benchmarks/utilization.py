@@ -1,11 +1,14 @@
 """
 How much of a machine's arithmetic training and the tower use, beside its matrix products alone.
 
-    python benchmarks/utilization.py           # a GPU: 65,536 tokens a step, bf16, compiled
+    python benchmarks/utilization.py
+    python benchmarks/utilization.py --work phase2 --widths 512
 
-A step is train.py's own, on a batch that is there already: a GPT of 12 layers in heads of 64; phase
-0 in rows of 1,024 tokens, phases 1 and 2 in samples of 196 image tokens, stored features 384 wide,
-and 60 words. Features are those of a ViT-B/14, from frames of 224 x 224 to what is written.
+On a GPU with 65,536 tokens a step, in bf16, compiled; on a CPU 2,048, in fp32, eager (all of it
+takes seven minutes on two cores). A step is train.py's own, on a batch that is there already: a GPT
+of 12 layers in heads of 64; phase 0 in rows of 1,024 tokens, phases 1 and 2 in samples of 196 image
+tokens, stored features 384 wide, and 60 words. Features are those of a ViT-B/14, from frames of 224
+x 224 to what is written.
 
 FLOP: multiplications and additions in matrix products that the result needs, forward and backward,
 counted by torch.utils.flop_counter in the plain formulas: attention in full, masked or not, and
