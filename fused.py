@@ -280,7 +280,8 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             wanted = targets[rows].where(counts[rows], 0)[:, None]
-            logits = linear(hidden[rows], weight).log_softmax(-1)
+            logits = linear(hidden[rows], weight)
+            torch.log_softmax(logits, -1, out=logits)
             loss -= share[rows] @ logits.gather(1, wanted)[:, 0]
             if not (wants_hidden or wants_weight):
                 continue
