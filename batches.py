@@ -229,7 +229,7 @@ class SampleBatches:
         check_tokens(stream, self.tokenizer, self.path)
         positions = np.flatnonzero(learn[:, 1:])
         targets = stream[:, 1:].reshape(-1)[positions]
-        padding = round_up(max(len(positions), 1), parts=4) - len(positions)  # repeats the last
+        padding = round_up(max(len(positions), 1), parts=4) - len(positions)  # not before `first`
         batch = Batch(
             tokens=stream[:, :-1],
             targets=np.pad(targets, (0, padding), constant_values=-100),

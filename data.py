@@ -341,7 +341,7 @@ class Data:
 
 def open_bin(path, dtype, shape, remedy="prepare its folder again"):
     """An np.memmap of a file, read-only. Raises UserError, with the remedy, for another size."""
-    expected = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize  # never overflows
+    expected = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize  # no overflow
     found = path.stat().st_size if path.exists() else 0
     if found != expected:
         raise UserError(f"{path}: {found:,} bytes, want {expected:,}: {remedy}")

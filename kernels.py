@@ -53,6 +53,7 @@ from __future__ import annotations  # where there is no Triton, `tl` below is ne
 
 import math
 import os
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -60,15 +61,13 @@ import torch.nn.functional as F
 from fused import add_norm
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own slow one: how the tests run
-try:
-    # Its import takes 0.4 s and 75 MB: left out where no kernel will run. Who wants to compile them
-    # without a GPU sets TRITON_INTERPRET=0.
-    if not ("TRITON_INTERPRET" in os.environ or torch.cuda.is_available()):
-        raise ImportError
-    import triton
-    import triton.language as tl
-except ImportError:  # there is none for macOS and Windows
-    triton = None
+triton = None
+# Its import takes 0.3 s and 75 MB, so it is left out where no kernel will run. Who wants to compile
+# them without a GPU sets TRITON_INTERPRET=0.
+if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available():
+    with suppress(ImportError):  # there is none for macOS and Windows
+        import triton
+        import triton.language as tl
 jit = triton.jit if triton else lambda kernel: kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -139,6 +139,7 @@ def measure(axis, counts, rounds):
 def draw(path, found):
     """A panel for each axis: the cost of one unit, from 0 up, over the counts."""
     wide, high, left, low = 300, 240, 45, 40
+    side = 30  # within the axes, for half of the first and of the last number
     picture = Image.new("RGB", (wide * len(found), high), "white")
     pen = ImageDraw.Draw(picture)
     for number, (axis, (counts, costs)) in enumerate(found.items()):
@@ -146,7 +147,6 @@ def draw(path, found):
         top, bottom = 45, high - low
         pen.text((x0, 8), f"{UNITS[axis][0]}:\n{UNITS[axis][1]}", fill="black")
         pen.line([(x0, top), (x0, bottom), (x1, bottom)], fill="grey")
-        side = 30  # room for the first and the last number
         step = (x1 - x0 - 2 * side) / max(len(counts) - 1, 1)
         places = [
             (x0 + side + i * step, bottom - (bottom - top) * cost / (1.2 * max(costs)))

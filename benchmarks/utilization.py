@@ -65,7 +65,8 @@ def rate(dtype, device, side):
 
 
 def count_flops(run):
-    """Those of what run() does, which must be in fp64: there nothing is done by hand, unseen."""
+    """Those of what run() does, which must be in fp64: fused.py, whose operations the counter does
+    not know, leaves that to PyTorch."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
@@ -83,7 +84,7 @@ def step_flops(work, shape):
     """Of a whole batch, from one row's."""
     cpu = torch.device("cpu")
     side = Ours(dataclasses.replace(shape, batch=1), work, cpu)
-    side.prepare("eager")
+    side.prepare("eager")  # what learns decides which gradients are wanted
     side.model.double()
     inputs = side.model.inputs(side.batch, side.run.dataset.image_format, 0, 0)
     return shape.batch * count_flops(lambda: side.model(*inputs)[1].backward())

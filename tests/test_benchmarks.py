@@ -11,7 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import utilization
-from sides import VOCABULARY
+from sides import VOCABULARY, Shape
 
 
 def rows(text):
@@ -135,8 +135,7 @@ def test_a_steps_flops_are_those_of_its_products():
     layers, C, hidden, row = 12, 64, 192, 128
     block = 4 * C * C + 3 * C * hidden  # weights of a block's products
     forward = 2 * row * (layers * block + VOCABULARY * C) + layers * 4 * row * row * C
-    shape = utilization.shape_of("phase0", C, 2 * row)
-    shape = utilization.dataclasses.replace(shape, batch=2, words=row)
+    shape = Shape(0, (), layers, batch=2, words=row, width=C, heads=1)
     assert utilization.step_flops("phase0", shape) == 2 * 3 * forward
 
     T, places, E, words = 196 + 60 - 1, 196, 384, 60
