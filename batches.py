@@ -1,18 +1,19 @@
 """
-Batches with a position: what step number `step` reads is a pure function of (seed, step).
+Batches: what step number `step` reads is a function of (seed, step) alone.
 
-So a resumed run sees what it would have seen, and validation cannot disturb training. What every
-kind of batches promises:
+So a resumed run reads what it would have read, and validation does not disturb training. Each kind
+of batches has:
 
     Batches(dataset, split, batch, seed, model, features)   `batch` rows a step
-    .BIN                          without which there is nothing to read
-    .rows                         how many there are in a pass
-    .plan(step)                   (which rows make up this step's batch, what read() must know of
-                                  the whole batch: the length that its rows are padded to)
-    .read(rows, length, place)    any part of them, `place` being that of the first one in
-                                  the batch, so that processes and micro-batches cut it as they like
-    .fixed_plan(limit)            the plans of a validation, where there is one
-Letters: B batch, T length, N images, P image tokens an image, E vision width, S side, K targets.
+    .BIN                the bin that it needs
+    .rows               rows of the split: one pass
+    .plan(step)         a Plan: which rows make up the batch of this step
+    .read(plan, part)   the rows plan.rows[part] as arrays; processes and micro-batches read a
+                        part (a slice) each
+    .fixed_plan(limit)  the plans of a validation pass (not for frames)
+
+Letters: B batch, T sequence length, N images, P image tokens an image, E vision width, S image side
+in pixels, K targets.
 """
 
 import math
@@ -21,19 +22,31 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from checks import check_clips, check_images_lead, check_pointers, check_tokens, damaged
+from common.files import Rows
+from common.images import to_pixels
+from common.tiles import arrange, count_tokens, join
 from config import UserError
-from files import Rows
-from images import to_pixels
-from tiles import arrange, count_tokens, join
+from data import check_clips, check_pointers, check_tokens, corrupted
+
+
+@dataclass
+class Plan:
+    """The rows of a batch, and what read() must know of the whole batch: the length to which its
+    rows are padded, and the position in the endless deck at which it starts (for frames)."""
+
+    rows: np.ndarray
+    length: int = 1
+    start: int = 0
 
 
 @dataclass
 class Batch:
-    """What a model is given: tokens (n, T), the positions in the flattened (n T) that have a
-    target (None: all have), these targets (K,), and images: features (N, patches, E), frames
-    (N, S, S, 3), or None. The first `count` targets are to be learnt, the others, -100, are
-    padding, as are images at the end that no token shows. arrangement: see tiles.py."""
+    """The input of a model.
+
+    tokens (n, T); targets (K,), and positions (K,) in the flattened (n T) that predict them, None
+    if all do; images: features (N, patches, E), frames (N, S, S, 3) or None; arrangement: see
+    common/tiles.py. The first `count` targets are real; the others are padding of -100. Images at
+    the end that no token stands for are padding too."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -43,8 +56,8 @@ class Batch:
     arrangement: tuple | None = None
 
     def to(self, device, image_format):
-        """(tokens, targets, positions, images, arrangement, first) as tensors; frames become a
-        tower's input; before `first` no row has a target (a multiple of 8: few shapes)."""
+        """The arguments of BabyLLaVA.forward as tensors: (tokens, targets, positions, images,
+        arrangement, first); frames as pixels."""
         tokens, targets, positions, images = (
             None if part is None else torch.as_tensor(part).to(device, non_blocking=True)
             for part in (self.tokens, self.targets, self.positions, self.images)
@@ -54,49 +67,63 @@ class Batch:
         arrangement = self.arrangement and tuple(
             torch.as_tensor(part, device=device) for part in self.arrangement
         )
-        first = 0
-        if self.positions is not None and self.count:
-            first = int((self.positions[: self.count] % self.tokens.shape[1]).min()) // 8 * 8
-        return tokens, targets, positions, images, arrangement, first
+        return tokens, targets, positions, images, arrangement, self.first_target()
+
+    def first_target(self):
+        """The first position of any row that predicts a target, rounded down to a multiple of 8, so
+        that few values occur. Before it the last block need not be computed: with targets predicted
+        at 63 .. 73 of each row it is 56."""
+        if self.positions is None or not self.count:
+            return 0
+        return int((self.positions[: self.count] % self.tokens.shape[1]).min()) // 8 * 8
 
 
-def round_up(n, parts=8):
-    """n, or a little more: between 2^k and 2^(k + 1) a multiple of 2^k / parts, but of 8 at least.
-    With 8 parts there are 8 lengths a doubling, and from 64 on at most an eighth is padding."""
-    grain = max(8, (1 << max(n - 1, 1).bit_length() - 1) // parts)
-    return -(-n // grain) * grain
+def round_up(n, parts=8, least=8):
+    """n rounded up to one of few values: between two powers of two there are `parts` of them, and
+    all are multiples of `least`. round_up(65) is 72, round_up(200) is 208.
+
+    With 8 parts at most an eighth of a long row is padding, and few different lengths occur: for
+    each, memory is kept and torch.compile makes kernels."""
+    power = 2 ** (max(n - 1, 1).bit_length() - 1)  # the largest power of two below n
+    multiple = max(least, power // parts)
+    return math.ceil(n / multiple) * multiple
 
 
 class Order:
-    """The first `lead` of 0 .. n - 1 as they stand, once; then the others, an endless shuffled
-    deck: each pass is a fresh permutation of all of them."""
+    """The numbers 0 .. n - 1 as an endless deck of cards: each pass is a fresh permutation of all.
+    The first `curriculum` numbers are dealt once, at the start and in order, and then left out."""
 
-    def __init__(self, n, seed, lead=0):
-        self.n, self.seed, self.lead, self.decks = n - lead, seed, lead, {}
+    def __init__(self, n, seed, curriculum=0):
+        self.n, self.seed, self.curriculum = n - curriculum, seed, curriculum
+        self.passes = {}  # {number of the pass: its permutation}, those of the last call
 
     def __call__(self, start, count):
-        """Cards number start .. start + count - 1 of the endless deck."""
-        positions = np.arange(start, start + count) - self.lead
-        decks, cards = positions // self.n, positions % self.n
+        """The cards at the positions start .. start + count - 1 of the endless deck."""
+        positions = np.arange(start, start + count) - self.curriculum
+        numbers, cards = positions // self.n, positions % self.n
         chosen, used = positions.copy(), {}
-        for deck in np.unique(decks[positions >= 0]).tolist():
-            used[deck] = self.decks.get(deck)
-            if used[deck] is None:
-                used[deck] = np.random.RandomState([self.seed, deck]).permutation(self.n)
-            chosen[decks == deck] = used[deck][cards[decks == deck]]
-        self.decks = used  # the next call will want one of these again
-        return chosen + self.lead
+        for number in np.unique(numbers[positions >= 0]).tolist():
+            used[number] = self.passes.get(number)
+            if used[number] is None:
+                used[number] = np.random.RandomState([self.seed, number]).permutation(self.n)
+            chosen[numbers == number] = used[number][cards[numbers == number]]
+        self.passes = used  # the next call will need one of these again
+        return chosen + self.curriculum
 
 
-def some_rows(n, limit):
-    """All of 0 .. n - 1, or `limit` of them chosen once for all, in order."""
+def fixed_rows(n, limit):
+    """All of 0 .. n - 1, or a fixed random choice of `limit` of them, in order."""
     if not limit or limit >= n:
         return np.arange(n)
     return np.sort(np.random.RandomState(0).permutation(n)[:limit])
 
 
+# ---------------------------------------------------------------------------------------------
+# Text, for the language model
+
+
 class TextBatches:
-    """Rows of T tokens from one long stream of utterances; every position has a target."""
+    """Rows of T tokens, cut from one long stream of utterances. Every position has a target."""
 
     BIN = "text"
 
@@ -110,91 +137,120 @@ class TextBatches:
         self.batch, self.order = batch, Order(self.rows, seed)
 
     def plan(self, step):
-        return self.order(step * self.batch, self.batch), self.T
+        return Plan(self.order(step * self.batch, self.batch), self.T)
 
     def fixed_plan(self, limit=0):
-        """The plans of a validation over `limit` rows (0: all), always the same."""
-        rows = some_rows(self.rows, limit)
-        return [(rows[i : i + self.batch], self.T) for i in range(0, len(rows), self.batch)]
+        """The plans of a validation pass over `limit` rows (0: all), always the same."""
+        rows = fixed_rows(self.rows, limit)
+        parts = range(0, len(rows), self.batch)
+        return [Plan(rows[i : i + self.batch], self.T) for i in parts]
 
-    def read(self, rows, length, place=0):
-        begins = rows * length
-        stream = np.stack([self.text[b : b + length + 1] for b in begins]).astype(np.int64)
+    def read(self, plan, part=slice(None)):
+        starts = plan.rows[part] * self.T
+        stream = np.stack([self.text[i : i + self.T + 1] for i in starts]).astype(np.int64)
         check_tokens(stream, self.tokenizer, self.path)
-        return Batch(stream[:, :-1], stream[:, 1:].reshape(-1), None, None, len(rows) * length)
+        targets = stream[:, 1:].reshape(-1)
+        return Batch(stream[:, :-1], targets, None, None, len(targets))
+
+
+# ---------------------------------------------------------------------------------------------
+# Samples, with and without pictures
 
 
 class SampleBatches:
-    """Samples of alike length, with and without pictures apart (but for one batch a window, which
-    takes the rest of both).
+    """Samples of similar length. Samples with and without images are in different batches, except
+    for one batch a window.
 
-    Of each 32 batches' worth of shuffled samples those of like length are put together, and the
-    batches shuffled again. All rows of a batch are padded to one of few lengths (round_up)."""
+    A window is 32 batches of shuffled samples. Its samples are grouped by length, and the groups
+    are shuffled again. All rows of a batch are padded to one length (see round_up)."""
 
     BIN, WINDOW, ONE_PICTURE = "samples", 32, False
 
     def __init__(self, dataset, split, batch, seed, model, features=None):
+        check_pointers(dataset, split)
         self.samples, self.tokens = dataset.open(split, "samples"), dataset.open(split, "tokens")
+        self.loss_mask = dataset.open(split, "loss_mask")
         if self.ONE_PICTURE:
-            of_one = self.samples[:, 3] == 1
-            self.samples = self.samples[of_one] if of_one.any() else self.samples
-        self.learn, self.tokenizer = dataset.open(split, "learn"), dataset.tokenizer
-        self.path = dataset.path(split, "tokens")
+            with_one = self.samples[:, 3] == 1
+            self.samples = self.samples[with_one] if with_one.any() else self.samples
+        self.tokenizer, self.path = dataset.tokenizer, dataset.path(split, "tokens")
         self.batch, self.seed, self.rows = batch, seed, len(self.samples)
-        self.shown = None
-        if dataset.count(split, "shown"):
-            self.shown, self.images = (dataset.open(split, kind) for kind in ("shown", "images"))
+        self.image_ids = None
+        if dataset.count(split, "image_ids"):
+            self.image_ids, self.images = (
+                dataset.open(split, kind) for kind in ("image_ids", "images")
+            )
             self.pictures = Rows(dataset.open(split, "frames") if features is None else features)
-        check_pointers(self, dataset, split)
-        if self.shown is not None:
             self.count_image_tokens(model, dataset.image_format)
         self.block_size = model.gpt.config.block_size
-        longest = int(max(self.lengths(part).max() for part in self.parts()))
-        if longest > self.block_size:
-            raise UserError(
-                f"{dataset.directory}: the longest {split} sample makes {longest} tokens, those of "
-                f"its images included, over block_size {self.block_size}: "
-                "raise block_size, or shorten the samples"
-            )
-        self.ragged = model.image_attention != "full"
-        if not self.ragged:
-            check_images_lead(self, dataset.directory)
-        lead = 0 if self.ONE_PICTURE else dataset.count(split, "lead")
-        self.order, self.window, self.plans = Order(self.rows, seed, lead), None, None
+        self.check_lengths(dataset.directory, split)
+        self.pads_images = model.image_attention != "full"
+        if not self.pads_images:
+            self.check_images_first(dataset.directory)
+        curriculum = 0 if self.ONE_PICTURE else dataset.count(split, "curriculum")
+        self.order = Order(self.rows, seed, curriculum)
+        self.window, self.plans = None, None  # the plans of the last window
 
     def count_image_tokens(self, model, image_format):
-        """P; of each image its number of tokens; and of the images shown, their running total."""
+        """The number of tokens of each image, and the running total over image_ids."""
         self.P, self.tiled = model.image_tokens(image_format.size), model.tiled
         self.side, self.max_tiles = math.isqrt(self.P), image_format.max_tiles
         self.image_tokens = np.full(len(self.images), self.P)
         if self.tiled:
             self.image_tokens = count_tokens(self.images[:, 1:], self.side, self.max_tiles)
-        self.totals = np.append(0, self.image_tokens[self.shown].cumsum())
+        self.totals = np.append(0, self.image_tokens[self.image_ids].cumsum())
 
-    def parts(self, size=1 << 16):
+    def blocks(self, size=1 << 16):
+        """The numbers of all rows, a block at a time."""
         return (np.arange(i, min(i + size, self.rows)) for i in range(0, self.rows, size))
 
+    def check_lengths(self, directory, split):
+        """Raise UserError if a sample does not fit into block_size."""
+        longest = int(max(self.lengths(rows).max() for rows in self.blocks()))
+        if longest > self.block_size:
+            raise UserError(
+                f"{directory}: the longest {split} sample makes {longest} tokens, those of "
+                f"its images included, over block_size {self.block_size}: "
+                "raise block_size, or shorten the samples"
+            )
+
+    def check_images_first(self, directory):
+        """Raise UserError unless all samples start with the same number of images: these are the
+        `prefix` that every position may attend to."""
+        number = int(self.samples[0, 3])
+        for rows in self.blocks():
+            samples = self.samples[rows].astype(np.int64)
+            same = number > 0 and (samples[:, 3] == number).all()
+            if same:  # so each sample has at least this many tokens
+                leading = [self.tokens[samples[:, 0] + i] for i in range(number)]
+                same = all((tokens == self.tokenizer.image).all() for tokens in leading)
+            if not same:
+                raise UserError(
+                    f"{directory}: image_attention=full needs samples that all begin "
+                    "with the same number of images; use causal"
+                )
+
     def lengths(self, rows):
-        """Positions that each sample takes: its last token is only ever a target."""
+        """The positions that each sample takes. Its last token is only a target."""
         samples = self.samples[rows].astype(np.int64)
         lengths = samples[:, 1] - 1
-        if self.shown is not None:
+        if self.image_ids is not None:
             first, count = samples[:, 2], samples[:, 3]
             lengths += self.totals[first + count] - self.totals[first] - count
         return lengths
 
     def group(self, rows):
-        """Plans for rows: those with images and those without, each with its like in length.
+        """Plans for these rows, each of rows of similar length.
 
-        Like means within the same half of a doubling. Finer groups would pad less and learn less:
+        Similar means in the same half of a doubling. Finer groups would pad less and train worse:
         length goes with content, and a batch of all the two-word captions is a biased sample."""
         lengths = self.lengths(rows)
-        alike = np.array([round_up(int(n), parts=2) for n in lengths])
-        with_images = self.samples[rows][:, 3] > 0
-        order = np.lexsort((alike, with_images))
+        similar = np.array([round_up(int(n), parts=2) for n in lengths])
+        has_images = self.samples[rows][:, 3] > 0
+        order = np.lexsort((similar, has_images))
         groups = [order[i : i + self.batch] for i in range(0, len(rows), self.batch)]
         longest = [min(round_up(int(lengths[group].max())), self.block_size) for group in groups]
-        return [(rows[group], length) for group, length in zip(groups, longest)]
+        return [Plan(rows[group], length) for group, length in zip(groups, longest)]
 
     def plan(self, step):
         window = step // self.WINDOW
@@ -206,30 +262,23 @@ class SampleBatches:
         return self.plans[step % self.WINDOW]
 
     def fixed_plan(self, limit=0):
-        """The plans of a validation over `limit` samples (0: all) but those that lead."""
-        return self.group(self.order.lead + some_rows(self.order.n, limit))
+        """The plans of a validation pass over `limit` samples (0: all), the curriculum left out."""
+        return self.group(self.order.curriculum + fixed_rows(self.order.n, limit))
 
-    def read(self, rows, length, place=0):
-        stream = np.full((len(rows), length + 1), self.tokenizer.pad, np.int64)
-        learn = np.zeros((len(rows), length + 1), bool)
-        shown = []
+    def read(self, plan, part=slice(None)):
+        rows = plan.rows[part]
+        stream = np.full((len(rows), plan.length + 1), self.tokenizer.pad, np.int64)
+        in_loss = np.zeros((len(rows), plan.length + 1), bool)
+        images = []
         for i, sample in enumerate(self.samples[rows].tolist()):
-            first_token, n_tokens, first_shown, n_images = sample
-            tokens = slice(first_token, first_token + n_tokens)
-            ids = self.tokens[tokens]
-            repeats = np.ones(len(ids), np.int64)
-            if (ids == self.tokenizer.image).sum() != n_images:
-                raise damaged(self.path)
-            if n_images:  # each <image> becomes as many placeholders as it has tokens
-                shown.append(self.shown[first_shown : first_shown + n_images])
-                repeats[ids == self.tokenizer.image] = self.image_tokens[shown[-1]]
-            end = int(repeats.sum())
-            stream[i, :end] = np.repeat(ids, repeats)
-            learn[i, :end] = np.repeat(self.learn[tokens], repeats)
+            tokens, loss_mask, own_images = self.read_sample(*sample)
+            stream[i, : len(tokens)] = tokens
+            in_loss[i, : len(tokens)] = loss_mask
+            images += own_images
         check_tokens(stream, self.tokenizer, self.path)
-        positions = np.flatnonzero(learn[:, 1:])
+        positions = np.flatnonzero(in_loss[:, 1:])
         targets = stream[:, 1:].reshape(-1)[positions]
-        padding = round_up(max(len(positions), 1), parts=4) - len(positions)  # not before `first`
+        padding = round_up(max(len(positions), 1), parts=4) - len(positions)
         batch = Batch(
             tokens=stream[:, :-1],
             targets=np.pad(targets, (0, padding), constant_values=-100),
@@ -237,32 +286,62 @@ class SampleBatches:
             images=None,
             count=len(positions),
         )
-        if shown:
-            self.add_images(batch, self.images[np.concatenate(shown)].astype(np.int64).tolist())
+        if images:
+            self.add_images(batch, self.images[np.array(images)].astype(np.int64).tolist())
         return batch
 
+    def read_sample(self, first_token, n_tokens, first_image, n_images):
+        """(tokens, loss_mask, image ids) of a row of the bin `samples`, with each <image> repeated
+        for each of its image tokens."""
+        tokens = self.tokens[first_token : first_token + n_tokens]
+        loss_mask = self.loss_mask[first_token : first_token + n_tokens]
+        is_image = tokens == self.tokenizer.image
+        if is_image.sum() != n_images:
+            raise corrupted(self.path)
+        if not n_images:
+            return tokens, loss_mask, []
+        images = self.image_ids[first_image : first_image + n_images].tolist()
+        repeats = np.ones(len(tokens), np.int64)
+        repeats[is_image] = self.image_tokens[images]
+        return np.repeat(tokens, repeats), np.repeat(loss_mask, repeats), images
+
     def add_images(self, batch, images):
-        """Give a batch the frames, or features of frames, of images: rows of the bin."""
+        """Add the frames, or their features, of images (rows of the bin) to a batch."""
         frames, arrangements = [], []
         for first, *grid in images:
             if self.tiled:
                 arrangements.append(arrange(*grid, self.side, len(frames), self.max_tiles))
             frames += range(first, first + 1 + grid[0] * grid[1])
-        if self.ragged:  # fill up to one of few numbers: for each, kernels are made and kept
-            frames += frames[-1:] * (round_up(8 * len(frames)) // 8 - len(frames))
+        if self.pads_images:  # to one of few numbers, see round_up
+            frames += frames[-1:] * (round_up(len(frames), least=1) - len(frames))
         batch.images = self.pictures[np.array(frames)]
         if self.tiled:
             batch.arrangement = join(arrangements)
 
 
 class PairBatches(SampleBatches):
-    """The samples of one picture alone, where there are any: the simplest are for the projector."""
+    """The samples of exactly one picture, if there are any: the simplest, for the projector."""
 
     ONE_PICTURE = True
 
 
+# ---------------------------------------------------------------------------------------------
+# Frames, for DINO
+
+
+@dataclass
+class FramePairs:
+    """frames, others (n, S, S, 3) uint8: two frames of one clip in each row. `first` is the number
+    of the first row in its batch, `count` is n."""
+
+    frames: np.ndarray
+    others: np.ndarray
+    first: int
+    count: int
+
+
 class ClipBatches:
-    """Pairs of frames for DINO: two of one clip, or the same frame twice where it has only one."""
+    """Pairs of frames: two of one clip, or the same frame twice if its clip has only one."""
 
     BIN = "frames"
 
@@ -273,25 +352,16 @@ class ClipBatches:
         self.order = Order(self.rows, seed)
 
     def plan(self, step):
-        """The rows, and the position in the endless deck at which the batch begins."""
-        return self.order(step * self.batch, self.batch), step * self.batch
+        return Plan(self.order(step * self.batch, self.batch), start=step * self.batch)
 
-    def read(self, rows, start, place=0):
-        """(frames, others), each (n, S, S, 3) uint8; these rows are number `place` and on of the
-        batch that begins at position `start` of the endless deck."""
-        begin = np.searchsorted(self.clips, self.clips[rows], "left")
-        length = np.searchsorted(self.clips, self.clips[rows], "right") - begin
-        position = np.arange(start + place, start + place + len(rows))
-        chance = position * 2654435761 >> 8  # Knuth's multiplicative hash
-        others = begin + (rows - begin + 1 + chance % np.maximum(length - 1, 1)) % length
-        return FramePairs(self.frames[rows], self.frames[others], place, len(rows))
-
-
-@dataclass
-class FramePairs:
-    """frames, others (n, S, S, 3) uint8, row by row of one clip; from number `first` of a batch."""
-
-    frames: np.ndarray
-    others: np.ndarray
-    first: int
-    count: int
+    def read(self, plan, part=slice(None)):
+        rows, first = plan.rows[part], part.start or 0
+        clip_start = np.searchsorted(self.clips, self.clips[rows], "left")
+        clip_length = np.searchsorted(self.clips, self.clips[rows], "right") - clip_start
+        # which of the clip's other frames: a hash of the position in the deck (Knuth's), so that
+        # it does not depend on how the batch is cut
+        position = np.arange(plan.start + first, plan.start + first + len(rows))
+        chance = (position * 2654435761) >> 8
+        step = 1 + chance % np.maximum(clip_length - 1, 1)
+        others = clip_start + (rows - clip_start + step) % clip_length
+        return FramePairs(self.frames[rows], self.frames[others], first, len(rows))

@@ -1,46 +1,49 @@
 """
-What a run saves and loads. A checkpoint is one self-contained file, a dict of torch.save:
+Checkpoints: what a run saves and loads. One self-contained file, a dict of torch.save:
 
-    format      2; another is refused
-    phase       "vision", "phase0", "phase1", "phase2" or "phase3"
-    step, done  how many steps were taken, and whether these were all
-    settings    {knob: value}: the Config it was made with
-    decided     {knob: value} of these, which later phases inherit and must not contradict
-    parents     {phase: digest} of the checkpoints it started from; of a tower that came from a
-                file, {"vision_weights": sha256 of the file}
-    digest      of its weights, once it is done: what its children keep under `parents`
-    source      which source its data came from, "toy" or another
-    corpus      the id of its data, as in meta.json
-    images      the images.ImageFormat, a dict
-    tokenizer   {"kind", "ranks"}, a Tokenizer as text; None for a tower alone
-    parts       {"tower": vision.describe(), "gpt": sizes, "projector": Projector's arguments,
-                "seeing": BabyLLaVA's other arguments}: those there are
-    weights     the state dict of a model.BabyLLaVA of these parts
-    template    {"name", "system"} of the conversations it learnt; None, or absent, before phase 3
-    lora        {name: factor}, where only these learnt: `weights` has them merged
-    dino        the state dict of a dino.DINO: vision alone, to go on from
-    optimizer   the optimizer's, to go on from; step and seed give all else: no state of random
-                numbers and no position of a loader needs saving
+    format        3; format 2 is converted on reading, others are refused
+    phase         "vision", "language", "phase1", "phase2" or "phase3"
+    step, done    how many steps were taken, and whether these are all
+    settings      {option: value}: the Config of train.py
+    inherited     {option: value} of those that fix the model; later phases must not contradict them
+    parents       {phase: digest} of the checkpoints it started from; for weights from elsewhere
+                  {option: sha256 of the file}
+    digest        of its weights, if done: stored in the `parents` of its children
+    source        the source of its data, "toy" or another
+    corpus        the id of its data, as in meta.json
+    images        the ImageFormat, a dict
+    tokenizer     {"kind", "ranks"}, a Tokenizer as text; None for a tower alone
+    parts         those that exist of {"tower": vision.describe_tower(), "gpt": sizes, "projector":
+                  make_projector's arguments, "seeing": BabyLLaVA's other arguments}
+    weights       the state dict of a model.BabyLLaVA of these parts
+    validates_on  {"split", "batches"} of the validation loss; None for a tower
+    template      {"name", "system"} of the conversations it was trained on; None, or missing, if
+                  it was trained on captions alone
+    lora          {name: factor} with LoRA; `weights` has them merged
+    dino          the state dict of a dino.DINO, for resuming
+    optimizers    the state dicts of the optimizers, for resuming. No random state and no position
+                  of a loader is needed: they follow from step and seed
 
-With it alone sample.py speaks, eval.py scores and train.py goes on.
+sample.py, eval.py and train.py need nothing else.
 """
 
 import pickle
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import vision
+from common.files import about, writing
+from common.images import ImageFormat
 from config import UserError, regular
-from files import about, writing
-from images import ImageFormat
-from model import GPT, BabyLLaVA, GPTConfig, Projector
+from model import GPT, BabyLLaVA, GPTConfig, make_projector
+from pretrained.tokenizer_json import parse_tokenizer
 from tokenizer import Tokenizer
-from tokenizer_json import parse
 
-FORMAT = 2
-# what unpickling says of a file that is damaged
+FORMAT = 3
+# the exceptions of unpickling a corrupted file
 DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -52,12 +55,12 @@ DAMAGE = (
     TypeError,
     OverflowError,
 )
-KINDS = {  # of what is in every checkpoint
+KINDS = {  # the types of what every checkpoint has
     "phase": str,
     "step": int,
     "done": bool,
     "settings": dict,
-    "decided": dict,
+    "inherited": dict,
     "parents": dict,
     "source": str,
     "corpus": str,
@@ -65,13 +68,13 @@ KINDS = {  # of what is in every checkpoint
     "parts": dict,
     "weights": dict,
 }
-BACKENDS = ("attention", "norm")  # of a GPTConfig: the machine's choice, not the model's
+BACKENDS = ("attention", "norm")  # in a GPTConfig, but chosen for each machine
 
 
 @dataclass
 class Loaded:
-    """A checkpoint brought to life, in eval mode. Parts that it does not have are None: `model` has
-    no projector before phase 1, and no GPT in vision.pt."""
+    """A checkpoint with its model in eval mode. Parts that it lacks are None: the model has no
+    projector before phase 1, and no GPT in vision.pt."""
 
     model: BabyLLaVA
     tokenizer: Tokenizer | None
@@ -87,22 +90,22 @@ class Loaded:
         return next(self.model.parameters()).dtype
 
     def as_parent(self):
-        """The dict of a model that came from a folder, as a phase's parent."""
+        """The checkpoint of a model from a Hugging Face folder, as the parent of a phase."""
         weights = self.model.state_dict()
         digest = vision.weights_digest(weights)
         return self.checkpoint | {"weights": weights, "digest": digest, "done": True}
 
     def choose_template(self, name="", system=""):
-        """(name, system text) of the template to ask in: those given, else those it has learnt
-        with. ("", ""): none, it knows captions alone, or "plain" was asked for."""
+        """(name, system text) of the chat template for questions: those given, else those of its
+        training. ("", "") for "plain", or if it was trained on captions alone."""
         if name == "plain":
             return "", ""
-        learnt = self.checkpoint.get("template") or {"name": "", "system": ""}
-        return name or learnt["name"], system or learnt["system"]
+        trained = self.checkpoint.get("template") or {"name": "", "system": ""}
+        return name or trained["name"], system or trained["system"]
 
 
 def choose_device(name):
-    """The torch.device of a --device knob; empty: cuda where there is one, else cpu."""
+    """The torch.device of a --device option; "": cuda if there is one. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -125,7 +128,7 @@ def describe_parts(model, projector_kind):
     """The `parts` of a BabyLLaVA."""
     parts = {}
     if model.tower is not None:
-        parts["tower"] = vision.describe(model.tower)
+        parts["tower"] = vision.describe_tower(model.tower)
     if model.gpt is not None:
         sizes = asdict(model.gpt.config)
         parts["gpt"] = {name: value for name, value in sizes.items() if name not in BACKENDS}
@@ -145,9 +148,11 @@ def describe_parts(model, projector_kind):
     return parts
 
 
-def describe(settings, name, dataset, model, step, done, parents, decided, state=None):
-    """The dict of a checkpoint, beside what is needed to go on. state: its weights, where they are
-    not those that the model has now."""
+def describe(
+    settings, name, dataset, model, step, done, parents, inherited, validates_on, state=None
+):
+    """The dict of a checkpoint, without what only resuming needs. state: its weights, if they are
+    not the model's own."""
     state = model.state_dict() if state is None else state
     tokenizer = {"kind": dataset.tokenizer.kind, "ranks": dataset.tokenizer.dump()}
     return {
@@ -156,7 +161,7 @@ def describe(settings, name, dataset, model, step, done, parents, decided, state
         "step": step,
         "done": done,
         "settings": asdict(settings),
-        "decided": decided,
+        "inherited": inherited,
         "parents": parents,
         "digest": vision.weights_digest(state) if done else None,
         "source": dataset.meta["source"],
@@ -164,17 +169,18 @@ def describe(settings, name, dataset, model, step, done, parents, decided, state
         "images": asdict(dataset.image_format),
         "tokenizer": tokenizer if model.gpt is not None else None,
         "parts": describe_parts(model, settings.projector),
+        "validates_on": validates_on,
         "weights": state,
     }
 
 
-def of_folder(folder, model, tokenizer, image_format, template):
-    """The dict of a model that came from a folder of another's."""
+def describe_folder(folder, model, tokenizer, image_format, template):
+    """The dict of a model that came from a Hugging Face folder, without its weights."""
     return {
         "format": FORMAT,
         "phase": "folder",
         "settings": {"data": str(folder)},
-        "decided": {
+        "inherited": {
             "projector": "mlp2x_gelu",
             "select_layer": model.select_layer,
             "keep_cls": model.keep_cls,
@@ -186,6 +192,7 @@ def of_folder(folder, model, tokenizer, image_format, template):
         "corpus": "",
         "images": asdict(image_format),
         "tokenizer": {"kind": tokenizer.kind, "ranks": tokenizer.dump()},
+        "validates_on": {"split": "val", "batches": "SampleBatches"},
         "template": template,
         "parts": describe_parts(model, "mlp2x_gelu"),
     }
@@ -198,7 +205,7 @@ def has_other_vocabulary(checkpoint, dataset):
 
 
 def has_other_images(checkpoint, dataset):
-    """Whether pictures became frames in another way in prepared data than for a checkpoint."""
+    """Whether prepared data has another image format than a checkpoint."""
     return ImageFormat.parse(checkpoint["images"]) != dataset.image_format
 
 
@@ -207,7 +214,7 @@ def save(path, checkpoint):
     with writing(path) as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch's words for what the disk, or the user, said
+        except RuntimeError as error:  # torch wraps an error of the disk, or Ctrl-C
             first = error.__context__
             raise first if isinstance(first, (OSError, KeyboardInterrupt)) else error from None
 
@@ -217,8 +224,8 @@ def save(path, checkpoint):
 
 
 def read_torch(path, safe=()):
-    """What torch.save wrote, on the CPU, read without running any code in it; classes in `safe`
-    may occur. Raises UserError for no file, a foreign one or one cut short."""
+    """The contents of a torch.save file, on the CPU. No code in it is run; only classes in `safe`
+    may occur. Raises UserError for a missing, foreign or incomplete file."""
     try:
         with torch.serialization.safe_globals(list(safe)):
             return torch.load(regular(path), map_location="cpu", weights_only=True)
@@ -231,43 +238,77 @@ def read_torch(path, safe=()):
         raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from None
 
 
+def convert(checkpoint):
+    """A checkpoint of format 2 in format 3: "decided" became "inherited", phase 0's language model
+    became the phase "language", and the phase's validation data are in the checkpoint."""
+    new_name = lambda name: re.sub("^phase0", "language", name)
+    settings = {new_name(name): value for name, value in checkpoint["settings"].items()}
+    validation = {
+        "vision": None,
+        "phase0": {"split": "val", "batches": "TextBatches"},
+        "phase1": {"split": "val", "batches": "PairBatches"},
+        "phase2": {"split": "val", "batches": "SampleBatches"},
+        "phase3": {"split": "chat_val", "batches": "SampleBatches"},
+    }
+    converted = checkpoint | {
+        "format": FORMAT,
+        "phase": new_name(checkpoint["phase"]),
+        "settings": settings,
+        "inherited": checkpoint["decided"],
+        "parents": {new_name(name): digest for name, digest in checkpoint["parents"].items()},
+        "validates_on": validation[checkpoint["phase"]],
+    }
+    del converted["decided"]
+    if "optimizer" in converted:
+        converted["optimizers"] = [converted.pop("optimizer")]
+    return converted
+
+
 def read(path):
-    """The dict that train.py wrote. Raises UserError for another thing or format."""
+    """The dict that train.py wrote. Raises UserError for another file or format."""
     checkpoint = read_torch(path)
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found == 1:
         raise UserError(f"{path}: of an earlier version (format 1, now {FORMAT}): train it again")
+    if found == 2:
+        try:
+            checkpoint, found = convert(checkpoint), FORMAT
+        except DAMAGE as error:
+            raise UserError(f"{path}: a corrupted checkpoint ({error!r})") from None
     if found != FORMAT:
         raise UserError(f"{path}: not a nanoBabyLLaVA checkpoint of format {FORMAT}")
     for key, kind in KINDS.items():
         if not isinstance(checkpoint.get(key), kind):
-            raise UserError(f"{path}: a damaged checkpoint: its {key} is no {kind.__name__}")
+            raise UserError(f"{path}: a corrupted checkpoint: its {key} is no {kind.__name__}")
     try:
         ImageFormat.parse(checkpoint["images"])
         if checkpoint["tokenizer"]:
-            parse(checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"])
+            parse_tokenizer(checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"])
     except DAMAGE as error:
-        raise UserError(f"{path}: a damaged checkpoint ({error!r})") from None
+        raise UserError(f"{path}: a corrupted checkpoint ({error!r})") from None
     return checkpoint
 
 
 def build(checkpoint, device="cpu", **backends):
-    """A Loaded of a checkpoint's dict. backends: `attention` and `norm`, see kernels.py."""
+    """The Loaded of a checkpoint's dict. backends: `attention` and `norm`, see kernels.py. Raises
+    UserError if its parts do not fit each other."""
     parts = checkpoint["parts"]
     tokenizer = gpt = projector = None
     if checkpoint["tokenizer"]:
-        tokenizer = parse(checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"])
+        tokenizer = parse_tokenizer(
+            checkpoint["tokenizer"]["ranks"], checkpoint["tokenizer"]["kind"]
+        )
     image_token = tokenizer.image if tokenizer else None
     try:
-        tower = vision.build(parts["tower"]) if "tower" in parts else None
+        tower = vision.build_tower(parts["tower"]) if "tower" in parts else None
         if "gpt" in parts:
             gpt = GPT(GPTConfig(**parts["gpt"], **backends))
         if "projector" in parts:
-            projector = Projector(**parts["projector"])
+            projector = make_projector(**parts["projector"])
         model = BabyLLaVA(gpt, projector, tower, image_token, **parts.get("seeing", {}))
         model.load_state_dict(checkpoint["weights"])
     except DAMAGE as error:
-        reason = str(error).split("\n")[-1].strip()[:200]  # of many lines the last says which
+        reason = str(error).split("\n")[-1].strip()[:200]  # the last of many lines says which
         raise UserError(
             f"a {checkpoint['phase']} whose sizes or weights do not fit each other ({reason})"
         ) from None
@@ -276,6 +317,6 @@ def build(checkpoint, device="cpu", **backends):
 
 
 def load(path, device="cpu"):
-    """The Loaded of a file that train.py wrote. Raises UserError, as read() does."""
+    """The Loaded of a file that train.py wrote. Raises UserError."""
     with about(path):
         return build(read(Path(path)), device)

@@ -1,17 +1,18 @@
 """
-Knobs: the defaults in a script, then files, then flags; and the one error that a user can mend.
+Options: defaults in a script, then config files, then flags; and UserError, the one exception that
+a user's mistake raises.
 
-A script keeps its knobs in a flat dataclass of int, float, bool, str and tuples of these, one
-comment each. `knob()` gives a default its range or its choices:
+A script keeps its options in a flat dataclass of int, float, bool, str and tuples of these, with
+one comment each. `option()` adds a range or a list of choices to a default:
 
     @dataclass
-    class Config(config.Knobs):
-        n_layer: int = knob(4, low=1)  # blocks
-        device: str = ""  # cpu, cuda, mps; empty: cuda where there is one
+    class Config(config.Options):
+        n_layer: int = option(4, low=1)  # blocks
+        device: str = ""  # cpu, cuda, mps; empty: cuda if there is a GPU
 
-A file holds lines of `name = literal` in Python's syntax (+ - * / // allowed). It is parsed, never
-run. On the command line `--key=value` and `--key value` both work, a bare `--key` switches a bool
-on, and a knob that takes several values takes them one after the other.
+A config file holds lines of `name = literal` in Python's syntax; + - * / // are allowed. It is
+parsed, never run. On the command line `--key=value` and `--key value` both work, a bare `--key`
+sets a bool to True, and an option of several values takes them one after the other.
 """
 
 import ast
@@ -36,28 +37,42 @@ OPERATORS = {
 
 
 class UserError(Exception):
-    """Something that a user can put right. One line: what is wrong, where, and what to do."""
+    """A mistake that the user can correct. One line: what is wrong, where, and what to do."""
 
 
 @dataclasses.dataclass
-class Knobs:
-    """What a script's Config inherits: `given` says where each knob that is not at its default
-    was set, {"n_layer": "configs/phase0.py:17", "seed": "--seed"}."""
+class Options:
+    """The base class of a script's Config.
+
+    `given` maps each option that was set to where it was set:
+    {"n_layer": "configs/phase0.py:17", "seed": "--seed"}."""
 
     def __post_init__(self):
         self.given = {}
 
 
-def knob(default, low=None, high=None, choices=None, once=False):
-    """A default with the values that are allowed: low <= value <= high, or one of `choices`.
+# Options of earlier versions: {old name: what to write now}. They are refused with this advice.
+RENAMED = {
+    "tower": "--phase vision or --phase language",
+    "phase0_steps": "language_steps",
+    "phase0_lr": "language_lr",
+    "phase0_batch": "language_batch",
+    "curate": "filter",
+    "mend": "fix",
+}
 
-    once: a file and a flag must not disagree on it."""
+
+def option(default, low=None, high=None, choices=None, once=False):
+    """A default with its allowed values: low <= value <= high, or one of `choices`.
+
+    once: a config file and a flag must not set it to different values; a dict has the exceptions,
+    {value: the values that may replace it}."""
     allowed = {"low": low, "high": high, "choices": choices, "once": once}
     return dataclasses.field(default=default, metadata=allowed)
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading
+# Parsing
 
 
 def literal(node):
@@ -74,15 +89,15 @@ def literal(node):
 
 
 def regular(path):
-    """The path, where it is a file or nothing at all. Raises UserError for a folder, a pipe or a
-    device: to open a pipe that nobody writes to is to wait for ever."""
+    """The path, if it is a regular file or does not exist. Raises UserError for a folder, a pipe
+    or a device: opening a pipe that nobody writes to would wait forever."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: a folder, a pipe or a device, and not a file")
+        raise UserError(f"{path}: not a file, but a folder, a pipe or a device")
     return path
 
 
-def read_file(path):
-    """[(name, value, "file:line")] of a config file."""
+def read_config_file(path):
+    """[(name, value, "file:line")] of a config file. Raises UserError."""
     try:
         tree = ast.parse(Path(regular(path)).read_text(encoding="utf-8"))
     except OSError as error:
@@ -90,45 +105,46 @@ def read_file(path):
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         raise UserError(f"{path}:{line}: not Python syntax") from None
-    found = []
+    settings = []
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         where = f"{path}:{node.lineno}"
         try:
             (target,) = node.targets
-            found.append((target.id, literal(node.value), where))
+            settings.append((target.id, literal(node.value), where))
         except (AttributeError, ValueError, TypeError, ZeroDivisionError, OverflowError):
-            message = f"{where}: want `name = literal`, with + - * / // and tuples allowed"
+            message = f"{where}: want `name = literal`; + - * / // and tuples are allowed"
             raise UserError(message) from None
-    return found
+    return settings
 
 
-def parse(text, kind):
-    """The value of type `kind` that a flag's text means; the text itself where it means none."""
+def parse_value(text, kind):
+    """The text of a flag as a value of type `kind`; the text itself if it is no such value, and
+    check_value() then reports the type."""
     if kind is str:
         return text
     source = text.capitalize() if kind is bool else text
     try:
         return literal(ast.parse(source, mode="eval").body)
     except (SyntaxError, ValueError, TypeError, ZeroDivisionError, OverflowError):
-        return text  # check() says what type is wanted
+        return text
 
 
 def read_flags(flags, kinds):
-    """[(name, value, "--name")] of flags; values are parsed by their knob's type."""
-    found, flags = [], list(flags)
+    """[(name, value, "--name")] of flags; kinds: {option: type}. Raises UserError."""
+    settings, flags = [], list(flags)
     while flags:
         flag = flags.pop(0)
         if not flag.startswith("--"):
-            raise UserError(f"{flag}: config files come first, knobs start with --")
+            raise UserError(f"{flag}: config files come first, options start with --")
         name, has_value, value = flag[2:].partition("=")
         name = name.replace("-", "_")
         kind = kinds.get(name, str)
         several = typing.get_origin(kind) is tuple
         values = [value] if has_value else []
-        takes = math.inf if several else 1
-        while flags and len(values) < takes and not flags[0].startswith("--"):
+        at_most = math.inf if several else 1
+        while flags and len(values) < at_most and not flags[0].startswith("--"):
             values.append(flags.pop(0))
         if not values and kind is bool:
             values = ["True"]
@@ -136,18 +152,23 @@ def read_flags(flags, kinds):
             raise UserError(f"--{name}: no value given")
         if several:
             element = typing.get_args(kind)[0]
-            parsed = tuple(parse(v, element) for v in values)
-            for earlier in [entry for entry in found if entry[0] == name]:
-                found.remove(earlier)
+            parsed = tuple(parse_value(v, element) for v in values)
+            for earlier in [entry for entry in settings if entry[0] == name]:
+                settings.remove(earlier)
                 parsed = earlier[1] + parsed  # --image a --image b is --image a b
-            found.append((name, parsed, f"--{name}"))
+            settings.append((name, parsed, f"--{name}"))
         else:
-            found.append((name, parse((values or [""])[0], kind), f"--{name}"))
-    return found
+            settings.append((name, parse_value((values or [""])[0], kind), f"--{name}"))
+    return settings
 
 
-def check(field, value, where):
-    """`value` as `field` takes it. Raises UserError when its type or its size is not allowed."""
+# ---------------------------------------------------------------------------------------------
+# Checking
+
+
+def check_value(field, value, where):
+    """The value, with ints made floats where `field` wants floats. Raises UserError for a wrong
+    type or a value out of range."""
     kind, allowed = field.type, field.metadata
     several = typing.get_origin(kind) is tuple
     element = typing.get_args(kind)[0] if several else kind
@@ -161,7 +182,8 @@ def check(field, value, where):
         if isinstance(v, float) and not math.isfinite(v):
             raise UserError(f"{where}: {field.name} {v} is not a finite number")
         if allowed and not is_allowed(allowed, v):
-            raise UserError(f"{where}: {field.name} {v!r} is not allowed: {describe(allowed)}")
+            wanted = describe_range(allowed)
+            raise UserError(f"{where}: {field.name} {v!r} is not allowed: {wanted}")
     return values if several else values[0]
 
 
@@ -173,8 +195,8 @@ def is_allowed(allowed, value):
     return above and below
 
 
-def describe(allowed):
-    """The values that a knob allows, in words; empty where all are."""
+def describe_range(allowed):
+    """The allowed values of an option in words; "" if all are allowed."""
     low, high = allowed.get("low"), allowed.get("high")
     if allowed.get("choices"):
         return "one of " + ", ".join(str(choice) or "(empty)" for choice in allowed["choices"])
@@ -186,52 +208,61 @@ def describe(allowed):
 
 
 # ---------------------------------------------------------------------------------------------
-# All together
+# Loading
 
 
 def split_arguments(argv):
-    """(config files that argv begins with, the flags after them)."""
+    """(the config files at the start of argv, the flags after them)."""
     count = 0
     while count < len(argv) and argv[count].endswith(".py") and not argv[count].startswith("--"):
         count += 1
     return list(argv[:count]), list(argv[count:])
 
 
-def show_help(Config, description):
-    """Print what a script does and each of its knobs: default, type, range, comment."""
+def print_help(Config, description):
+    """Print a script's description and each of its options: default, type, range, comment."""
     source = "".join(inspect.getsource(kind) for kind in Config.__mro__[:-1])
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    print(description.strip() + "\n\nknobs:")
+    print(description.strip() + "\n\noptions:")
     for field in dataclasses.fields(Config):
         kind = getattr(field.type, "__name__", "")
         if typing.get_origin(field.type) is tuple:
             kind = f"several {typing.get_args(field.type)[0].__name__}"
-        allowed = describe(field.metadata)
+        allowed = describe_range(field.metadata)
         kind += f", {allowed}" if allowed else ""
         print(f"  --{field.name}={field.default!r}  ({kind}) {comments[field.name]}")
 
 
-def load(Config, argv, description=""):
-    """A Config from its defaults, the files that argv begins with, then flags.
+def refuse_unknown(name, where, known):
+    """Raise UserError for an option that does not exist: its new name, else the nearest name."""
+    if name in RENAMED:
+        raise UserError(f"{where}: {name} has a new name: {RENAMED[name]}")
+    nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+    raise UserError(f"{where}: no option {name!r}; did you mean {nearest!r}?")
 
-    Raises UserError, with the place, for an unknown name (naming the nearest), a wrong type, a
-    value that is not allowed, or a file and a flag that disagree on a knob that is set `once`.
-    --help prints every knob and exits."""
+
+def load(Config, argv, description=""):
+    """A Config from its defaults, then the config files at the start of argv, then flags.
+
+    Raises UserError, with the place, for an unknown name, a wrong type, a value that is not
+    allowed, or an option declared `once` that a file and a flag set differently.
+    --help prints all options and exits."""
     if "--help" in argv or "-h" in argv:
-        show_help(Config, description)
+        print_help(Config, description)
         sys.exit(0)
     fields = {field.name: field for field in dataclasses.fields(Config)}
     files, flags = split_arguments(argv)
-    settings = [setting for path in files for setting in read_file(path)]
+    settings = [setting for path in files for setting in read_config_file(path)]
     settings += read_flags(flags, {name: field.type for name, field in fields.items()})
     config = Config()
     for name, value, where in settings:
         if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, 1, 0.0)[0]
-            raise UserError(f"{where}: no knob {name!r}; did you mean {nearest!r}?")
-        value = check(fields[name], value, where)
+            refuse_unknown(name, where, fields)
+        value = check_value(fields[name], value, where)
         before = getattr(config, name)
-        if fields[name].metadata.get("once") and config.given.get(name) and before != value:
+        once = fields[name].metadata.get("once")
+        may_replace = once.get(before, ()) if isinstance(once, dict) else ()
+        if once and config.given.get(name) and value not in (before, *may_replace):
             message = f"{where}: {name} {value!r} contradicts {name} {before!r} of"
             raise UserError(f"{message} {config.given[name]}")
         setattr(config, name, value)
@@ -240,15 +271,16 @@ def load(Config, argv, description=""):
 
 
 def run(main):
-    """Call main(arguments). A UserError, and what the operating system says of a user's file,
-    become one line and exit code 1; any other exception is ours and shows its traceback."""
+    """Call main(arguments). A UserError or an OSError becomes one line and exit code 1; any other
+    exception is a bug of ours and shows its traceback."""
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except (MemoryError, RuntimeError) as error:  # the latter: torch's words for it
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for a CPU that is out of memory, only this wording
         if not re.search("(allocate|out of) memory", str(error) or "out of memory"):
             raise
         sys.exit("error: out of memory: take a smaller batch, a smaller model or smaller pictures")

@@ -3,22 +3,21 @@ The format on disk: writing it, and mapping it into memory.
 
     python data.py toy                                        # draw the toy world -> data/toy
     python data.py pairs --csv FILE --images DIR --text FILE  # your captioned pictures and speech
-    python data.py pairs --name speech --text FILE            # speech alone: enough for phase 0
+    python data.py pairs --name speech --text FILE            # speech alone: for --phase language
     python data.py saycam --frames frames.zip --annotations train.json val.json test.json
-    python data.py saycam --help                              # the knobs of a source
+    python data.py saycam --help                              # the options of a source
+    python data.py show data/toy 17                           # a sample as a person sees it
 
-A source is a file sources/NAME.py with a `Config` and a `prepare(config, writer)`; adding one is
-adding that file. It writes data/<name>/: meta.json, tokenizer.tiktoken and, for each split, bins
-(BINS below says what each holds), all mapped with np.memmap, none ever held in memory.
+A prepared folder data/<name>/ holds meta.json, tokenizer.tiktoken and, for each split, one file a
+bin (see BINS). All bins are read through np.memmap; none is ever loaded whole. A new source of data
+is a new file in sources/, see sources/__init__.py.
 
-There is one kind of sample: tokens, in which <image> stands once for each picture that is shown
-there, and a mask of which tokens are learnt. A caption, a conversation of many turns and a text
-without a picture are all of that kind. Knows no network.
-Letters: S image side in pixels; K images; M samples.
+There is one kind of sample: tokens with one <image> for each picture, and a loss mask. A caption, a
+conversation of many turns and a text without pictures are all of that kind.
+Letters: F frames, S image side in pixels, K images, M samples.
 """
 
 import hashlib
-import importlib
 import json
 import os
 from dataclasses import asdict
@@ -27,23 +26,22 @@ from pathlib import Path
 import numpy as np
 
 import config
-from checks import check_meta
+from common.files import named, read_json, read_text, write_json, writing
+from common.images import ImageFormat, Picture
 from config import UserError
-from files import named, only_one, read_json, read_text, write_json, writing
-from images import ImageFormat, Picture
-from tokenizer_json import parse
+from pretrained.tokenizer_json import parse_tokenizer
 
-FORMAT = 2  # of data/<name>; readers refuse another
-# What a row of each bin is: type and shape. "token" is uint16, or uint32 for large vocabularies.
+FORMAT = 3  # of data/<name>; another is refused
+# {bin: (type, shape) of a row}. "token" is uint16, or uint32 for more than 65,536 tokens.
 BINS = {
-    "text": ("token", ()),  # utterances, each closed by <eos>, end to end: phase 0
-    "images": ("uint32", (5,)),  # first frame, tile rows, columns (0: none), original width, height
+    "text": ("token", ()),  # utterances end to end, each closed by <eos>: for the language model
+    "images": ("uint32", (5,)),  # first frame, tile rows, tile columns (0: none), width, height
     "frames": ("uint8", ("S", "S", 3)),  # pictures, or tiles of pictures
-    "clips": ("uint32", ()),  # of each frame: frames of one clip share a number; numbers rise
-    "tokens": ("token", ()),  # every sample's tokens, one <image> where an image stands
-    "shown": ("uint32", ()),  # the images a sample shows, in the order of its <image>s
-    "samples": ("uint64", (4,)),  # first token, tokens, first of `shown`, images
-    "learn": ("uint8", ()),  # of each token: 1 where it is a target
+    "clips": ("uint32", ()),  # a number for each frame, rising; frames of one clip share it
+    "tokens": ("token", ()),  # the tokens of all samples, with one <image> for each image
+    "image_ids": ("uint32", ()),  # the images of all samples, in the order of their <image>s
+    "samples": ("uint64", (4,)),  # first token, number of tokens, first image id, number of images
+    "loss_mask": ("uint8", ()),  # for each token: 1 if it is in the loss
 }
 
 
@@ -52,7 +50,7 @@ BINS = {
 
 
 class Bin:
-    """A bin while it is written, under the name of .partial: how many rows, and their digest."""
+    """A bin while it is written, as NAME.partial: its number of rows and their digest."""
 
     def __init__(self, path, kind, meta, keep_rows=0):
         self.path, self.dtype = path, np.dtype(bin_shape(kind, meta)[0])
@@ -61,7 +59,7 @@ class Bin:
         self.file = open(path, "r+b" if keep_rows else "w+b")  # noqa: SIM115
         self.file.truncate(keep_rows * self.row_bytes)
         for block in iter(lambda: self.file.read(1 << 20), b""):
-            self.sha256.update(block)  # what is kept counts towards the digest
+            self.sha256.update(block)  # rows that are kept count too
 
     def put(self, values):
         """Append rows."""
@@ -79,32 +77,34 @@ class Bin:
 
 
 class SplitWriter:
-    """One split of a corpus: text, images and samples, in any order."""
+    """Writes one split of a corpus: text, images and samples, in any order."""
 
     def __init__(self, writer, name):
         self.writer, self.name, self.bins, self.characters = writer, name, {}, 0
         self.last_clip = 0
-        self.lead = 0  # so many samples, the first ones, are learnt from before all others
+        self.curriculum = 0  # so many samples at the start are read first, once, in order
 
     def path(self, suffix):
         return self.writer.directory / f"{self.name}_{suffix}"
 
     def bin(self, kind, keep_rows=0):
+        """The Bin of a kind, created when it is first needed."""
         if kind not in self.bins:
             path = self.path(f"{kind}.partial")
             self.bins[kind] = Bin(path, kind, self.writer.meta, keep_rows)
         return self.bins[kind]
 
     def text(self, utterances):
-        """Add utterances for phase 0, each closed by <eos>."""
+        """Add utterances for the language model, each closed by <eos>."""
         tokenizer = self.writer.tokenizer
         for utterance in utterances:
             self.bin("text").put([*tokenizer.encode(utterance), tokenizer.eos])
-            self.characters += len(utterance) + 1  # and the line's end
+            self.characters += len(utterance) + 1  # 1 for the newline
 
     def image(self, picture, clip):
-        """Add a picture of clip number `clip`, an images.Picture or one frame (S, S, 3), and return
-        its number. Clip numbers may not fall: their frames stand side by side."""
+        """Add a picture of clip number `clip` and return its image id. picture: an images.Picture,
+        or one frame (S, S, 3). Raises ValueError for a clip number below the last: the frames of a
+        clip must be side by side."""
         if isinstance(picture, np.ndarray):
             picture = Picture(picture[None], 0, 0, *picture.shape[1::-1])
         if clip < self.last_clip:
@@ -115,29 +115,28 @@ class SplitWriter:
         self.bin("clips").put([clip] * len(picture.frames))
         return self.bins["images"].rows - 1
 
-    def sample(self, tokens, learn, images=()):
-        """Add a sample: tokens, the mask of those that are learnt, and the numbers of the images
-        that its <image>s show.
+    def sample(self, tokens, loss_mask, images=()):
+        """Add a sample: tokens, their loss mask, and the image id of each <image>.
 
-        Raises ValueError where these do not fit each other, nothing is learnt, an <image> is, or
-        an <image> stands last: the last token is only ever a target."""
+        Raises ValueError if these do not match, if no token or an <image> is in the loss, or if
+        <image> is the last token: the last token is only a target."""
         image = self.writer.tokenizer.image
         placeholders = tokens.count(image)
-        learns_an_image = any(flag for token, flag in zip(tokens, learn) if token == image)
-        fits = placeholders == len(images) and len(learn) == len(tokens)
-        if not fits or not any(learn[1:]) or learns_an_image or tokens[-1] == image:
+        image_in_loss = any(flag for token, flag in zip(tokens, loss_mask) if token == image)
+        fits = placeholders == len(images) and len(loss_mask) == len(tokens)
+        if not fits or not any(loss_mask[1:]) or image_in_loss or tokens[-1] == image:
             raise ValueError(
                 f"a sample of {len(tokens)} tokens with {placeholders} <image>, "
-                f"{len(images)} images, {len(learn)} in its mask, {sum(learn)} learnt"
+                f"{len(images)} images, a loss mask of {len(loss_mask)} with {sum(loss_mask)} ones"
             )
-        first_token, first_shown = self.bin("tokens").rows, self.bin("shown").rows
-        self.bin("samples").put([first_token, len(tokens), first_shown, len(images)])
+        first_token, first_image = self.bin("tokens").rows, self.bin("image_ids").rows
+        self.bin("samples").put([first_token, len(tokens), first_image, len(images)])
         self.bin("tokens").put(tokens)
-        self.bin("learn").put(learn)
-        self.bin("shown").put(np.array(images, np.uint32))
+        self.bin("loss_mask").put(loss_mask)
+        self.bin("image_ids").put(np.array(images, np.uint32))
 
-    def whole_images(self):
-        """The rows of the images that a killed run left together with all their frames, (n, 5)."""
+    def complete_images(self):
+        """Rows (n, 5) of the images whose frames a killed run has written completely."""
         paths = {kind: self.path(f"{kind}.partial") for kind in ("images", "frames")}
         if not all(path.exists() for path in paths.values()):
             return np.zeros((0, 5), np.int64)
@@ -148,17 +147,17 @@ class SplitWriter:
 
 
 class Writer:
-    """Writes data/<name>. A source calls start() once it knows that its input is good, then
-    split() and the split's methods; prepare() below calls finish().
+    """Writes data/<name>. A source calls start() after it has checked its input, then split() and
+    the methods of the split; sources.prepare() calls finish().
 
-    meta.json goes first and comes back last: while it is not there, readers refuse the folder."""
+    meta.json is deleted first and written last, so a half-made folder is never read."""
 
     def __init__(self, directory, source):
         self.directory, self.source = Path(directory), source
         self.skipped, self.splits = [], {}
 
     def start(self, tokenizer, image_format, template=None):
-        """Forget what was prepared before. template: {"name", "system"} of conversations."""
+        """Delete what was prepared before. template: {"name", "system"} of conversations."""
         self.tokenizer, self.image_format = tokenizer, image_format
         self.directory.mkdir(parents=True, exist_ok=True)
         self.refuse_another_source()
@@ -177,7 +176,7 @@ class Writer:
         }
 
     def refuse_another_source(self):
-        """Raise UserError where the folder holds what another source made: its eval/ and all."""
+        """Raise UserError if another source wrote this folder: its eval/ would stay."""
         path = self.directory / "meta.json"
         if path.exists():
             found = read_json(path).get("source")
@@ -188,17 +187,17 @@ class Writer:
                 )
 
     def split(self, name):
-        """The SplitWriter of a split, begun where it is not there yet."""
+        """The SplitWriter of a split, created when it is first needed."""
         if name not in self.splits:
             self.splits[name] = SplitWriter(self, name)
         return self.splits[name]
 
     def finish(self):
-        """Give everything its name, meta.json last. Returns meta."""
+        """Give all files their final names, meta.json last. Returns meta."""
         corpus = hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode())
         self.meta["splits"] = {}
         for name, split in self.splits.items():
-            counts = {"characters": split.characters, "lead": split.lead}
+            counts = {"characters": split.characters, "curriculum": split.curriculum}
             self.meta["splits"][name] = counts
             for kind, written in sorted(split.bins.items(), key=lambda b: [*BINS].index(b[0])):
                 written.close()
@@ -211,7 +210,7 @@ class Writer:
                 os.replace(written.path, split.path(f"{kind}.bin"))
         with writing(self.directory / "tokenizer.tiktoken") as file:
             file.write(self.tokenizer.dump().encode())
-        self.forget_the_past()
+        self.delete_leftovers()
         if self.skipped:
             with writing(self.directory / "skipped.txt") as file:
                 file.write("\n".join(self.skipped).encode("utf-8"))
@@ -220,8 +219,8 @@ class Writer:
         write_json(self.directory / "meta.json", self.meta)
         return self.meta
 
-    def forget_the_past(self):
-        """Remove what earlier preparations left: their logs, and features of other frames."""
+    def delete_leftovers(self):
+        """Delete the logs of earlier preparations, and stored features of frames that are gone."""
         (self.directory / "skipped.txt").unlink(missing_ok=True)
         leftover = [*self.directory.glob("*.partial"), *self.directory.glob("*_reading.log")]
         frames = [counts.get("frames_digest", "-")[:16] for counts in self.meta["splits"].values()]
@@ -246,39 +245,24 @@ def bin_shape(kind, meta):
     return dtype, tuple(meta["images"]["size"] if n == "S" else n for n in shape)
 
 
-def known_sources():
-    return sorted(path.stem for path in (Path(__file__).parent / "sources").glob("[!_]*.py"))
-
-
-def prepare(source, argv):
-    """Run sources/<source>.py on its flags. Returns (folder, its meta). Raises UserError."""
-    known = known_sources()
-    if source not in known:
-        raise UserError(f"{source or '(none)'}: no such source; python data.py {' | '.join(known)}")
-    module = importlib.import_module(f"sources.{source}")
-    settings = config.load(module.Config, argv, module.__doc__)
-    if settings.name and (Path(settings.name).name != settings.name or settings.name == ".."):
-        raise UserError(f"--name {settings.name}: want a plain name, to be a folder in data/")
-    directory = Path("data") / (settings.name or source)
-    with only_one(directory, "preparing data"):
-        judge = None
-        if importlib.import_module("sources").is_sifted(settings):
-            judge = importlib.import_module("curate").open_judge(settings.curate)
-        writer = Writer(directory, source)
-        module.prepare(settings, writer)
-        if judge:
-            importlib.import_module("curate").sift(writer, settings, judge)
-        return directory, writer.finish()
-
-
 # ---------------------------------------------------------------------------------------------
-# Reading what was prepared
+# Reading
+
+
+def known_sources():
+    """The names of the sources: the files in sources/ that define prepare()."""
+    files = (Path(__file__).parent / "sources").glob("*.py")
+    return sorted(
+        path.stem
+        for path in files
+        if path.stem != "__init__" and "\ndef prepare(" in path.read_text(encoding="utf-8")
+    )
 
 
 class Data:
     """A prepared folder: `meta`, `tokenizer`, `image_format`, and the bins as memory maps.
 
-    Raises UserError, with the command that makes it, for what is missing or does not fit."""
+    Raises UserError, with the command that makes it, if something is missing or does not match."""
 
     def __init__(self, directory):
         self.directory = Path(directory)
@@ -299,13 +283,13 @@ class Data:
                 f"`{command} ...`"
             )
         try:
-            check_meta(self.meta, BINS)
+            check_meta(self.meta)
             self.image_format = ImageFormat.parse(self.meta["images"])
             vocabulary = read_text(self.directory / "tokenizer.tiktoken")
-            self.tokenizer = parse(vocabulary, self.meta["tokenizer"])
+            self.tokenizer = parse_tokenizer(vocabulary, self.meta["tokenizer"])
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"{path}: damaged, or tokenizer.tiktoken beside it ({error!r}): prepare it again"
+                f"{path}: corrupted, or tokenizer.tiktoken beside it ({error!r}): prepare it again"
             ) from None
         if self.tokenizer.digest() != self.meta["tokenizer_digest"]:
             raise UserError(
@@ -314,14 +298,15 @@ class Data:
             )
 
     def count(self, split, kind):
-        """Rows of a bin, 0 where there is none; of "lead" the samples that are read first."""
+        """Rows of a bin, 0 if there is none; or "characters" of the text, or the samples of the
+        "curriculum"."""
         return self.meta["splits"].get(split, {}).get(kind, 0)
 
     def path(self, split, kind):
         return self.directory / f"{split}_{kind}.bin"
 
     def open(self, split, kind):
-        """The bin as an np.memmap of its shape, read-only."""
+        """The bin as a read-only np.memmap. Raises UserError."""
         path = self.path(split, kind)
         if not self.count(split, kind):
             raise UserError(
@@ -332,20 +317,91 @@ class Data:
         return open_bin(path, dtype, (self.count(split, kind), *row_shape))
 
     def features_path(self, split, fingerprint):
-        """Where the features are that a tower with this features.fingerprint makes of a split's
-        frames: a name that follows from the frames and from all that is done to them."""
+        """Where the features of a split's frames are stored. The name depends on the frames, on
+        their image format and on the tower (fingerprint: features.fingerprint)."""
         frames = self.meta["splits"][split]["frames_digest"]
         how = hashlib.sha256(f"{self.image_format} {fingerprint}".encode()).hexdigest()
         return self.directory / "features" / f"{frames[:16]}_{how[:24]}.bin"
 
 
 def open_bin(path, dtype, shape, remedy="prepare its folder again"):
-    """An np.memmap of a file, read-only. Raises UserError, with the remedy, for another size."""
+    """A file as a read-only np.memmap. Raises UserError, with the remedy, for a wrong size."""
     expected = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize  # no overflow
     found = path.stat().st_size if path.exists() else 0
     if found != expected:
         raise UserError(f"{path}: {found:,} bytes, want {expected:,}: {remedy}")
     return np.memmap(path, dtype, "r", shape=shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checking: a fault of the disk, or bins of two preparations, must end in one line with the file
+
+
+def corrupted(path):
+    return UserError(f"{path}: corrupted, its numbers cannot be right: prepare it again")
+
+
+def check_meta(meta):
+    """Raise KeyError, TypeError or ValueError if meta.json is not what Writer.finish wrote."""
+    for key in ("source", "corpus", "tokenizer", "tokenizer_digest"):
+        if not isinstance(meta[key], str):
+            raise TypeError(key)
+    if type(meta["vocab_size"]) is not int:
+        raise TypeError("vocab_size")
+    for split, counts in meta["splits"].items():
+        for kind in (*BINS, "characters", "curriculum"):
+            count = counts.get(kind, 0)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{split} {kind} {count}")
+        curriculum = counts.get("curriculum", 0)
+        if curriculum and curriculum >= counts.get("samples", 0):  # no other samples follow it
+            raise ValueError(f"{split} curriculum {curriculum}")
+        if counts.get("frames") and not isinstance(counts["frames_digest"], str):
+            raise TypeError("frames_digest")
+
+
+def check_tokens(tokens, tokenizer, path):
+    """Raise UserError if a token is outside the vocabulary."""
+    if tokens.max(initial=0) >= tokenizer.vocab_size:
+        raise corrupted(path)
+
+
+def check_pointers(dataset, split, block=1 << 16):
+    """Raise UserError if a sample points past the end of another bin."""
+    samples = dataset.open(split, "samples")
+    tokens, image_ids, images, frames = (
+        dataset.count(split, kind) for kind in ("tokens", "image_ids", "images", "frames")
+    )
+    for start in range(0, len(samples), block):
+        first, count, first_image, own_images = (
+            samples[start : start + block].astype(np.float64).T  # floats do not overflow
+        )
+        points_past = (first + count > tokens) | (first_image + own_images > image_ids)
+        if points_past.any() or not count.all():
+            raise corrupted(dataset.path(split, "samples"))
+    if image_ids:
+        if dataset.open(split, "image_ids").max() >= images:
+            raise corrupted(dataset.path(split, "image_ids"))
+        rows = dataset.open(split, "images")[:].astype(np.float64)
+        if (rows[:, 0] + rows[:, 1] * rows[:, 2] >= frames).any():
+            raise corrupted(dataset.path(split, "images"))
+
+
+def check_clips(clips, path):
+    """Raise UserError if clip numbers fall: the frames of a clip are found by bisection."""
+    if (clips[1:] < clips[:-1]).any():
+        raise corrupted(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command. It imports sources, which the rest of this file must not know.
+
+
+def open_filter(settings):
+    """sources.filtering.open_filter, imported only if a filter is asked for."""
+    from sources import filtering
+
+    return filtering.open_filter(settings)
 
 
 def main(argv):
@@ -354,14 +410,20 @@ def main(argv):
         if not argv or argv[0] not in ("-h", "--help"):
             raise UserError("give a source: python data.py toy")
         return
-    directory, meta = prepare(argv[0], argv[1:])
+    if argv[0] == "show":
+        from sources import show
+
+        return show.main(argv[1:])
+    import sources
+
+    directory, meta = sources.prepare(argv[0], argv[1:], open_filter)
     print(
         f"{directory}: {meta['vocab_size']} tokens in the vocabulary, corpus {meta['corpus'][:12]}"
     )
     for split, counts in meta["splits"].items():
         kinds = ("text", "frames", "images", "samples")
-        shown = [f"{counts[kind]:,} {kind}" for kind in kinds if counts.get(kind)]
-        print(f"  {split:5}", ", ".join(shown))
+        sizes = [f"{counts[kind]:,} {kind}" for kind in kinds if counts.get(kind)]
+        print(f"  {split:5}", ", ".join(sizes))
 
 
 if __name__ == "__main__":

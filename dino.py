@@ -1,13 +1,13 @@
 """
-How a tower learns without labels: DINO, self-distillation (Caron et al. 2021, arXiv 2104.14294).
+DINO: training a vision tower without labels, by self-distillation (Caron et al. 2021, arXiv
+2104.14294).
 
-A student that sees one view must say what a slowly moving average of itself, the teacher, says of
-another. The views here are crops of two frames of one clip: they share its things, not their
-places. A loss that falls proves nothing; watch linear_probe.
+A student that sees one view of a scene must predict the output of the teacher, a moving average of
+the student, for another view. The views here are crops of two frames of one clip, which show the
+same things in different positions. A falling loss proves nothing; watch linear_probe().
 
-What a step of this phase does is behind the calls by which train.py's loop knows BabyLLaVA too:
-inputs(), forward() with the loss, after_step(). Knows nothing of files.
-Letters: n rows, N images, S side, E width, K prototypes.
+train.py's loop calls inputs(), forward(), after_step() and result(), as on model.BabyLLaVA.
+Letters: n rows, N images, S image side in pixels, E vision width, K prototypes.
 """
 
 import math
@@ -18,10 +18,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from fused import Linear
-from images import normalise
+from common.images import normalise
+from fast.products import Linear
+from model import BabyLLaVA
 
-NUMBERS_A_VIEW = 8  # random numbers that decide a view, see crop()
+NUMBERS_A_VIEW = 8  # random numbers for each view, see crop()
 
 
 class Head(nn.Module):
@@ -48,10 +49,11 @@ class Head(nn.Module):
 
 
 def crop(frames, size, scale, numbers):
-    """Random views of frames (n, 3, S, S) in 0..1 -> (n, 3, size, size): a crop of `scale` (low,
-    high) of the area, an aspect of 3/4 to 4/3, mirrored every other time.
+    """Random crops of frames (n, 3, S, S) in 0..1 -> (n, 3, size, size): between scale[0] and
+    scale[1] of the area, an aspect ratio of 3/4 to 4/3, half of them mirrored.
 
-    numbers (n, 8) in 0..1: area, aspect, mirrored, place x and y, and three for recolour()."""
+    numbers (n, 8) in 0..1: area, aspect ratio, mirrored, position x and y, and three for
+    recolour()."""
     n = len(frames)
     area, aspect, mirror = numbers[:, 0], numbers[:, 1], numbers[:, 2]
     side = (scale[0] + (scale[1] - scale[0]) * area).sqrt()
@@ -66,11 +68,11 @@ def crop(frames, size, scale, numbers):
 
 
 def recolour(pixels, numbers, grey=0.4):
-    """Pixels (n, 3, size, size) in 0..1 with the hue turned by any angle, a share `grey` of them
-    grey, brighter or darker by up to 40 %.
+    """Pixels (n, 3, size, size) in 0..1 with a random hue, a fraction `grey` of them in grey, and
+    brighter or darker by up to 40 %.
 
-    Colour is made useless on purpose: with colour left in, colour alone tells the pictures of a
-    small world apart and the tower never learns shape."""
+    Colour is made useless on purpose: in a small world colour alone tells most images apart, and
+    the tower would never learn shape."""
     n = len(pixels)
     angle = 2 * math.pi * numbers[:, 5]  # turn the hue: rotate RGB about its grey axis (Rodrigues)
     cosine, sine = angle.cos(), angle.sin() / math.sqrt(3)
@@ -86,8 +88,8 @@ def recolour(pixels, numbers, grey=0.4):
 class DINO(nn.Module):
     """Student, teacher and their loss.
 
-    The teacher's output is centred (so that no prototype wins always) and sharpened by a low
-    temperature (so that not all win equally): the two pulls keep it from collapsing."""
+    The teacher's output is centred, so that no prototype always wins, and sharpened by a low
+    temperature, so that they do not all win equally: together this prevents collapse."""
 
     def __init__(
         self,
@@ -107,18 +109,19 @@ class DINO(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.register_buffer("centre", torch.zeros(prototypes))
-        # the teacher's outputs of this step, over all micro-batches: their sum, and how many
+        # the teacher's outputs in this step, over all micro-batches: their sum and number
         self.register_buffer("step_sum", torch.zeros(prototypes), persistent=False)
         self.register_buffer("step_rows", torch.zeros(()), persistent=False)
         self.local_views, self.temperature, self.momentum = local_views, temperature, momentum
 
     def inputs(self, batch, image_format, seed, step):
         """(global crops (2 n, 3, ...), local crops (local_views n, 3, ...) or None) of a
-        batches.FramePairs: two global crops, one of each frame, and `local_views` smaller ones.
+        batches.FramePairs: one global crop of each of the two frames, and `local_views` smaller
+        ones.
 
-        Crops are 3/4 and 1/2 of the side; the tower's positions are interpolated to fit. A row's
-        random numbers follow from seed, step and its place in the whole batch, so that processes
-        and micro-batches may cut the batch as they like."""
+        Global crops have 3/4 of the side, local crops 1/2; the tower interpolates its position
+        embeddings. The random numbers of a row depend on seed, step and its number in the whole
+        batch, not on how the batch is cut into processes and micro-batches."""
         device = self.centre.device
         end, views = batch.first + batch.count, 2 + self.local_views
         random = np.random.RandomState([seed, step])
@@ -144,8 +147,8 @@ class DINO(nn.Module):
         return network["head"](network["backbone"](pixels, only_cls=True)[:, 0]).float()
 
     def forward(self, global_crops, local_crops=None):
-        """(teacher outputs, loss): each student view's cross-entropy against the teacher's other
-        global views, their mean."""
+        """(teacher outputs, loss): the mean cross-entropy of each student view against each global
+        view of the teacher that is not the same view."""
         with torch.no_grad():
             outputs = self.encode(self.teacher, global_crops)
             self.step_sum += outputs.sum(0)
@@ -163,14 +166,15 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress, taken):
-        """Move centre and teacher, whose momentum climbs to 1 along a cosine, unless the step was
-        not taken: then its outputs, not finite perhaps, are forgotten. progress: 0 to 1."""
+        """Update centre and teacher, if the step was taken; outputs of a step that was not taken
+        may not be finite and are dropped. The momentum rises to 1 along a cosine. progress: 0 to
+        1."""
         if taken:
-            self.move(progress)
+            self.update_teacher(progress)
         self.step_sum.zero_()
         self.step_rows.zero_()
 
-    def move(self, progress):
+    def update_teacher(self, progress):
         if dist.is_initialized():
             dist.all_reduce(self.step_sum)
             dist.all_reduce(self.step_rows)
@@ -179,11 +183,15 @@ class DINO(nn.Module):
         for slow, fast in zip(self.teacher.parameters(), self.student.parameters()):
             slow.lerp_(fast, 1 - momentum)
 
+    def result(self):
+        """The BabyLLaVA that a checkpoint saves: the teacher's tower alone."""
+        return BabyLLaVA(None, tower=self.teacher["backbone"])
+
 
 def linear_probe(features, labels, split):
-    """Accuracy of a ridge classifier fitted on rows [:split] and scored on the rest.
+    """The accuracy of a ridge classifier, fitted on rows [:split] and scored on the rest.
 
-    features (n, E) float, labels (n,) int. The closed form in fp64: no optimizer to tune."""
+    features (n, E) float, labels (n,) int. A closed form in fp64, so there is nothing to tune."""
     x = features.double()
     x = (x - x[:split].mean(0)) / (x[:split].std(0) + 1e-6)
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)

@@ -2,7 +2,7 @@
 A checkpoint of ours as a folder that Hugging Face's transformers opens, and that huggingface.py
 opens again to the same bits.
 
-    python weights.py export out/toy/phase2.pt DIR
+    python export.py out/toy/phase2.pt DIR
     AutoModelForImageTextToText.from_pretrained("DIR")     # then, with transformers
 
 The GPT becomes a Llama (a Qwen2, where it has biases), the tower a ViT, CLIP or SigLIP. One thing
@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 
-import report
-import tensors
-import tokenizer_json
+import checkpoint
+import config
 import vision
+from common.files import read_json, write_json, writing
+from common.images import RESAMPLING
 from config import UserError
-from files import write_json, writing
-from images import RESAMPLING
-from templates import TEMPLATES, end_tokens
-from tokenizer_json import JsonTokenizer
+from pretrained import safetensors, tokenizer_json
+from pretrained.exported import K
+from tasks import report
+from tokenizer import TEMPLATES, end_tokens
 
 LEFT_OUT = ("weights", "optimizer", "dino", "lora", "tokenizer")  # of a checkpoint's dict
-K = 256.0  # see norm_as_layer; a power of two, so that dividing by it and back loses nothing
 VIT = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -387,29 +387,6 @@ def parts_as_written(parts, image_format):
     return parts | {"tower": tower | {"arguments": arguments}}
 
 
-def undo(saved, state, content):
-    """The checkpoint's dict of an exported folder: saved, what config.json keeps of it; state, the
-    weights under our names; content, of tokenizer.json."""
-    parts = saved["parts"]
-    E, kind = parts["tower"]["arguments"]["width"], parts["projector"]["kind"]
-    depth = parts["tower"]["arguments"]["depth"]
-    state = {n: w for n, w in state.items() if not n.startswith(f"tower.blocks.{depth}.")}
-    W = state["projector.0.weight"]
-    if W.shape[1] == 2 * E:
-        state["projector.0.weight"] = W[:, E:] * K
-    if kind != "mlp2x_gelu":
-        del state["projector.2.weight"], state["projector.2.bias"]
-        first = [state.pop(f"projector.0.{name}") for name in ("weight", "bias")]
-        if kind == "linear":
-            state |= dict(zip(("projector.weight", "projector.bias"), first))
-    for name in ("cls_token", "pos_embed"):
-        if f"tower.{name}" in state:
-            state[f"tower.{name}"] = state[f"tower.{name}"].reshape(1, -1, E)
-    roles = saved["tokenizer"]  # {"eos": id, ...} of another's vocabulary; None: it is ours
-    written = JsonTokenizer(content, roles) if roles else tokenizer_json.undo(content)
-    return saved | {"weights": state, "tokenizer": {"kind": written.kind, "ranks": written.dump()}}
-
-
 def check(loaded):
     """Refuse what there is no way to write."""
     model, saved = loaded.model, loaded.checkpoint
@@ -485,5 +462,58 @@ def export(loaded, folder, scores=None):
     with writing(folder / "README.md") as file:
         count = sum(p.numel() for p in model.parameters())
         file.write(report.model_card(saved, count, scores).encode("utf-8"))
-    tensors.write(folder / "model.safetensors", weights)
+    safetensors.write(folder / "model.safetensors", weights)
     write_json(folder / "config.json", config)
+
+
+def model_card(saved, count, scores):
+    """README.md of an exported model of `count` parameters as text: what it was trained on (saved,
+    a checkpoint's dict) and its scores (eval.py's results, or None)."""
+    world = "the toy world, drawn pictures and a grammar: nothing of SAYCam"
+    source = world if saved["source"].startswith("toy") else f"data of the kind `{saved['source']}`"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "---",
+        "# A nanoBabyLLaVA",
+        "",
+        f"{count:,} parameters, {saved['phase']}, {saved['step']} steps, trained on {source}",
+        f"(corpus {saved['corpus'][:12]}, seed {saved['settings']['seed']}).",
+        "",
+    ]
+    if not scores:
+        lines.append("It was not scored.")
+    else:
+        lines += [
+            f"Scores on {scores['source']}:",
+            "",
+            "| test | measure | subset | score | chance | n |",
+        ]
+        lines.append("|---|---|---|---|---|---|")
+        for task, subsets in scores["tasks"].items():
+            for subset, measures in subsets.items():
+                for measure, one in measures.items():
+                    chance = "" if one["chance"] is None else f"{one['chance']:.3f}"
+                    cells = (task, measure, subset, f"{one['score']:.3f}", chance, str(one["n"]))
+                    lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv):
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
+    if len(argv) != 2:
+        raise UserError("want: python export.py CHECKPOINT.pt DIR")
+    source, folder = Path(argv[0]), argv[1]
+    loaded, results = checkpoint.load(source), source.parent / "results.json"
+    scores = read_json(results) if results.exists() else None
+    if scores and scores["digest"] != loaded.checkpoint["digest"]:
+        scores = None  # of another checkpoint
+    export(loaded, folder, scores)
+    print(f"{folder}: {source}, as AutoModelForImageTextToText opens it")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,26 +1,61 @@
 """
-A model that was trained, at work: what it sees in pictures, and what it says of them.
-Letters: N images, S side, P image tokens an image, E vision width, C model width.
+A trained model at work: pictures and words in, words or their likelihoods out.
+
+    open_model          a checkpoint of train.py, or a folder of a LLaVA
+    read_pictures       files -> pictures
+    embed_pictures      pictures -> the embeddings of their image tokens
+    make_prompt         the tokens of a caption's start or of a question
+    nll_after           how likely given words are
+    generate_text       words, greedily
+
+Letters: N images, S image side in pixels, E vision width, C model width.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import report
+import checkpoint
+from common.images import read_picture, to_pixels
+from common.tiles import arrange
 from config import UserError
-from images import read_picture, to_pixels
-from templates import TEMPLATES, chat_sample, expand, with_pictures
-from tiles import arrange
+from tokenizer import TEMPLATES, chat_sample, expand, with_pictures
 
-QUESTION = "what is this ?"  # where a model that has learnt conversations is asked nothing
+QUESTION = "what is this ?"  # for a chat model, if no question is given
+
+
+def open_model(path, device="cpu", dtype=""):
+    """The checkpoint.Loaded of a file that train.py wrote or of a LLaVA folder. dtype "": that of
+    its weights."""
+    if Path(path).is_dir():
+        from pretrained import huggingface  # imported only if a folder is given
+
+        return huggingface.load(path, device, dtype)
+    loaded = checkpoint.load(path, device)
+    if dtype:
+        loaded.model.to(getattr(torch, dtype))
+    return loaded
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def read_pictures(loaded, paths, earlier=0):
+    """The Pictures of some files, of which `earlier` others precede in the conversation. OneVision
+    shows several pictures without tiles."""
+    image_format = loaded.image_format
+    if len(paths) + earlier > 1 and image_format.max_tiles:
+        image_format = replace(image_format, fit="pad", canvases=())
+    return [read_picture(path, image_format) for path in paths]
 
 
 @torch.no_grad()
 def encode_frames(loaded, frames, batch=64):
-    """Features (N, P, E) of frames (N, S, S, 3) uint8. (In training they are stored in fp16.)"""
+    """Features (N, num_features, E) of frames (N, S, S, 3) uint8, in the model's dtype."""
     features = []
     for start in range(0, len(frames), batch):
         pixels = to_pixels(frames[start : start + batch], loaded.image_format, loaded.device)
@@ -29,8 +64,8 @@ def encode_frames(loaded, frames, batch=64):
 
 
 @torch.no_grad()
-def see(loaded, pictures):
-    """What stands for each of some images.Pictures in the text: a list of (tokens, C)."""
+def embed_pictures(loaded, pictures):
+    """The embeddings of each picture's image tokens: a list of (tokens, C)."""
     model, embeds = loaded.model, []
     if model.projector is None:
         raise UserError("this checkpoint cannot see: give one of phase 1 or later, or no --image")
@@ -44,98 +79,105 @@ def see(loaded, pictures):
             side = int(own.shape[1] ** 0.5)
             arranged = arrange(*picture.grid, side, max_tiles=loaded.image_format.max_tiles)
             arrangement = [torch.tensor(part, device=loaded.device) for part in arranged]
-        embeds.append(model.project(own, arrangement))
+        embeds.append(model.embed_images(own, arrangement))
     return embeds
 
 
-def read(loaded, paths, shown=0):
-    """The Pictures of some files, after so many that were shown. OneVision shows several without
-    their tiles."""
-    image_format = loaded.image_format
-    if len(paths) + shown > 1 and image_format.max_tiles:
-        image_format = replace(image_format, fit="pad", canvases=())
-    return [read_picture(path, image_format) for path in paths]
+def join_embeds(rows, device):
+    """The embeddings of all pictures of some rows, [[(tokens, C), ...], ...], as one (M, C); None
+    if there are no pictures."""
+    embeds = [embed for row in rows for embed in row]
+    return torch.cat(embeds).to(device) if embeds else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Likelihoods
 
 
 @torch.no_grad()
-def nll_after(loaded, befores, embeds, words, batch=256):
-    """Mean NLL per token of words[i], tokens, after befores[i], tokens in which each placeholder
-    stands for a row of embeds[i], a list of see()'s; embeds None: there are no pictures. float64
-    (n,). Raises UserError where words are too long or none, or a score is no finite number."""
-    model, tokenizer, device = loaded.model, loaded.tokenizer, loaded.device
-    scores = np.zeros(len(words))
+def nll_after(loaded, prompts, embeds, words, batch=256):
+    """Mean NLL per token of words[i] after prompts[i], lists of tokens: float64 (n,).
+
+    Each placeholder in prompts[i] stands for a row of the embeddings embeds[i], a list of
+    (tokens, C); embeds None: no pictures. Computed in the model's dtype, summed in float64.
+    Raises UserError for words that are empty or too long, or a score that is not finite."""
+    model, scores = loaded.model, np.zeros(len(words))
     for start in range(0, len(words), batch):
         own = words[start : start + batch]
-        streams = [b + w for b, w in zip(befores[start : start + batch], own)]
-        T = max(map(len, streams)) - 1  # the last token is only ever a target
+        rows = [p + w for p, w in zip(prompts[start : start + batch], own)]
+        T = max(map(len, rows)) - 1  # the last token is only a target
         if model.gpt.config.block_size < T or not all(own):
-            longest = tokenizer.decode(max(own, key=len))
+            longest = loaded.tokenizer.decode(max(own, key=len))
             raise UserError(
                 f"a phrase makes no tokens, or with what precedes it {T} of them, over the "
                 f"model's {model.gpt.config.block_size}: {longest[:40]!r} ..."
             )
-        tokens = torch.full((len(own), T), tokenizer.pad)
-        positions, targets, owners = [], [], []
-        for i, (stream, phrase) in enumerate(zip(streams, own)):
-            tokens[i, : len(stream) - 1] = torch.tensor(stream[:-1])
-            first = i * T + len(stream) - len(phrase) - 1  # the position that says the first word
+        tokens = torch.full((len(own), T), loaded.tokenizer.pad)
+        positions, targets, row_of_target = [], [], []
+        for i, (row, phrase) in enumerate(zip(rows, own)):
+            tokens[i, : len(row) - 1] = torch.tensor(row[:-1])
+            first = i * T + len(row) - len(phrase) - 1  # the position that predicts the first word
             positions += range(first, first + len(phrase))
             targets += phrase
-            owners += [i] * len(phrase)
-        shown = [e for row in (embeds or [])[start : start + batch] for e in row]
-        logits, _ = model(
-            tokens.to(device),
-            positions=torch.tensor(positions, device=device),
-            images=torch.cat(shown).to(device) if shown else None,
+            row_of_target += [i] * len(phrase)
+        hidden = model.hidden_states(
+            tokens.to(loaded.device),
+            join_embeds((embeds or [])[start : start + batch], loaded.device),
+            torch.tensor(positions, device=loaded.device),
             first=min(position % T for position in positions),
         )
         losses = F.cross_entropy(
-            logits.float(), torch.tensor(targets, device=device), reduction="none"
+            model.gpt.head(hidden).float(),
+            torch.tensor(targets, device=loaded.device),
+            reduction="none",
         )
-        sums = np.bincount(owners, losses.cpu().double().numpy())
+        sums = np.bincount(row_of_target, losses.cpu().double().numpy())
         scores[start : start + batch] = sums / [len(phrase) for phrase in own]
     if not np.isfinite(scores).all():
         raise UserError("the model's scores are not finite numbers: its weights are broken")
     return scores
 
 
-def say(loaded, prompts, embeds, stop, max_new_tokens):
-    """What is said, greedily, after prompts of one length: a string each. embeds: as above."""
-    shown = [embed for row in embeds for embed in row]
+# ---------------------------------------------------------------------------------------------
+# Words
+
+
+def generate_text(loaded, prompts, embeds, stop, max_new_tokens):
+    """Greedy continuations of prompts of equal length: a string each. embeds: as in nll_after."""
     tokens = torch.tensor(prompts, device=loaded.device)
-    images = torch.cat(shown).to(loaded.device) if shown else None
-    said = list(loaded.model.generate(tokens, images, max_new_tokens, stop=stop))
-    return [loaded.tokenizer.decode(row).strip() for row in torch.stack(said, 1).tolist()]
+    image_embeds = join_embeds(embeds, loaded.device)
+    steps = list(loaded.model.generate(tokens, image_embeds, max_new_tokens, stop=stop))
+    return [loaded.tokenizer.decode(row).strip() for row in torch.stack(steps, 1).tolist()]
 
 
-def caption(loaded, embeds, max_new_tokens=50, batch=100):
-    """Greedy captions of pictures, given as see() gives them, one string each."""
-    bos, captions = loaded.tokenizer.bos, [None] * len(embeds)
-    before = [] if bos is None else [bos]
-    for count in sorted({len(embed) for embed in embeds}):  # of alike length together
-        alike = [i for i, embed in enumerate(embeds) if len(embed) == count]
-        for start in range(0, len(alike), batch):
-            rows = alike[start : start + batch]
-            prompts = [before + [loaded.tokenizer.image] * count] * len(rows)
-            stop = loaded.tokenizer.stops
-            said = say(loaded, prompts, [[embeds[i]] for i in rows], stop, max_new_tokens)
-            for i, words in zip(rows, said):
-                captions[i] = words
+def caption_pictures(loaded, embeds, max_new_tokens=50, batch=100):
+    """Greedy captions of pictures, given as embed_pictures() returns them: a string each."""
+    captions, stop = [None] * len(embeds), loaded.tokenizer.stops
+    for count in sorted(
+        {len(embed) for embed in embeds}
+    ):  # those with equally many tokens together
+        same = [i for i, embed in enumerate(embeds) if len(embed) == count]
+        prompt = loaded.tokenizer.start + [loaded.tokenizer.image] * count
+        for start in range(0, len(same), batch):
+            rows = same[start : start + batch]
+            own = [[embeds[i]] for i in rows]
+            texts = generate_text(loaded, [prompt] * len(rows), own, stop, max_new_tokens)
+            for i, text in zip(rows, texts):
+                captions[i] = text
     return captions
 
 
-def begin(loaded, embeds, prompt, template="", system=""):
-    """The tokens that an answer goes on from: pictures and a caption's first words, or, with a
-    template, a question about them."""
+def make_prompt(loaded, embeds, words, template="", system=""):
+    """The tokens before an answer: pictures and the first words of a caption, or with a template a
+    question about the pictures. Raises UserError if they leave no space for an answer."""
     tokenizer, block_size = loaded.tokenizer, loaded.model.gpt.config.block_size
     if template:
-        question = with_pictures(TEMPLATES[template], prompt or QUESTION, len(embeds))
+        question = with_pictures(TEMPLATES[template], words or QUESTION, len(embeds))
         tokens, _ = chat_sample(tokenizer, TEMPLATES[template], [(question, None)], system)
     else:
-        start = [tokenizer.image] * len(embeds) or [tokenizer.eos]
-        if tokenizer.bos is not None:
-            start = [tokenizer.bos] + [tokenizer.image] * len(embeds)
-        tokens = start + tokenizer.encode(prompt)
+        images = [tokenizer.image] * len(embeds)
+        tokens = tokenizer.start + images or [tokenizer.eos]  # a text alone follows an <eos>
+        tokens = tokens + tokenizer.encode(words)
     tokens = expand(tokens, tokenizer.image, [len(embed) for embed in embeds])
     if len(tokens) >= block_size:
         raise UserError(
@@ -143,23 +185,3 @@ def begin(loaded, embeds, prompt, template="", system=""):
             f"model holds {block_size}, its answer included"
         )
     return tokens
-
-
-def draw_attention(path, loaded, tokens, answer, embeds, pictures):
-    """Draw where each word of the answer looked: in its row, the query is the position that
-    predicted the word."""
-    if loaded.model.tiled:
-        raise UserError("--attention: of pictures in tiles no map is drawn")
-    whole = torch.tensor([tokens + answer], device=loaded.device)
-    maps = loaded.model.attention_maps(whole, torch.cat(embeds))[0]  # (T, T)
-    places = (whole[0] == loaded.tokenizer.image).nonzero()[:, 0].view(len(embeds), -1)
-    side = int(places.shape[1] ** 0.5)
-    places = places[:, -side * side :]  # without CLS
-    queries = torch.arange(len(tokens) - 1, len(tokens) + len(answer) - 1)
-    looked = maps[queries][:, places].view(len(answer), len(embeds), side, side)
-    words = [loaded.tokenizer.decode([token]).strip() or "<eos>" for token in answer]
-    frames = [picture.frames[0] for picture in pictures]
-    try:
-        report.attention_sheet(frames, words, looked.float().cpu().numpy()).save(path)
-    except ValueError as error:  # a file name without a known suffix
-        raise UserError(f"--attention {path}: {error}") from None

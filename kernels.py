@@ -44,9 +44,8 @@ tiles that are visible whole ("#"), where no mask is computed, and masked ones (
               # # / . . . .              # # / . . . .
               # # # / . . .              # # # / . . .
 
-`backend` is "triton"; PyTorch's own, "sdpa" (attention) or "torch" (the norm; on a CPU in fp32 that
-is fused.py's); "reference", the formulae in fp32; or None or "auto": triton on a GPU that has it,
-else PyTorch's.
+`backend` is "triton"; PyTorch's own, "sdpa" (attention) or "torch" (the norm); "reference", the
+formulae in fp32; or None or "auto": triton on a GPU that has it, else PyTorch's.
 Letters: B batch, T sequence length, H heads, D head width, C model width.
 """
 from __future__ import annotations  # where there is no Triton, `tl` below is never looked up
@@ -57,8 +56,6 @@ from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
-
-from fused import add_norm
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own slow one: how the tests run
 triton = None
@@ -143,10 +140,11 @@ def rms_norm(x, weight, eps, residual=None, backend=None):
                            for t in (x, residual))
         y, total, _ = norm_forward_op(x, residual, weight, eps)
         return y if residual is None else (y, total)
-    if backend == "torch":
-        return add_norm(x, residual, weight, eps)
     total = x if residual is None else x + residual
-    y = rms_norm_reference(total, weight, eps)
+    if backend == "torch":
+        y = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
+    else:
+        y = rms_norm_reference(total, weight, eps)
     return y if residual is None else (y, total)
 
 
@@ -469,7 +467,7 @@ TILES = {
 
 
 def family(x):
-    """Which of TILES: decided by a multiprocessor's shared memory and the size of a number."""
+    """Which of TILES: inherited by a multiprocessor's shared memory and the size of a number."""
     if x.dtype == torch.float32 or not x.is_cuda:
         return "fp32"
     return "hopper" if torch.cuda.get_device_capability(x.device)[0] == 9 else "ampere"

@@ -1,13 +1,14 @@
 """
-The language model, the projector, and BabyLLaVA: tower, projector and language model in one.
+The language model, the projector, and BabyLLaVA: a vision tower, a projector and a language model.
 
-An image enters the stream of tokens as P placeholder ids; their embeddings are overwritten with
-what the projector makes of the tower's features, and the words after them attend to what was seen:
+An image enters the sequence as P placeholder tokens. Their embeddings are replaced by the projected
+features of the tower, and the words after them attend to these:
 
     <image> x P   look , a red ball ! <eos>        loss on the words and <eos> only
 
-Parameter names follow Hugging Face's Llama, but q, k and v are stacked into one matrix, and gate
-and up into another. A new block, attention or projector is a change in this file alone.
+Parameter names are those of Hugging Face's Llama, except that q, k and v are one matrix, and gate
+and up another. A new block, attention or projector is a change in this file alone; a projector is
+an entry in PROJECTORS.
 Letters: B batch, T sequence length, C model width, H heads, D head width, V vocabulary, N images,
 P image tokens an image, E vision width, S image side in pixels, K targets.
 """
@@ -21,33 +22,33 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused import Linear, head_loss, linear, rotary_frequencies, split_rotated, swiglu
+from fast.products import Linear, linear
 from kernels import attention, attention_weights, choose, rms_norm
 
 
 @dataclass
 class GPTConfig:
-    """Sizes have their defaults in train.py, where people look for them."""
+    """The sizes of a GPT. Their defaults are options of train.py."""
 
     vocab_size: int
-    block_size: int  # the longest sequence, in tokens, image tokens included
+    block_size: int  # the longest sequence in tokens, image tokens included
     n_layer: int
     n_head: int
     n_embd: int
     n_kv_head: int = 0  # fewer than n_head: grouped queries; 0: as many
-    n_hidden: int = 0  # width of the SwiGLU MLP; 0: 8/3 of n_embd, rounded up to a multiple of 32
+    n_hidden: int = 0  # width of the MLP; 0: 8/3 of n_embd, rounded up to a multiple of 32
     dropout: float = 0.0
     rope_theta: float = 10000.0
     rope_scaling: tuple = ()  # see rotary_frequencies()
     norm_eps: float = 1e-5
-    qkv_bias: bool = False  # Qwen2's
-    tied: bool = True  # the head is the embedding
+    qkv_bias: bool = False  # Qwen2 has one
+    tied: bool = True  # the head shares the weights of the embedding
     attention: str = "auto"  # backends, see kernels.py
     norm: str = "auto"
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.n_hidden = self.n_hidden or -(-8 * self.n_embd // 96) * 32
+        self.n_hidden = self.n_hidden or 32 * math.ceil(self.n_embd / 12)  # 8/3 / 32 is 1/12
         self.rope_scaling = tuple(self.rope_scaling)
 
     @property
@@ -55,7 +56,7 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     def fault(self):
-        """Why no model can be made of these sizes, or ""."""
+        """Why these sizes do not fit each other, or ""."""
         if self.n_embd % self.n_head or self.head_width % 2:
             return (
                 f"n_embd {self.n_embd} over n_head {self.n_head}: the head width must be a "
@@ -64,6 +65,35 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             return f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}"
         return ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Rotary positions (Su et al. 2021, arXiv 2104.09864), with halves paired as in Llama
+
+
+def rotary_frequencies(config):
+    """The angle by which each pair of a head turns from one position to the next, (D / 2,).
+
+    rope_scaling: (factor,) divides all frequencies. (factor, low, high, length) is Llama 3.1's: a
+    pair that turns less than `low` times within `length` tokens is slowed by the factor, one that
+    turns more than `high` times is left alone, and those between are interpolated."""
+    exponents = torch.arange(0, config.head_width, 2).float() / config.head_width
+    frequencies = config.rope_theta**-exponents
+    if len(config.rope_scaling) == 1:
+        return frequencies / config.rope_scaling[0]
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        turns = length * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / factor
+    return frequencies
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of x (B, T, H, D) by the angle of its position; cos, sin (T, 1, D / 2)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    a, b = wide.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -79,31 +109,31 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps, None, self.backend)
 
-    def add(self, x, branch):
-        """(x + branch, norm(x + branch)), in as few passes over memory as the backend can."""
-        normed, total = rms_norm(branch, self.weight, self.eps, x, self.backend)
+    def add(self, x, y):
+        """(x + y, norm(x + y)), which a GPU computes in one pass over memory."""
+        normed, total = rms_norm(y, self.weight, self.eps, x, self.backend)
         return total, normed
 
 
 class KVCache:
-    """Keys and values of the positions so far, of each layer: (layers, 2, B, room, H_kv, D)."""
+    """Keys and values of the positions so far: (layers, 2, B, capacity, H_kv, D)."""
 
-    def __init__(self, config, like, batch, room):
-        shape = (config.n_layer, 2, batch, room, config.n_kv_head, config.head_width)
-        self.kv, self.length, self.room = like.new_zeros(shape), 0, room
+    def __init__(self, config, like, batch, capacity):
+        shape = (config.n_layer, 2, batch, capacity, config.n_kv_head, config.head_width)
+        self.kv, self.length, self.capacity = like.new_zeros(shape), 0, capacity
         self.layers = [layer.unbind() for layer in self.kv]  # views: (keys, values) of each
 
     def grow(self, length):
-        """Make room for so many positions; at least double it, so that copying stays rare."""
-        if length > self.room:
-            *before, room, heads, width = self.kv.shape
-            kv = self.kv.new_zeros(*before, max(length, 2 * room), heads, width)
+        """Make the capacity at least `length`; at least double it, so that copying stays rare."""
+        if length > self.capacity:
+            *before, capacity, heads, width = self.kv.shape
+            kv = self.kv.new_zeros(*before, max(length, 2 * capacity), heads, width)
             kv[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
-            self.kv, self.room = kv, kv.shape[3]
+            self.kv, self.capacity = kv, kv.shape[3]
             self.layers = [layer.unbind() for layer in kv]
 
     def extend(self, layer, k, v):
-        """Write the new positions' k and v (B, T, H_kv, D); return those of all so far."""
+        """Store k and v (B, T, H_kv, D) of new positions; return those of all positions so far."""
         (keys, values), T = self.layers[layer], k.shape[1]
         keys.narrow(1, self.length, T).copy_(k)
         values.narrow(1, self.length, T).copy_(v)
@@ -112,8 +142,9 @@ class KVCache:
 
 @dataclass
 class Positions:
-    """What attention must know beside x: the rotary tables of these positions, how many leading
-    positions all may see, and, where asked for, a cache to extend and a list of maps to fill."""
+    """What attention needs besides x: the rotary tables of these positions; `prefix`, the number of
+    leading positions that all may attend to; optionally a cache to extend and a list of attention
+    maps to fill."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -132,18 +163,19 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.n_embd, outputs, bias=config.qkv_bias)
         self.o_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, positions, first=0):
-        """x (B, T, C) -> (B, T - first, C): what the positions from `first` on gather."""
+    def forward(self, x, positions):
+        """x (B, T, C) -> (B, T, C)"""
         B, T, C = x.shape
-        heads = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_width)
-        q, k, v = split_rotated(heads, positions.cos, positions.sin, self.kv_heads)
-        q = q[:, first:]  # (B, T - first, H, D)
+        qkv = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_width)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H, D)
+        q = rotate(q, positions.cos, positions.sin)
+        k = rotate(k, positions.cos, positions.sin)
         if positions.cache is not None:
             k, v = positions.cache.extend(self.layer, k, v)
         if positions.maps is not None:
             positions.maps.append(attention_weights(q, k, positions.prefix))
         y = attention(q, k, v, positions.prefix, backend=self.backend)
-        return F.dropout(self.o_proj(y.reshape(B, T - first, C)), self.dropout, self.training)
+        return F.dropout(self.o_proj(y.reshape(B, T, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -156,15 +188,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        hidden = swiglu(self.gate_up_proj(x))
-        return F.dropout(self.down_proj(hidden), self.dropout, self.training)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return F.dropout(self.down_proj(F.silu(gate) * up), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Pre-norm residuals: x = x + attention(norm(x)), then x = x + mlp(norm(x)).
-
-    Each sum is taken inside the norm that follows it, so x comes and goes in two parts: what was
-    summed so far, and the branch that the last layer computed and nobody has added yet."""
+    """x = x + attention(norm(x)), then x = x + mlp(norm(x))."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -173,19 +202,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, branch, positions, first=0):
-        """`first`: from which position on the block's output is wanted; all are attended to."""
-        if branch is None:  # the first block: nothing to add yet
-            normed = self.input_layernorm(x)
-        else:
-            x, normed = self.input_layernorm.add(x, branch)
-        branch = self.self_attn(normed, positions, first)
-        x, normed = self.post_attention_layernorm.add(x[:, first:], branch)
-        return x, self.mlp(normed)
+    def forward(self, x, positions, first=0):
+        """x (B, T, C) -> (B, T - first, C). first: see GPT.forward."""
+        attended = self.self_attn(self.input_layernorm(x), positions)
+        x, h = self.post_attention_layernorm.add(x[:, first:], attended[:, first:])
+        return x + self.mlp(h)
 
 
 class GPT(nn.Module):
-    """tokens (B, T) or embeddings (B, T, C) -> hidden states (B, T, C); logits = head(hidden)."""
+    """Token ids (B, T) or embeddings (B, T, C) -> hidden states (B, T, C); head(hidden) are the
+    logits (B, T, V)."""
 
     def __init__(self, config):
         super().__init__()
@@ -197,16 +223,16 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config)
         if not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.recompute = False  # gradient checkpointing: keep no layer's inside, compute it again
+        self.recompute = False  # gradient checkpointing: recompute each block in the backward pass
         self.set_rotary()
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:  # GPT-2's init: what adds to the stream starts smaller
+            if parameter.ndim == 2:  # GPT-2's init: layers that add to the residual start smaller
                 adds = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / (2 * config.n_layer) ** 0.5 if adds else 0.02
                 nn.init.normal_(parameter, std=std)
 
     def set_rotary(self):
-        """Make the tables of rotary positions, always in fp32: (block_size, 1, D / 2)."""
+        """Compute the tables of rotary positions, always in fp32: (block_size, 1, D / 2)."""
         positions = torch.arange(self.config.block_size).float()
         angles = torch.outer(positions, rotary_frequencies(self.config))[:, None]
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -224,36 +250,37 @@ class GPT(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def backends(self, dtype):
-        """The (attention, norm) backends that will run on this device in `dtype`.
-
-        Raises ValueError where one that was asked for cannot."""
+        """The (attention, norm) backends that run on this device in `dtype`. Raises ValueError if
+        one that was asked for by name cannot run."""
         query = self.cos.new_empty(0, self.config.head_width, dtype=dtype)
-        stream = self.cos.new_empty(0, self.config.n_embd, dtype=dtype)
+        hidden = self.cos.new_empty(0, self.config.n_embd, dtype=dtype)
         return (
             choose(self.config.attention, "sdpa", query),
-            choose(self.config.norm, "torch", stream),
+            choose(self.config.norm, "torch", hidden),
         )
 
     def forward(self, x, prefix=0, cache=None, maps=None, first=0):
-        """x (B, T) ids or (B, T, C) embeddings, which come after what is in the cache; `prefix`
-        leading positions are seen by all. first: the last block's output, and so this one, is
-        wanted from that position on: (B, T - first, C)."""
+        """x: ids (B, T) or embeddings (B, T, C), at the positions after those in the cache.
+        All positions may attend to the first `prefix` ones.
+
+        first: hidden states are wanted from this position on, (B, T - first, C), so the MLP of the
+        last block can skip those before. With 64 image tokens and 10 words, first = 64 saves the
+        last MLP of the image tokens: it is 6 % of a training step (docs/speed.md)."""
         x = self.embed(x) if x.ndim == 2 else x
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens, but block_size is {self.config.block_size}")
         positions = Positions(self.cos[start:end], self.sin[start:end], prefix, cache, maps)
-        branch = None
         for layer in self.layers:
-            from_here = first if layer is self.layers[-1] else 0
+            skip = first if layer is self.layers[-1] else 0
             if self.recompute and torch.is_grad_enabled():
-                x, branch = checkpoint(layer, x, branch, positions, from_here, use_reentrant=False)
+                x = checkpoint(layer, x, positions, skip, use_reentrant=False)
             else:
-                x, branch = layer(x, branch, positions, from_here)
+                x = layer(x, positions, skip)
         if cache is not None:
             cache.length = end
-        return self.norm.add(x, branch)[1]
+        return self.norm(x)
 
     @property
     def head_weight(self):
@@ -263,45 +290,82 @@ class GPT(nn.Module):
         return linear(hidden, self.head_weight)  # (..., C) -> (..., V)
 
 
+def cross_entropy(logits, targets):
+    """The mean cross-entropy of logits (K, V) over the targets (K,) that are not -100, in fp32; 0
+    if all are."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
 # ---------------------------------------------------------------------------------------------
-# The projector and the whole
+# The projector
 
 
-def projector_fault(kind, width_in, width_out):
-    """Why there is no Projector of this kind between these widths, or ""."""
-    known = kind in ("linear", "identity") or re.fullmatch(r"mlp[1-9]x_gelu", kind)
-    if known and (kind != "identity" or width_in == width_out):
-        return ""
-    return (
-        f"no projector {kind!r} from width {width_in} to {width_out}: linear, mlp2x_gelu, "
-        "mlp3x_gelu ..., or identity between equal widths"
-    )
+class PerFeature:
+    """A projector that maps each feature by itself: as many image tokens as features, on the same
+    grid."""
+
+    keeps_grid = True
+
+    def num_tokens(self, features):
+        """How many image tokens are made of so many features of an image."""
+        return features
 
 
-def Projector(kind, width_in, width_out):
-    """LLaVA's projectors: "linear", "mlpNx_gelu" or "identity", from width_in = E to width_out = C.
+class LinearProjector(PerFeature, Linear):
+    def __init__(self, kind, width_in, width_out):
+        super().__init__(width_in, width_out)
 
-    mlpNx_gelu is Linear(E, C), then N - 1 times [GELU, Linear(C, C)]: mlp2x_gelu is LLaVA-1.5's.
-    Raises ValueError for another kind, or an identity between different widths."""
-    if projector_fault(kind, width_in, width_out):
-        raise ValueError(projector_fault(kind, width_in, width_out))
-    if kind == "identity":
-        return nn.Identity()
-    if kind == "linear":
-        return Linear(width_in, width_out)
-    layers = [Linear(width_in, width_out)]
-    for _ in range(int(kind[3]) - 1):
-        layers += [nn.GELU(), Linear(width_out, width_out)]
-    return nn.Sequential(*layers)
+
+class MLPProjector(PerFeature, nn.Sequential):
+    """mlpNx_gelu: Linear(E, C), then N - 1 times [GELU, Linear(C, C)]. LLaVA-1.5 has mlp2x_gelu."""
+
+    def __init__(self, kind, width_in, width_out):
+        layers = [Linear(width_in, width_out)]
+        for _ in range(int(kind[3]) - 1):
+            layers += [nn.GELU(), Linear(width_out, width_out)]
+        super().__init__(*layers)
+
+
+class IdentityProjector(PerFeature, nn.Identity):
+    def __init__(self, kind, width_in, width_out):
+        super().__init__()
+        if width_in != width_out:
+            raise ValueError(f"an identity projector from width {width_in} to {width_out}")
+
+
+# {pattern of the kind: class}. A class is called with (kind, E, C) and has the two members of
+# PerFeature; its forward maps features (N, F, E) to (N, num_tokens(F), C). Tiles, image_pool and
+# attention maps need keeps_grid.
+PROJECTORS = {
+    "linear": LinearProjector,
+    "mlp[1-9]x_gelu": MLPProjector,
+    "identity": IdentityProjector,
+}
+
+
+def make_projector(kind, width_in, width_out):
+    """A projector from width_in = E to width_out = C. Raises ValueError for another kind, or for an
+    identity between different widths."""
+    for pattern, projector in PROJECTORS.items():
+        if re.fullmatch(pattern, kind):
+            return projector(kind, width_in, width_out)
+    raise ValueError(f"no projector {kind!r}: one of {', '.join(PROJECTORS)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole
 
 
 class BabyLLaVA(nn.Module):
-    """A GPT and, if given, a projector and a tower (see vision.py for what a tower promises).
+    """A GPT, optionally with a projector and a tower (see vision.py for the interface of a tower).
 
-    image_token: the placeholder's id; select_layer, keep_cls: what is taken from the tower;
-    image_pool: 2 makes one token of the mean of 2 x 2 patches, so that many pictures fit;
-    image_attention: "causal", or "full" where leading images may see the whole of themselves;
-    tiled: pictures come in tiles too (see tiles.py), with a learnt newline after each row."""
+    image_token: the id of the placeholder
+    select_layer, keep_cls: which features are taken from the tower
+    image_pool: 2 averages 2 x 2 image tokens into one, so that more images fit
+    image_attention: "causal", or "full": leading images attend to all of themselves
+    tiled: images are cut into tiles (see common/tiles.py), with a learnt newline after each row"""
 
     def __init__(
         self,
@@ -309,7 +373,7 @@ class BabyLLaVA(nn.Module):
         projector=None,
         tower=None,
         image_token=None,
-        select_layer=-1,
+        select_layer=-2,
         keep_cls=False,
         image_attention="causal",
         tiled=False,
@@ -324,98 +388,121 @@ class BabyLLaVA(nn.Module):
             self.use_tiles()
 
     def use_tiles(self):
-        """Take pictures in tiles from now on, with a newline vector that is still random."""
+        """Accept images in tiles from now on, with a newline vector that is still random."""
         self.tiled = True
         if not hasattr(self, "image_newline"):
             width = self.gpt.config.n_embd
             self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
 
+    def num_features(self, size):
+        """How many features the tower gives of an image of size x size pixels."""
+        return self.tower.num_patches(size) + self.keep_cls
+
     def image_tokens(self, size):
         """P, of an image of size x size pixels."""
-        return self.tower.num_patches(size) // self.image_pool**2 + self.keep_cls
+        tokens = self.projector.num_tokens(self.num_features(size))
+        if self.image_pool > 1:
+            tokens = (tokens - self.keep_cls) // self.image_pool**2 + self.keep_cls
+        return tokens
+
+    # ---- images: pixels -> features -> projected features -> the embeddings of the placeholders
 
     def encode_images(self, pixels):
-        """What the tower makes of pixels (N, 3, S, S): (N, patches, E), CLS first if it is kept."""
+        """Pixels (N, 3, S, S) -> features (N, num_features, E), CLS first if it is kept."""
         return self.tower(pixels, self.select_layer)[:, 0 if self.keep_cls else 1 :]
 
+    def project(self, features):
+        """Features (N, num_features, E) -> projected features (N, P, C), pooled last."""
+        projected = self.projector(features.to(self.gpt.embed_tokens.weight.dtype))
+        return self.pool(projected) if self.image_pool > 1 else projected
+
     def pool(self, projected):
-        """Means of image_pool x image_pool patches, (N, patches, C) -> (N, P, C); CLS stays."""
+        """Means of image_pool x image_pool image tokens; the CLS token is kept."""
         cls, patches = projected.tensor_split([int(self.keep_cls)], dim=1)
         side = math.isqrt(patches.shape[1])
         means = F.avg_pool2d(patches.mT.unflatten(2, (side, side)), self.image_pool)
         return torch.cat([cls, means.flatten(2).mT], 1)
 
-    def project(self, images, arrangement=None):
-        """The embeddings (M, C) that the placeholders get, one after the other.
-
-        images: pixels (N, 3, S, S), features (N, patches, E), or what this method made of them.
-        Without an arrangement M = N * P, all in order; else (index (M, k), weight (M, k)) of
-        tiles.py. Pooled last, as LLaVA-NeXT's videos: what the projector finds outlives a mean."""
-        if images.ndim == 2:
-            return images
-        features = self.encode_images(images) if images.ndim == 4 else images
-        projected = self.projector(features.to(self.gpt.embed_tokens.weight.dtype))
-        projected = (self.pool(projected) if self.image_pool > 1 else projected).flatten(0, 1)
-        if arrangement is None:
-            return projected
+    def arrange(self, projected, arrangement):
+        """Projected features (N, P, C) -> (M, C) in the order of the sequence, with newlines.
+        arrangement: index (M, k) and weight (M, k), see common/tiles.py."""
         index, weight = arrangement
         newline = self.image_newline[None].to(projected.dtype)
-        table = torch.cat([projected, newline])  # (N * P + 1, C): index -1 is the newline
+        table = torch.cat([projected.flatten(0, 1), newline])  # index -1 is the newline
         if index.shape[1] == 1:
             return table[index[:, 0]]
         return (table[index] * weight[..., None].to(table.dtype)).sum(1)
 
-    def embed(self, tokens, image_embeds=None):
-        """Token embeddings with the placeholders overwritten, in order, by project()'s (M, C).
+    def embed_images(self, images, arrangement=None):
+        """Pixels (N, 3, S, S) or features (N, num_features, E) -> the embeddings (M, C) of all
+        image tokens, in order. Without an arrangement M = N * P."""
+        features = self.encode_images(images) if images.ndim == 4 else images
+        projected = self.project(features)
+        return (
+            projected.flatten(0, 1) if arrangement is None else self.arrange(projected, arrangement)
+        )
 
-        tokens (B, T) -> (B, T, C). The caller sees to it that there are M placeholders, or fewer if
-        the last images are padding (to check here would stall a GPU at each step)."""
+    # ---- the sequence
+
+    def embed(self, tokens, image_embeds=None):
+        """Tokens (B, T) -> embeddings (B, T, C), with those of the placeholders replaced, in order,
+        by image_embeds (M, C).
+
+        There must be at most M placeholders; embeddings left over are padding. (Checking it here
+        would stall a GPU at each step.)"""
         x = self.gpt.embed(tokens)
         if image_embeds is None:
             return x
         is_image = tokens == self.image_token
-        order = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # which of the M stands here
-        placed = image_embeds[order.view_as(tokens)].to(x.dtype)  # (B, T, C)
+        number = (
+            is_image.flatten().cumsum(0).sub(1).clamp(min=0)
+        )  # of the image token at each place
+        placed = image_embeds[number.view_as(tokens)].to(x.dtype)  # (B, T, C)
         return torch.where(is_image[..., None], placed, x)
 
     def prefix(self, tokens, image_embeds):
-        """How many leading positions all may see: the images', where they attend in full."""
+        """The number of leading positions that all may attend to."""
         if self.image_attention == "causal" or image_embeds is None:
             return 0
         return len(image_embeds) // len(tokens)
 
-    def hidden_states(self, tokens, images=None, arrangement=None, maps=None, first=0):
-        """What the GPT makes of tokens (B, T) and images, see project(): (B, T - first, C)."""
-        seen = None if images is None else self.project(images, arrangement)
-        prefix = self.prefix(tokens, seen)
-        return self.gpt(self.embed(tokens, seen), prefix, maps=maps, first=first)
+    def hidden_states(self, tokens, image_embeds=None, positions=None, first=0, maps=None):
+        """Tokens (B, T) and image embeddings (M, C) -> hidden states (B, T - first, C).
+
+        positions (K,) in the flattened (B * T), none before `first` in its row: only theirs,
+        (K, C)."""
+        x, prefix = self.embed(tokens, image_embeds), self.prefix(tokens, image_embeds)
+        hidden = self.gpt(x, prefix, maps=maps, first=first)
+        if positions is None:
+            return hidden
+        T = tokens.shape[1]
+        return hidden[positions // T, positions % T - first]
 
     def forward(self, tokens, targets=None, positions=None, images=None, arrangement=None, first=0):
-        """(logits, None); with targets (None, their mean loss), those that are -100 left out.
+        """(logits, None), or with targets (None, their mean loss); a target of -100 is left out.
 
-        positions (K,): the places in the flattened (B * T) whose logits (K, V) are wanted, with
-        targets (K,), none of them before position `first` of its row; None: all, logits (B, T, V),
-        targets (B, T) or flat. Where few positions have a target, the head on all of them would be
-        the most expensive layer."""
-        hidden = self.hidden_states(tokens, images, arrangement, first=first)
-        if images is None and torch.is_grad_enabled() and not hidden.requires_grad:
-            # a text alone, while the projector or the tower alone learns: a gradient of 0, not none
-            hidden = hidden + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
-        if positions is not None:  # b * T + t is b * (T - first) + t - first in shorter rows
-            rows = positions // tokens.shape[1]
-            hidden = hidden.flatten(0, 1)[positions - first * (rows + 1)]  # (K, C)
+        images, arrangement: see embed_images(). positions, first: see hidden_states(); logits are
+        (K, V) and targets (K,), or without positions (B, T, V) and (B, T). Few positions have a
+        target, and the head on all of them would be the most expensive layer."""
+        image_embeds = None if images is None else self.embed_images(images, arrangement)
+        hidden = self.hidden_states(tokens, image_embeds, positions, first)
+        logits = self.gpt.head(hidden)
         if targets is None:
-            return self.gpt.head(hidden), None
-        return None, head_loss(hidden.flatten(0, -2), self.gpt.head_weight, targets.flatten())
+            return logits, None
+        return None, cross_entropy(logits.flatten(0, -2), targets.flatten())
 
-    # ---- the calls by which train.py's loop knows a model (DINO's are in dino.py)
+    # ---- the calls by training, which dino.DINO has too
 
     def inputs(self, batch, image_format, seed, step):
-        """What forward() takes, from a batches.Batch."""
+        """The arguments of forward(), from a batches.Batch."""
         return batch.to(self.gpt.device, image_format)
 
     def after_step(self, progress, taken):
         pass
+
+    def result(self):
+        """The BabyLLaVA that a checkpoint saves."""
+        return self
 
     # ---- generation
 
@@ -423,7 +510,7 @@ class BabyLLaVA(nn.Module):
     def generate(
         self,
         tokens,
-        images=None,
+        image_embeds=None,
         max_new_tokens=50,
         temperature=0.0,
         top_k=0,
@@ -431,33 +518,30 @@ class BabyLLaVA(nn.Module):
         generator=None,
         cache=None,
     ):
-        """Yield the next token of each row, (B,), until all rows have said one of `stop` or enough.
+        """Yield the next token of each row, (B,), until every row has given one of `stop`.
 
-        tokens (B, T) begins the text; images, see project(), fill its placeholders. temperature 0
-        is greedy; top_k keeps the k likeliest, 0 all. A row that has stopped goes on yielding the
-        token it stopped with. Keys and values are cached: after the prompt each step costs one
-        position. A `cache` that is given holds what came before, and keeps what comes.
-        Raises ValueError when placeholders and images do not match or the prompt is empty."""
-        seen = None if images is None else self.project(images)
+        tokens (B, T): the prompt; image_embeds (M, C) replace its placeholders. temperature 0 is
+        greedy; top_k samples among the k likeliest, 0 among all. A row that has stopped repeats its
+        last token. After the prompt, a step costs one position: keys and values are cached. A given
+        `cache` holds earlier text and is extended.
+        Raises ValueError for an empty prompt or a wrong number of placeholders."""
         has_images = self.image_token is not None
         placeholders = int((tokens == self.image_token).sum()) if has_images else 0
-        given = 0 if seen is None else len(seen)
+        given = 0 if image_embeds is None else len(image_embeds)
         if placeholders != given or not tokens.shape[1]:
             raise ValueError(
                 f"{tokens.shape[1]} tokens with {placeholders} image placeholders for "
                 f"{given} image embeddings: they must match, and the text not be empty"
             )
-        config = self.gpt.config
-        x, prefix = self.embed(tokens, seen), self.prefix(tokens, seen)
+        x, prefix = self.embed(tokens, image_embeds), self.prefix(tokens, image_embeds)
         if cache is None:
-            room = min(config.block_size, tokens.shape[1] + max_new_tokens)
-            cache = KVCache(config, x, len(x), room)
-        room = cache.room - cache.length - tokens.shape[1]
+            capacity = min(self.gpt.config.block_size, tokens.shape[1] + max_new_tokens)
+            cache = KVCache(self.gpt.config, x, len(x), capacity)
+        left = cache.capacity - cache.length - tokens.shape[1]
         done, token = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device), None
-        for _ in range(min(room, max_new_tokens)):
-            hidden = self.gpt(x, prefix, cache, first=x.shape[1] - 1)  # (B, 1, C)
-            logits = self.gpt.head(hidden[:, 0]).float()  # (B, V)
-            chosen = choose_token(logits, temperature, top_k, generator)
+        for _ in range(min(left, max_new_tokens)):
+            hidden = self.gpt(x, prefix, cache)[:, -1]  # (B, C)
+            chosen = choose_token(self.gpt.head(hidden).float(), temperature, top_k, generator)
             token = chosen if token is None else torch.where(done, token, chosen)
             for end in stop:
                 done |= token == end
@@ -467,16 +551,16 @@ class BabyLLaVA(nn.Module):
             x = self.gpt.embed(token[:, None])
 
     @torch.no_grad()
-    def attention_maps(self, tokens, images):
-        """What each position attends to, mean over layers and heads: (B, T, T), rows sum to 1."""
+    def attention_maps(self, tokens, image_embeds):
+        """Attention averaged over layers and heads: (B, T, T), rows sum to 1."""
         maps = []
-        self.hidden_states(tokens, images, maps=maps)
+        self.hidden_states(tokens, image_embeds, maps=maps)
         return torch.stack(maps).mean((0, 2))
 
 
 def choose_token(logits, temperature, top_k, generator):
-    """A token of each row of logits (B, V): the likeliest, or one drawn at this temperature."""
-    if temperature < 1e-6:  # so cold that it always is the likeliest
+    """A token of each row of logits (B, V): the likeliest, or one sampled at this temperature."""
+    if temperature < 1e-6:  # so small that it is greedy
         return logits.argmax(-1)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

@@ -3,52 +3,62 @@ Show a picture, read what the model says.
 
     python sample.py --image img.jpg                          # a caption
     python sample.py --image a.jpg --image b.jpg              # several pictures in one context
-    python sample.py --image img.jpg --prompt "the ball is"   # go on from these words
+    python sample.py --image img.jpg --prompt "the ball is"   # continue these words
     python sample.py --prompt "where 's the" --temperature 0.8 --num_samples 3       # words alone
     python sample.py --image img.jpg --attention out.png      # where each word looked
-    python sample.py --image img.jpg --checkpoint out/toy_llava15/phase3.pt --chat   # talk about it
-    python sample.py --image img.jpg --checkpoint DIR --prompt "What is this?"   # a LLaVA
+    python sample.py --image img.jpg --checkpoint out/toy_llava15/phase3.pt --chat
+    python sample.py --image img.jpg --checkpoint DIR --prompt "What is this?"       # a LLaVA
 
---checkpoint is a file that train.py wrote or a folder of a LLaVA as Hugging Face keeps them.
-Without it, out/toy/phase2.pt (with --chat out/toy_llava15/phase3.pt) or else assets/toy.pt, a small
-model of the toy world that comes with the repository. Of a model that has learnt conversations the
-prompt is a question, put into its template.
+--checkpoint is a file that train.py wrote or a Hugging Face folder of a LLaVA. Its default is
+out/toy/phase2.pt (with --chat out/toy_llava15/phase3.pt) if that exists, else assets/toy.pt, a
+small model of the toy world that comes with the repository. For chat models the prompt is a question and
+is wrapped in the model's template.
+
+    > what is this ?
+    a red ball .
+    > /image b.png
+    > is it the same ?
+    no , it 's a blue ball .
+
+In a conversation /image FILE shows another picture, /reset starts again, Ctrl-D ends it.
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
-import chat
 import checkpoint
 import config
-import weights
-from config import UserError, knob
-from inference import begin, draw_attention, read, see
-from templates import TEMPLATES, end_tokens
+from config import UserError, option
+from inference import embed_pictures, make_prompt, open_model, read_pictures
+from model import KVCache
+from tokenizer import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
 
 
 @dataclass
-class Config(config.Knobs):
+class Config(config.Options):
     image: tuple[str, ...] = ()  # a picture file, or several
-    prompt: str = ""  # the caption begins with these words; or the question
+    prompt: str = ""  # the first words of the caption; for chat models the question
     chat: bool = False  # hold a conversation: /image FILE, /reset, Ctrl-D
     checkpoint: str = ""  # a .pt or a folder; empty: what configs/toy.py made, else assets/toy.pt
-    template: str = knob("", choices=("", "plain", *TEMPLATES))  # of questions; empty: the model's
-    system: str = ""  # what is said before all; empty: what the model has learnt with
-    num_samples: int = knob(1, low=1, high=10**6)  # how many to say
-    max_new_tokens: int = knob(50, low=1, high=10**6)  # for a model that does not stop by itself
-    temperature: float = knob(0.0, low=0.0, high=100.0)  # 0: the likeliest; 1: as it was learnt
-    top_k: int = knob(0, low=0)  # choose among this many likeliest tokens; 0: all
-    seed: int = knob(1, low=0, high=2**63 - 1)  # of the choices
-    attention: str = ""  # a PNG to draw, for each word, where in the picture the model looked
-    device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda where there is one
-    dtype: str = knob("", choices=("", "float32", "bfloat16"))  # empty: as the weights are kept
+    template: str = option("", choices=("", "plain", *TEMPLATES))  # for questions; empty: its own
+    system: str = ""  # text before the conversation; empty: the one it was trained with
+    num_samples: int = option(1, low=1, high=10**6)  # how many captions or answers
+    max_new_tokens: int = option(50, low=1, high=10**6)  # the longest answer
+    temperature: float = option(0.0, low=0.0, high=100.0)  # 0: greedy; 1: as trained
+    top_k: int = option(0, low=0)  # sample among so many likeliest tokens; 0: all
+    seed: int = option(1, low=0, high=2**63 - 1)  # for sampling
+    attention: str = ""  # a PNG to draw: where in the picture each word looked
+    device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda if there is one
+    dtype: str = option("", choices=("", "float32", "bfloat16"))  # empty: that of the weights
 
 
-def stream_answer(loaded, tokens, embeds, settings, generator, said=(), stop=()):
-    """Print an answer as it comes, the words `said` before it first. Returns its tokens."""
+def print_answer(loaded, tokens, embeds, settings, generator, words=(), stop=()):
+    """Print an answer while it is generated, after the tokens of `words`. Returns its tokens."""
     answer = []
     generated = loaded.model.generate(
         torch.tensor([tokens], device=loaded.device),
@@ -61,7 +71,7 @@ def stream_answer(loaded, tokens, embeds, settings, generator, said=(), stop=())
     )
 
     def stream():
-        yield from said
+        yield from words
         for token in generated:
             answer.append(int(token))
             yield int(token)
@@ -73,6 +83,166 @@ def stream_answer(loaded, tokens, embeds, settings, generator, said=(), stop=())
     return answer
 
 
+# ---------------------------------------------------------------------------------------------
+# A conversation
+
+
+class Conversation:
+    """The turns so far, and the embeddings of their pictures, (tokens, C) each.
+
+    Keys and values are cached, so that a turn costs only its new tokens."""
+
+    def __init__(self, loaded, template, system=""):
+        if not template:
+            raise UserError(
+                "this model was trained on no conversations: give a checkpoint of phase 3, a LLaVA "
+                f"folder, or --template, one of {', '.join(TEMPLATES)}"
+            )
+        self.loaded, self.template, self.system = loaded, TEMPLATES[template], system
+        self.stop = end_tokens(loaded.tokenizer, self.template)
+        self.reset()
+
+    def reset(self):
+        self.turns, self.embeds = [], []
+        self.cached, self.cache = [], None  # the tokens in the cache, if they are still the same
+
+    @property
+    def block_size(self):
+        return self.loaded.model.gpt.config.block_size
+
+    def make_tokens(self, question, embeds):
+        """All tokens up to where the answer to a question starts."""
+        turns = [*self.turns, (question, None)]
+        tokens, _ = chat_sample(self.loaded.tokenizer, self.template, turns, self.system)
+        counts = [len(embed) for embed in embeds]
+        return expand(tokens, self.loaded.tokenizer.image, counts)
+
+    def ask(self, words, embeds=(), max_new_tokens=50, temperature=0.0, top_k=0, generator=None):
+        """Yield the tokens of the answer to a question about new pictures.
+
+        Raises UserError, and drops the question, if it does not fit into the context."""
+        tokenizer, model = self.loaded.tokenizer, self.loaded.model
+        question = with_pictures(self.template, words, len(embeds))
+        all_embeds = [*self.embeds, *embeds]
+        tokens = self.make_tokens(question, all_embeds)
+        if len(tokens) >= self.block_size:
+            raise UserError(
+                f"the context is full: with this question {len(tokens)} tokens, the model holds "
+                f"{self.block_size}, its answer included; /reset starts again"
+            )
+        capacity = min(self.block_size, len(tokens) + max_new_tokens)
+        if self.cache is None:
+            self.cache = KVCache(model.gpt.config, model.gpt.embed_tokens.weight, 1, capacity)
+        self.cache.grow(capacity)
+        # An answer may be tokenized differently than it was generated: keep what is the same.
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self.cached, tokens[:-1]))
+        self.cache.length = min(self.cache.length, len(list(same)))
+        old, new = tokens[: self.cache.length], tokens[self.cache.length :]
+        new_embeds = None
+        if new.count(tokenizer.image):
+            new_embeds = torch.cat(all_embeds)[old.count(tokenizer.image) :]
+        generated = model.generate(
+            torch.tensor([new], device=self.loaded.device),
+            new_embeds,
+            max_new_tokens,
+            temperature,
+            top_k,
+            self.stop,
+            generator,
+            self.cache,
+        )
+        answer = []
+        for token in generated:
+            answer.append(int(token))
+            yield int(token)
+        self.cached, self.embeds = tokens + answer, all_embeds
+        self.turns.append((question, tokenizer.decode(answer).strip()))
+        self.ended = bool(answer) and answer[-1] in self.stop
+
+
+def converse(conversation, embeds, settings, generator, look):
+    """Read questions from the keyboard or a file and answer them until there are no more.
+
+    embeds: those of the first pictures; look(path, earlier): those of another picture, after so
+    many."""
+    how = settings.max_new_tokens, settings.temperature, settings.top_k, generator
+    embeds, words = list(embeds), settings.prompt
+    while True:
+        try:
+            words = words or input("> ").strip()
+        except EOFError:
+            print()
+            return
+        command, _, argument = words.partition(" ")
+        try:
+            if command == "/reset":
+                conversation.reset()
+                embeds = []
+            elif command == "/image":
+                earlier = len(conversation.embeds) + len(embeds)
+                embeds.append(look(argument.strip(), earlier))
+            elif command.startswith("/"):
+                print("/image FILE shows a picture, /reset starts again, Ctrl-D ends")
+            elif words:
+                answer = conversation.ask(words, embeds, *how)
+                for piece in conversation.loaded.tokenizer.pieces(answer):
+                    print(piece, end="", flush=True)
+                print("" if conversation.ended else " ... (stopped at the limit)")
+                embeds = []
+        except (UserError, OSError) as error:
+            print(error)
+        words = ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Where each word looked
+
+
+def draw_attention(path, loaded, tokens, answer, embeds, pictures):
+    """Draw where in the pictures each word of the answer looked: the attention of the position that
+    predicted the word. Raises UserError."""
+    model = loaded.model
+    if model.tiled or not model.projector.keeps_grid:
+        raise UserError("--attention: image tokens of this model are not a grid of patches")
+    whole = torch.tensor([tokens + answer], device=loaded.device)
+    maps = model.attention_maps(whole, torch.cat(embeds))[0]  # (T, T)
+    columns = (whole[0] == loaded.tokenizer.image).nonzero()[:, 0].view(len(embeds), -1)
+    side = int(columns.shape[1] ** 0.5)
+    columns = columns[:, -side * side :]  # without CLS
+    queries = torch.arange(len(tokens) - 1, len(tokens) + len(answer) - 1)
+    of_words = maps[queries][:, columns].view(len(answer), len(embeds), side, side)
+    words = [loaded.tokenizer.decode([token]).strip() or "<eos>" for token in answer]
+    frames = [picture.frames[0] for picture in pictures]
+    try:
+        attention_sheet(frames, words, of_words.float().cpu().numpy()).save(path)
+    except ValueError as error:  # a file name without a known suffix
+        raise UserError(f"--attention {path}: {error}") from None
+
+
+def attention_sheet(frames, words, maps):
+    """A PIL image with a row for each of frames (N, S, S, 3): the frame, then for each word the
+    frame, brighter where that word looked. maps (words, N, side, side), at least 0."""
+    scale, height = 128, 128 + 14
+    sheet = Image.new("RGB", (scale * (1 + len(words)), height * len(frames)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, frame in enumerate(frames):
+        picture = Image.fromarray(frame).resize((scale, scale))
+        dark = picture.point(lambda value: value // 4)
+        sheet.paste(picture, (0, i * height))
+        for j, word in enumerate(words):
+            light = maps[j][i] / max(maps[j][i].max(), 1e-9)
+            light = Image.fromarray((light * 255).astype(np.uint8))
+            light = light.resize((scale, scale), Image.Resampling.BICUBIC)
+            x, y = (j + 1) * scale, i * height
+            sheet.paste(Image.composite(picture, dark, light), (x, y))
+            draw.text((x + 4, y + scale + 1), word, "black")
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
 def main(argv):
     settings = config.load(Config, argv, __doc__)
     if settings.attention and not settings.image:
@@ -81,22 +251,25 @@ def main(argv):
     usual = Path("out/toy_llava15/phase3.pt" if settings.chat else "out/toy/phase2.pt")
     default = usual if usual.exists() else shipped
     device = checkpoint.choose_device(settings.device)
-    loaded = weights.open_model(settings.checkpoint or default, device, settings.dtype)
+    loaded = open_model(settings.checkpoint or default, device, settings.dtype)
     if loaded.model.gpt is None:
-        raise UserError(f"{settings.checkpoint}: a tower alone; give one of phase 0 or later")
+        raise UserError(f"{settings.checkpoint}: a tower alone; give a later phase's checkpoint")
     template, system = loaded.choose_template(settings.template, settings.system)
-    pictures = read(loaded, settings.image)
-    embeds = see(loaded, pictures) if pictures else []
+    pictures = read_pictures(loaded, settings.image)
+    embeds = embed_pictures(loaded, pictures) if pictures else []
     generator = torch.Generator(loaded.device).manual_seed(settings.seed)
     if settings.chat:
-        talk = chat.Conversation(loaded, template, system)
-        look = lambda path, shown: see(loaded, read(loaded, [path], shown))[0]
-        return chat.converse(talk, embeds, settings, generator, look)
-    tokens = begin(loaded, embeds, settings.prompt, template, system)
-    said = [] if template else loaded.tokenizer.encode(settings.prompt)
+        conversation = Conversation(loaded, template, system)
+
+        def look(path, earlier):
+            return embed_pictures(loaded, read_pictures(loaded, [path], earlier))[0]
+
+        return converse(conversation, embeds, settings, generator, look)
+    tokens = make_prompt(loaded, embeds, settings.prompt, template, system)
+    words = [] if template else loaded.tokenizer.encode(settings.prompt)
     stop = end_tokens(loaded.tokenizer, TEMPLATES.get(template))
     for number in range(settings.num_samples):
-        answer = stream_answer(loaded, tokens, embeds, settings, generator, said, stop)
+        answer = print_answer(loaded, tokens, embeds, settings, generator, words, stop)
         if settings.attention and number == 0:
             draw_attention(settings.attention, loaded, tokens, answer, embeds, pictures)
 

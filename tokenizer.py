@@ -1,26 +1,34 @@
 """
-Text to tokens and back: byte-pair encoding learnt from a corpus, or a fixed vocabulary of words;
-and how a caption becomes a sample. Conversations: templates.py; other people's vocabularies:
-tokenizer_json.py.
+From text to tokens and back, and from a caption or a conversation to a training sample.
+
+    train_bpe_plain    byte-pair encoding, learnt from word counts
+    Tokenizer          text <-> ids, by byte pairs or whole words
+    caption_sample     images and a caption -> tokens and their loss mask
+    chat_sample        a conversation, in a chat template -> tokens and their loss mask
+
+A new chat template is an entry in TEMPLATES. The vocabularies of other people's models are read by
+pretrained/tokenizer_json.py.
 """
 
 import base64
 import codecs
 import hashlib
-import heapq
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
 
-from checks import check_ranks
 from config import UserError, regular
+from fast.bpe import train_bpe
 
-# Words with the space before them, numbers, punctuation, other space. Plain \w and \d, because
-# Python's re (which counts) and tiktoken's regex (which encodes) both know them.
+# A text is split into words with the space before them, numbers, punctuation and other space; byte
+# pairs are merged only within these pieces. Only \w, \d and \s are used, because Python's re (which
+# counts) and tiktoken's regex (which encodes) agree on them.
 PATTERN = r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+| ?_+|\s+"
 SPECIALS = ("<pad>", "<eos>", "<image>")
 
@@ -30,7 +38,9 @@ SPECIALS = ("<pad>", "<eos>", "<image>")
 
 
 def merge(word, pair, new):
-    """`word`, a list of ids, with each occurrence of `pair` replaced by the id `new`."""
+    """`word`, a list of ids, with each occurrence of `pair` replaced by the id `new`.
+
+    merge([1, 2, 3, 1, 2], (1, 2), 4) is [4, 3, 4]."""
     merged, k = [], 0
     while k < len(word):
         if tuple(word[k : k + 2]) == pair:
@@ -42,44 +52,25 @@ def merge(word, pair, new):
     return merged
 
 
-def train_bpe(counts, merges):
-    """Byte-pair encoding learnt from {word: count}: {bytes: rank}, 256 + `merges` at most.
+def train_bpe_plain(counts, merges):
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) learnt from {word: count}.
 
-    Works on distinct words, each merge touching only the words it occurs in; a heap holds the
-    pairs, stale entries are dropped when they surface. Ties go to the smaller ids. Stops early
-    when no pair occurs twice. (Sennrich et al. 2016, arXiv 1508.07909.)"""
+    Returns {bytes: rank}, 256 + `merges` at most: start from single bytes and merge the commonest
+    pair of neighbours, again and again. A tie goes to the pair with the smaller ids. Stops early
+    when no pair occurs twice. Slow; fast.bpe.train_bpe returns the same."""
     vocabulary = [bytes([i]) for i in range(256)]
     words = [list(word.encode("utf-8")) for word in counts]
-    weights = list(counts.values())
-    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
-    for i, word in enumerate(words):
-        for pair in pairwise(word):
-            pairs[pair] += weights[i]
-            where[pair].add(i)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
-    while len(vocabulary) < 256 + merges and heap:
-        count, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:
-            continue  # stale: the pair was counted anew since
-        if -count < 2:
+    while len(vocabulary) < 256 + merges:
+        pairs = Counter()
+        for word, count in zip(words, counts.values()):
+            for pair in pairwise(word):
+                pairs[pair] += count
+        commonest = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if commonest is None or pairs[commonest] < 2:
             break
         new = len(vocabulary)
-        vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
-        changed = Counter()
-        for i in where.pop(pair):
-            merged = merge(words[i], pair, new)
-            for old_pair in pairwise(words[i]):
-                changed[old_pair] -= weights[i]
-            for new_pair in pairwise(merged):
-                changed[new_pair] += weights[i]
-                where[new_pair].add(i)
-            words[i] = merged
-        for other, difference in changed.items():
-            if difference:
-                pairs[other] += difference
-                heapq.heappush(heap, (-pairs[other], other))
-        pairs.pop(pair)
+        vocabulary.append(vocabulary[commonest[0]] + vocabulary[commonest[1]])
+        words = [merge(word, commonest, new) for word in words]
     return {token: rank for rank, token in enumerate(vocabulary)}
 
 
@@ -87,14 +78,25 @@ def train_bpe(counts, merges):
 # The tokenizer
 
 
-class Tokenizer:
-    """Text <-> ids. `ranks` {bytes: id}; kind "bpe" (tiktoken does the work) or "word".
+def check_ranks(ranks, kind):
+    """Raise ValueError for an incomplete vocabulary {bytes: id}: ids must be 0 to n - 1, and a BPE
+    vocabulary needs a token for every byte."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("a vocabulary whose ids are not 0 to n - 1, each once")
+    if kind == "bpe" and any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError("a vocabulary without a token for each byte")
 
-    Specials come after the ranks. Text can never produce one: "<eos>" in a transcript is five
-    characters. BPE gives back exactly the text it was given; words outside a word-level
-    vocabulary become <unk>, which that vocabulary must hold. A space is put before the text, and
-    taken off again, so that a word is the same token at the start of a line as within it: the
-    tests ask for single words, which must be the ones that were learnt in sentences."""
+
+class Tokenizer:
+    """Text <-> ids. ranks: {bytes: id}; kind: "bpe" (encoded by tiktoken) or "word".
+
+    The ids of SPECIALS follow the ranks. Text never becomes a special token: "<eos>" in a
+    transcript is five characters. BPE restores exactly the text it was given; with whole words, a
+    word outside the vocabulary becomes <unk>.
+
+    A space is put before the text and removed again on decoding, so that a word has the same token
+    at the start of a line and inside it: the tests score single words, which the model must know
+    from sentences."""
 
     def __init__(self, ranks, kind="bpe"):
         check_ranks(ranks, kind)
@@ -114,37 +116,42 @@ class Tokenizer:
             self.words = {token.decode("utf-8"): i for token, i in ranks.items()}
             self.spelling = {i: word for word, i in self.words.items()}
 
+    @property
+    def start(self):
+        """The tokens before every caption: [bos], or [] if the vocabulary has none."""
+        return [] if self.bos is None else [self.bos]
+
     def encode(self, text):
-        """The ids of a text, without specials."""
+        """The ids of a text, without special tokens."""
         if self.kind == "bpe":
             return self.encoding.encode_ordinary(" " + text) if text else []
         unknown = self.words["<unk>"]
         return [self.words.get(word, unknown) for word in text.split()]
 
-    def encode_exactly(self, text, begins="text"):
-        """The ids of a stretch of a conversation. begins: "text" at the very start, True after a
-        special, False elsewhere, where no space is put before it."""
+    def encode_segment(self, text, after="start"):
+        """The ids of a segment of a conversation. after: what precedes it, "start" (nothing),
+        "special" (a special token) or "text"; no space is put before a segment after text."""
         if self.kind == "word":
             return self.encode(text)
-        return self.encoding.encode_ordinary(" " + text if begins else text)
+        return self.encoding.encode_ordinary(text if after == "text" else " " + text)
 
     def pieces(self, tokens):
-        """Yield the text that each token adds, "" for one that ends within a character or is a
-        special. Together they are the text, a character cut off at the end excepted."""
-        utf8, beginning = codecs.getincrementaldecoder("utf-8")("replace"), True
+        """Yield the text that each token adds; "" for a special token, or for one that ends within
+        a character. Joined they are the text, except a character that is cut off at the end."""
+        utf8, at_start = codecs.getincrementaldecoder("utf-8")("replace"), True
         for token in tokens:
             piece = ""
             if token < len(self.ranks) and self.kind == "bpe":
                 text = utf8.decode(self.encoding.decode_single_token_bytes(int(token)))
-                piece = text.removeprefix(" ") if beginning else text
-                beginning = beginning and not text
+                piece = text.removeprefix(" ") if at_start else text
+                at_start = at_start and not text
             elif token < len(self.ranks):
-                piece = self.spelling[int(token)] if beginning else " " + self.spelling[int(token)]
-                beginning = False
+                piece = self.spelling[int(token)] if at_start else " " + self.spelling[int(token)]
+                at_start = False
             yield piece
 
     def decode(self, tokens):
-        """Text of ids; specials are left out."""
+        """The text of ids, special tokens left out."""
         tokens = [int(token) for token in tokens if token < len(self.ranks)]
         if self.kind == "bpe":
             return self.encoding.decode(tokens).removeprefix(" ")
@@ -152,53 +159,220 @@ class Tokenizer:
 
     @classmethod
     def train(cls, lines, vocab_size):
-        """BPE of `vocab_size` ids, specials included, from an iterable of lines."""
+        """A BPE tokenizer of `vocab_size` ids, special tokens included, from lines of text."""
         counts = Counter()
         for line in lines:
             counts.update(re.findall(PATTERN, " " + line))
-        return cls(train_bpe(counts, vocab_size - 256 - len(SPECIALS)))
+        return cls(train_bpe(counts, vocab_size - 256 - len(SPECIALS), merge))
 
     @classmethod
     def of_words(cls, path):
-        """Word-level from a {"word": id} file, ids kept; its own <pad> and <eos> go unused."""
+        """A word-level tokenizer from a {"word": id} JSON file. Its ids are kept; its own <pad> and
+        <eos>, if any, are not used. Raises UserError."""
         try:
             words = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error})") from None
-        whole = isinstance(words, dict) and "<unk>" in words and "" not in words
-        if not whole or sorted(words.values(), key=str) != sorted(range(len(words)), key=str):
+        complete = isinstance(words, dict) and "<unk>" in words and "" not in words
+        if not complete or sorted(words.values(), key=str) != sorted(range(len(words)), key=str):
             raise UserError(f"{path}: want {{word: id}} with ids 0 to n - 1 and an <unk>")
         return cls({word.encode("utf-8"): i for word, i in words.items()}, "word")
 
     def dump(self):
-        """The ranks in tiktoken's text form: a line of base64 and rank for each token."""
+        """The ranks in tiktoken's text format: base64 and rank, one token a line."""
         by_rank = sorted(self.ranks.items(), key=lambda item: item[1])
         return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in by_rank)
 
     @classmethod
     def parse(cls, text, kind):
-        """The tokenizer that dump() wrote."""
+        """The tokenizer whose dump() is `text`."""
         lines = (line.split() for line in text.splitlines())
         return cls({base64.b64decode(token): int(rank) for token, rank in lines}, kind)
 
     def digest(self):
-        """What tells one vocabulary from another: a sha256 in hexadecimal."""
+        """A sha256 of the vocabulary, in hexadecimal."""
         return hashlib.sha256(f"{self.kind}\n{self.dump()}".encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
-# A sample
+# Captions
 
 
 def caption_sample(tokenizer, caption, images=1):
-    """(tokens, learn) of an image (or several) and what was said over it, LLaVA's "plain".
+    """(tokens, loss_mask) of one or more images and their caption: LLaVA's "plain" format.
 
-        tokens   <image>  a  red  ball  <eos>
-        learn       0     1   1    1     1
+        tokens      <image>  a  red  ball  <eos>
+        loss_mask      0     1   1    1     1
 
-    The last position of the image predicts the first word, and <eos> is learnt too: a model that
-    is never shown an end never stops."""
-    before = [] if tokenizer.bos is None else [tokenizer.bos]
-    before += [tokenizer.image] * images
+    The last image token predicts the first word. <eos> is in the loss too: a model that is never
+    shown an end never stops."""
+    before = tokenizer.start + [tokenizer.image] * images
     words = [*tokenizer.encode(caption), tokenizer.eos]
     return before + words, [0] * len(before) + [1] * len(words)
+
+
+def expand(tokens, image, counts):
+    """Tokens with the i-th <image> repeated counts[i] times: a placeholder for each image token."""
+    counts = iter(counts)
+    return [t for token in tokens for t in [token] * (next(counts) if token == image else 1)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Conversations
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template: how a conversation is written.
+
+    In its texts {} is replaced by what is said, {bos} and {eos} by the vocabulary's tokens, and
+    <...> by special tokens of that name. The loss is on the answer and its end.
+
+    user: a question, up to where the answer starts. answer, end: the answer and what closes it.
+    begin: before the conversation. system: around an optional system text. between: after an
+    answer. picture: an <image> before a question that does not place its images itself.
+
+    Folders of other people's models are recognised by `sign`, a text in their chat template; a
+    folder without one has the template that names its kind of language model in `models`."""
+
+    user: str
+    answer: str = "{}"
+    end: str = "{eos}"
+    begin: str = "{bos}"
+    system: str = ""
+    between: str = ""
+    picture: str = "<image>\n"
+    sign: str = ""
+    models: tuple = ()
+
+
+TEMPLATES = {
+    "llama3": Template(
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        sign="<|start_header_id|>",
+    ),
+    # Qwen's
+    "chatml": Template(
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>",
+        system="<|im_start|>system\n{}<|im_end|>\n",
+        between="\n",
+        begin="",
+        sign="<|im_start|>",
+        models=("qwen2",),
+    ),
+    "mistral": Template("[INST] {} [/INST]", " {}", sign="[INST]", models=("mistral",)),
+    # Vicuna's, used by LLaVA-1.5
+    "v1": Template("USER: {} ASSISTANT:", " {}", system="{} ", sign="ASSISTANT", models=("llama",)),
+    # BabyLLaVA-V2's: v1 without a system text and without a newline after a picture. (An empty
+    # system text leaves a space before the first USER; our vocabularies put one there anyway.)
+    "baby_v1": Template("USER: {} ASSISTANT:", " {}", picture="<image>"),
+    # The words alone. A question ends with its question mark and an answer with <eos>: enough for
+    # the toy world, whose small vocabulary would spell USER and ASSISTANT letter by letter.
+    "bare": Template("{}", " {}", begin="", picture="<image>"),
+}
+
+
+class MaskedText:
+    """Tokens and their loss mask, built from segments of text.
+
+    Text between two special tokens is encoded as one segment, as other implementations do that
+    first format the whole text. A segment also ends where the loss mask changes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.tokens, self.loss_mask = tokenizer, [], []
+        self.segment, self.after, self.in_loss = "", "start", False
+
+    def flush(self):
+        """Encode the segment so far."""
+        if self.segment:
+            ids = self.tokenizer.encode_segment(self.segment, self.after)
+            self.tokens += ids
+            self.loss_mask += [int(self.in_loss)] * len(ids)
+            self.segment, self.after = "", "text"
+
+    def add(self, text, specials, in_loss):
+        """Add text. specials {name: id} are the only names in it that become special tokens; an id
+        of None adds nothing. An <image> is never in the loss."""
+        if in_loss != self.in_loss:
+            self.flush()
+            self.in_loss = in_loss
+        for part in pattern_of(tuple(specials)).split(text) if specials else [text]:
+            if part not in specials:
+                self.segment += part
+                continue
+            self.flush()
+            if specials[part] is not None:
+                self.tokens.append(specials[part])
+                self.loss_mask.append(int(in_loss and part != "<image>"))
+            if (
+                part != "{bos}"
+            ):  # other implementations split the text first, then put bos before it
+                self.after = "special"
+
+
+@lru_cache
+def pattern_of(names):
+    """A pattern that finds any of these names, the longest first."""
+    names = sorted(map(re.escape, names), key=len, reverse=True)
+    return re.compile(f"({'|'.join(names)})")
+
+
+def chat_sample(tokenizer, template, turns, system=""):
+    """(tokens, loss_mask) of a conversation. turns: [(question, answer)], with None as the last
+    answer if the model is to give it. <image> in a question stands for a picture.
+
+        <bos> USER: <image> what is it ? ASSISTANT: a ball <eos> USER: ...
+          0     0      0     0   0  0 0      0      1   1    1     0
+
+    Raises UserError if the vocabulary lacks one of the template's special tokens."""
+    check_vocabulary(tokenizer, template)
+    of_template = tokenizer.specials | {"{bos}": tokenizer.bos, "{eos}": tokenizer.eos}
+    of_words = {"<image>": tokenizer.image}  # what people say contains no other special token
+    text = MaskedText(tokenizer)
+
+    def add(around, words, in_loss=False):
+        before, _, after = around.partition("{}")
+        text.add(before, of_template, in_loss)
+        text.add(words, of_words, in_loss)
+        text.add(after, of_template, in_loss)
+
+    text.add(template.begin, of_template, in_loss=False)
+    if system:
+        add(template.system, system)
+    for question, answer in turns:
+        add(template.user, question)
+        if answer is not None:
+            add(template.answer, answer, in_loss=True)
+            text.add(template.end, of_template, in_loss=True)
+            text.add(template.between, of_template, in_loss=False)
+    text.flush()
+    return text.tokens, text.loss_mask
+
+
+def check_vocabulary(tokenizer, template):
+    """Raise UserError if a vocabulary lacks one of a template's special tokens."""
+    texts = template.begin + template.system + template.user + template.end
+    for name in re.findall(r"<\|\w+\|>", texts):
+        if name not in tokenizer.specials:
+            raise UserError(f"this template needs {name}, which the vocabulary does not have")
+
+
+def with_pictures(template, words, count):
+    """A question about `count` new pictures: the words as they are if they contain as many
+    <image>, else the pictures before them. Raises UserError for another number of <image>."""
+    placed = words.count("<image>")
+    if placed not in (0, count):
+        raise UserError(f"{placed} <image> in the question, for {count} pictures that are new")
+    return words if placed else template.picture * count + words
+
+
+def end_tokens(tokenizer, template=None):
+    """The ids that end an answer: <eos> and the template's own end."""
+    ends = set(tokenizer.stops)
+    if template is not None and template.end in tokenizer.specials:
+        ends.add(tokenizer.specials[template.end])
+    return tuple(sorted(ends))

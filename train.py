@@ -6,116 +6,120 @@ Grow a small vision-language model from what one infant saw and heard, phase by 
     python train.py --phase 1                                # the same as configs/phase1.py
     torchrun --nproc_per_node=8 train.py configs/phase1.py   # on eight GPUs
 
-Each phase writes out/<run>/<phase>.pt and starts from the ones before. Run again, an interrupted
-phase goes on where it was last saved, to the same bits on a CPU; a finished one is left alone.
-A new phase is a row of PHASES below; other parts to learn are the knob phase1_learn and its like.
+Each phase writes out/<run>/NAME.pt and starts from the phases before. The same command resumes an
+interrupted phase from its last save, to the same bits on a CPU, and skips a finished one.
+
+A new phase is a row of PHASES, with its options NAME_steps, NAME_lr, NAME_batch and NAME_learn in
+Config. Other parts to train: the options phase1_learn and so on. Another optimizer:
+training/optimizer.py.
 """
 
 import copy
 import math
-import time
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-import ahead
 import config
 import data
-import eval as evaluation
-import parents as start
-import phases
-import watch
+import vision
 from batches import ClipBatches, PairBatches, SampleBatches, TextBatches
-from config import UserError, knob
-from files import only_one, trim_log
-from fused import return_memory
+from common.files import locked, only_one, trim_log
+from config import UserError, option
+from fast.memory import return_memory
 from model import BabyLLaVA
-from phases import Phase
+from training import models, phases, resume, validation
+from training.phases import LATER_OPTIONS, Phase
+from training.prefetch import pinned, prefetched
+from training.processes import find_processes, is_lost_process
+from training.progress import Progress
 
 
 @dataclass
-class Config(config.Knobs):
-    phase: str = knob("all", choices=("0", "1", "2", "3", "all"), once=True)  # all: and evaluate
-    tower: str = knob("both", choices=("both", "vision", "language"))  # narrows phase 0
-    data: str = "data/toy"  # a folder that data.py wrote; a drawn world is drawn if not there
-    out: str = "out/toy"  # where checkpoints, log.jsonl and results go
-    init: str = ""  # where phases start whose parents are not in out: a run's folder, .pt or LLaVA
-    vision_weights: str = ""  # a tower to use as it is, a file or folder; empty, none: train one
-    language_weights: str = ""  # the folder of a language model to use as it is; empty: train one
-    # the tower
-    patch: int = knob(8, low=1, high=1024)  # pixels a side of a patch: P = (S / patch)^2
-    vision_width: int = knob(128, low=1, high=1 << 16)  # E
-    vision_depth: int = knob(4, low=1, high=1000)  # blocks
-    vision_heads: int = knob(4, low=1, high=1 << 12)  # 128 / 4 = 32 wide each
-    conv_stages: tuple[int, ...] = ()  # blocks of each stage of a ConvNeXt; empty: a ViT
-    extra_stage: int = knob(0, low=0, high=100)  # blocks of one more, put on the trained ConvNeXt
-    prototypes: int = knob(128, low=1, high=1 << 20)  # K, outputs of DINO's head
-    local_views: int = knob(0, low=0, high=100)  # small crops, beside the two large ones
-    teacher_temperature: float = knob(0.04, low=1e-4, high=10.0)  # sharpening; higher flattens
-    momentum: float = knob(0.99, low=0.0, high=1.0)  # of the teacher, at first; it climbs to 1
-    # what the projector is given of the tower, and the projector
-    select_layer: int = knob(-1, high=-1)  # -1: last block, normed; -2: the one before, not normed
-    keep_cls: bool = False  # hand the projector the CLS token too, before the patches
-    image_pool: int = knob(1, low=1, high=64)  # 2: one image token of the mean of 2 x 2 patches
+class Config(config.Options):
+    # vision, language, 0 (both of them), 1, 2, 3, or all (and then eval.py)
+    phase: str = option("all", once={"0": ("vision", "language")})  # which phase to train
+    data: str = "data/toy"  # a folder that data.py wrote; a toy world is drawn if it is missing
+    out: str = "out/toy"  # the run's folder: checkpoints, log.jsonl and results
+    init: str = ""  # where to start from instead of `out`: a run's folder, a .pt or a LLaVA folder
+    vision_weights: str = ""  # a published tower, a file or folder; empty or none: train one
+    language_weights: str = ""  # a published language model, a folder; empty: train one
+    # the vision tower
+    vision_tower: str = option("vit", choices=tuple(vision.TOWERS))  # its kind, if it is trained
+    patch: int = option(8, low=1, high=1024)  # side of a patch in pixels: P = (S / patch)^2
+    vision_width: int = option(128, low=1, high=1 << 16)  # E
+    vision_depth: int = option(4, low=1, high=1000)  # blocks
+    vision_heads: int = option(4, low=1, high=1 << 12)  # 128 / 4 = 32 wide each
+    conv_stages: tuple[int, ...] = ()  # blocks in each stage of a convnext
+    extra_stage: int = option(0, low=0, high=100)  # blocks of one more stage on a trained convnext
+    prototypes: int = option(128, low=1, high=1 << 20)  # K, outputs of DINO's head
+    local_views: int = option(0, low=0, high=100)  # small crops, besides the two large ones
+    teacher_temperature: float = option(0.04, low=1e-4, high=10.0)  # lower is sharper
+    momentum: float = option(0.99, low=0.0, high=1.0)  # of the teacher at the start; it rises to 1
+    # features and projector
+    select_layer: int = option(-2, high=-1)  # -1: the tower's last block; -2: the one before
+    keep_cls: bool = False  # the CLS token is an image token too, before the patches
+    image_pool: int = option(1, low=1, high=64)  # 2: average 2 x 2 image tokens into one
     projector: str = "mlp2x_gelu"  # linear, mlpNx_gelu, identity
-    image_attention: str = knob("causal", choices=("causal", "full"))  # full: images see themselves
-    features: str = knob("stored", choices=("stored", "live"))  # live: the tower runs in each step
+    image_attention: str = option("causal", choices=("causal", "full"))  # full: within an image
+    features: str = option("stored", choices=("stored", "live"))  # live: in every step
     # the language model
-    n_layer: int = knob(4, low=1, high=1000)  # blocks
-    n_head: int = knob(4, low=1, high=1 << 12)  # heads
-    n_kv_head: int = knob(0, low=0, high=1 << 12)  # key and value heads; 0: as many as n_head
-    n_embd: int = knob(128, low=2, high=1 << 16)  # C
-    n_hidden: int = knob(0, low=0, high=1 << 18)  # width of the MLP; 0: 8/3 of n_embd, rounded up
-    block_size: int = knob(128, low=2, high=1 << 20)  # the longest sequence: image tokens and words
-    dropout: float = knob(0.0, low=0.0, high=0.99)  # in the GPT, while it learns; differs by rank
-    # steps, learning rate, and batch over all processes, for each thing that is trained
-    vision_steps: int = knob(1500, low=1)  # DINO
-    vision_lr: float = knob(1e-3, low=0.0)  # at its highest
-    vision_batch: int = knob(32, low=1, high=1 << 20)  # frames
-    phase0_steps: int = knob(150, low=1)  # GPT
-    phase0_lr: float = knob(1e-3, low=0.0)  # at its highest
-    phase0_batch: int = knob(16, low=1, high=1 << 20)  # rows of block_size tokens
-    phase1_steps: int = knob(100, low=1)  # projector
-    phase1_lr: float = knob(3e-3, low=0.0)  # at its highest
-    phase1_batch: int = knob(32, low=1, high=1 << 20)  # samples
-    phase1_learn: tuple[str, ...] = ()  # parts, as projector gpt tower=2e-4; empty: see PHASES
-    phase2_steps: int = knob(2300, low=0)  # projector and GPT; 0: leave this phase out
-    phase2_lr: float = knob(2e-3, low=0.0)  # at its highest
-    phase2_batch: int = knob(16, low=1, high=1 << 20)  # samples
+    n_layer: int = option(4, low=1, high=1000)  # blocks
+    n_head: int = option(4, low=1, high=1 << 12)  # heads
+    n_kv_head: int = option(0, low=0, high=1 << 12)  # key and value heads; 0: as many as n_head
+    n_embd: int = option(128, low=2, high=1 << 16)  # C
+    n_hidden: int = option(0, low=0, high=1 << 18)  # width of the MLP; 0: 8/3 of n_embd, rounded up
+    block_size: int = option(128, low=2, high=1 << 20)  # the longest sequence, images included
+    dropout: float = option(0.0, low=0.0, high=0.99)  # in the GPT, while it is trained
+    # each phase: steps, highest learning rate, and batch over all processes
+    vision_steps: int = option(1500, low=1)  # DINO
+    vision_lr: float = option(1e-3, low=0.0)  # highest learning rate
+    vision_batch: int = option(32, low=1, high=1 << 20)  # frames
+    language_steps: int = option(150, low=1)  # GPT
+    language_lr: float = option(1e-3, low=0.0)  # highest learning rate
+    language_batch: int = option(16, low=1, high=1 << 20)  # rows of block_size tokens
+    phase1_steps: int = option(100, low=1)  # projector
+    phase1_lr: float = option(3e-3, low=0.0)  # highest learning rate
+    phase1_batch: int = option(32, low=1, high=1 << 20)  # samples
+    phase1_learn: tuple[
+        str, ...
+    ] = ()  # parts to train: projector gpt tower=2e-4; empty: see PHASES
+    phase2_steps: int = option(2300, low=0)  # projector and GPT; 0: skip this phase
+    phase2_lr: float = option(2e-3, low=0.0)  # highest learning rate
+    phase2_batch: int = option(16, low=1, high=1 << 20)  # samples
     phase2_learn: tuple[str, ...] = ()  # as phase1_learn
-    phase3_steps: int = knob(600, low=1)  # the same, on conversations
-    phase3_lr: float = knob(1e-3, low=0.0)  # at its highest
-    phase3_batch: int = knob(32, low=1, high=1 << 20)  # samples
+    phase3_steps: int = option(600, low=1)  # the same, on conversations
+    phase3_lr: float = option(1e-3, low=0.0)  # highest learning rate
+    phase3_batch: int = option(32, low=1, high=1 << 20)  # samples
     phase3_learn: tuple[str, ...] = ()  # as phase1_learn
-    lora_rank: int = knob(0, low=0, high=1 << 14)  # phases 2, 3: of the GPT only such factors learn
-    lora_alpha: float = knob(16.0, low=0.0)  # their product counts alpha / rank times
+    lora_rank: int = option(0, low=0, high=1 << 14)  # phases 2, 3: train such factors of the GPT
+    lora_alpha: float = option(16.0, low=0.0)  # their product is scaled by alpha / rank
     recompute: bool = False  # gradient checkpointing: less memory, a third more time
-    grad_accum: int = knob(1, low=1, high=1 << 20)  # micro-batches of each process's share
-    warmup: float = knob(0.03, low=0.0, high=1.0)  # share of the steps; then a cosine to 0
-    weight_decay: float = knob(0.1, low=0.0, high=10.0)  # of matrices; vectors are not decayed
-    beta2: float = knob(0.95, low=0.0, high=0.99999)  # AdamW's; beta1 is 0.9
-    grad_clip: float = knob(1.0, low=1e-6)  # largest norm of the gradient
+    grad_accum: int = option(1, low=1, high=1 << 20)  # micro-batches per step and process
+    warmup: float = option(0.03, low=0.0, high=1.0)  # share of the steps; then a cosine down to 0
+    weight_decay: float = option(0.1, low=0.0, high=10.0)  # of matrices; vectors are not decayed
+    beta2: float = option(0.95, low=0.0, high=0.99999)  # AdamW's; beta1 is 0.9
+    grad_clip: float = option(1.0, low=1e-6)  # largest norm of the gradient
     # the machine
-    seed: int = knob(1, low=0, high=2**32 - 1)  # of weights, order and dropout
-    device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda where there is one
-    dtype: str = knob("", choices=("", "float32", "bfloat16"))  # empty: bfloat16 on cuda
-    compile: str = knob("", choices=("", "on", "off"))  # torch.compile; empty: on for cuda
-    attention: str = knob("auto", choices=("auto", "triton", "sdpa", "reference"))  # see kernels.py
-    norm: str = knob("auto", choices=("auto", "triton", "torch", "reference"))  # see kernels.py
-    batches_ahead: int = knob(2, low=0, high=1000)  # made by a thread; 0: none, each when needed
-    patience: float = knob(10.0, low=0.01, high=1e6)  # minutes that processes wait for each other
+    seed: int = option(1, low=0, high=2**32 - 1)  # of weights, order and dropout
+    device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda if there is one
+    dtype: str = option("", choices=("", "float32", "bfloat16"))  # empty: bfloat16 on cuda
+    compile: str = option("", choices=("", "on", "off"))  # torch.compile; empty: on for cuda
+    attention: str = option("auto", choices=("auto", "triton", "sdpa", "reference"))  # backend
+    norm: str = option("auto", choices=("auto", "triton", "torch", "reference"))  # backend
+    batches_ahead: int = option(2, low=0, high=1000)  # prepared by a thread; 0: none
+    patience: float = option(10.0, low=0.01, high=1e6)  # minutes that processes wait for each other
     # how often, in steps
-    log_every: int = knob(10, low=1)  # a line in log.jsonl
-    eval_every: int = knob(500, low=1)  # validation loss, or the tower's probes
-    eval_batches: int = knob(20, low=1)  # of the validation set, always the same samples
-    save_every: int = knob(250, low=1)  # what an interruption can cost at most
-    skip_bad_steps: int = knob(0, low=0)  # so many whose gradient is not finite; then it stops
-    evaluate: bool = True  # after phase all: run eval.py on the last checkpoint
+    log_every: int = option(10, low=1)  # a line in log.jsonl
+    eval_every: int = option(500, low=1)  # validation loss, or the tower's linear probes
+    eval_batches: int = option(20, low=1)  # of the validation set, always the same samples
+    save_every: int = option(250, low=1)  # an interruption loses at most this much
+    skip_bad_steps: int = option(0, low=0)  # tolerate so many steps whose gradient is not finite
+    evaluate: bool = True  # after --phase all, run eval.py on the last checkpoint
 
 
 # ---------------------------------------------------------------------------------------------
@@ -123,47 +127,48 @@ class Config(config.Knobs):
 
 
 PHASES = {
+    # the vision tower, by DINO
     "vision": Phase(
         learns=("student",),
         batches=ClipBatches,
         splits=("train",),
-        make=phases.new_dino,
-        watch=watch.tower,
+        make=models.new_dino,
+        validate=validation.validate_tower,
         inherited=(
+            "vision_tower",
             "patch",
             "vision_width",
             "vision_depth",
             "vision_heads",
-            "vision_weights",
             "conv_stages",
+            "vision_weights",
         ),
-        knobs=("prototypes", "local_views", "teacher_temperature", "momentum"),
+        options=("prototypes", "local_views", "teacher_temperature", "momentum"),
+        weights_option="vision_weights",
+        load_weights=resume.load_tower,
+        fixes_images=False,
         unit="frames/s",
     ),
-    "phase0": Phase(
+    # the language model, on speech
+    "language": Phase(
         learns=("gpt",),
         batches=TextBatches,
         splits=("train", "val"),
-        make=phases.new_gpt,
-        watch=watch.loss,
-        inherited=(
-            "n_layer",
-            "n_head",
-            "n_kv_head",
-            "n_embd",
-            "n_hidden",
-            "block_size",
-            "language_weights",
-        ),
-        knobs=("dropout",),
+        make=models.new_language_model,
+        validate=validation.validate_loss,
+        inherited=(*models.GPT_SIZES, "language_weights"),
+        options=("dropout",),
+        weights_option="language_weights",
+        load_weights=resume.load_language_model,
     ),
+    # the projector, with both frozen
     "phase1": Phase(
         learns=("projector",),
         batches=PairBatches,
         splits=("train", "val"),
-        make=phases.new_projector,
-        watch=watch.loss,
-        starts_from=("vision", "phase0"),
+        make=models.new_projector,
+        validate=validation.validate_loss,
+        starts_from=("vision", "language"),
         inherited=(
             "select_layer",
             "keep_cls",
@@ -172,86 +177,30 @@ PHASES = {
             "image_attention",
             "extra_stage",
         ),
-        knobs=("phase1_learn", "init"),
+        options=("phase1_learn", "init"),
     ),
+    # projector and language model together
     "phase2": Phase(
         learns=("projector", "gpt"),
         batches=SampleBatches,
         splits=("train", "val"),
-        make=phases.from_phase_before,
-        watch=watch.loss,
+        make=models.from_phase_before,
+        validate=validation.validate_loss,
         starts_from=("phase1",),
-        knobs=("dropout", "phase2_learn", *phases.LATER_KNOBS),
+        options=("phase2_learn", *LATER_OPTIONS),
     ),
-    # of conversations, in splits of their own
+    # the same on conversations, which are in splits of their own
     "phase3": Phase(
         learns=("projector", "gpt"),
         batches=SampleBatches,
         splits=("chat_train", "chat_val"),
-        make=phases.from_phase_before,
-        watch=watch.loss,
+        make=models.from_phase_before,
+        validate=validation.validate_loss,
         starts_from=("phase2",),
-        knobs=("dropout", "phase3_learn", *phases.LATER_KNOBS),
+        options=("phase3_learn", *LATER_OPTIONS),
+        saves_template=True,
     ),
 }
-
-
-# ---------------------------------------------------------------------------------------------
-# Setting a phase up
-
-
-def set_up(settings, name, dataset, processes):
-    """The Run of a phase, from its parents or from where it stopped; None where it is done."""
-    phase, device = PHASES[name], processes.device
-    steps, lr, batch = (getattr(settings, f"{name}_{what}") for what in ("steps", "lr", "batch"))
-    if batch % (processes.world * settings.grad_accum):
-        raise UserError(
-            f"{name}_batch {batch} does not divide into {processes.world} processes x "
-            f"grad_accum {settings.grad_accum}"
-        )
-    parents = start.find_parents(settings, name, PHASES, dataset, processes.print)
-    decided = start.inherit(settings, parents)
-    decided |= {own: getattr(settings, own) for own in phase.inherited}
-    resume = start.find_resume(settings, name, phase, dataset, parents, processes.print)
-    if resume and resume["done"]:
-        processes.print(f"{name}: done already, {settings.out}/{name}.pt")
-        return None
-    torch.manual_seed(settings.seed)
-    raw_model = phases.make_model(settings, phase, dataset, parents)
-    if resume:
-        phases.restore(raw_model, resume)
-    raw_model.to(device)
-    phases.check_backends(settings, raw_model, device)
-
-    learns = getattr(settings, f"{name}_learn", ()) or phase.learns
-    groups = phases.set_learning(raw_model, learns, lr)
-    optimizer = phases.make_optimizer(settings, groups, device)
-    if optimizer is None:
-        processes.print(f"{name}: nothing in it can learn; it is saved as it is")
-        steps = 0
-    stored = phases.stored_features(settings, dataset, phase.splits, raw_model, device)
-    batches = [
-        phase.batches(dataset, split, batch, settings.seed, raw_model, kept)
-        for split, kept in zip(phase.splits, stored)
-    ]
-    if resume:
-        optimizer.load_state_dict(resume["optimizer"])
-    return phases.Run(
-        settings=settings,
-        name=name,
-        dataset=dataset,
-        processes=processes,
-        parents=parents,
-        decided=decided,
-        raw_model=raw_model,
-        model=phases.wrap(raw_model, settings, processes, batches[0]) if optimizer else raw_model,
-        optimizer=optimizer,
-        train_batches=batches[0],
-        val_batches=batches[1] if len(batches) > 1 else None,
-        **phases.progress_of(resume),
-        steps=steps,
-        batch=batch,
-    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,32 +208,34 @@ def set_up(settings, name, dataset, processes):
 
 
 def learning_rate(step, steps, warmup):
-    """The share of its highest rate at a step: a straight climb, then half a cosine down to 0."""
+    """The factor of the highest rate at a step: a linear warmup, then half a cosine down to 0."""
     warm = max(1, int(warmup * steps))
     if step < warm:
         return (step + 1) / warm
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(steps - warm, 1))
 
 
-def make_batches(run, step):
-    """(rows of the whole batch, tokens a row, this process's share of it in grad_accum pieces)."""
-    (rows, length), count = run.train_batches.plan(step), run.settings.grad_accum
-    size = len(rows) // (run.processes.world * count)
+def read_batch(run, step):
+    """(the Plan of a step, this process's part of the batch, in grad_accum micro-batches)."""
+    plan, count = run.train_batches.plan(step), run.settings.grad_accum
+    size = len(plan.rows) // (run.processes.world * count)
     first = run.processes.rank * size * count
     starts = range(first, first + size * count, size)
-    pieces = [run.train_batches.read(rows[i : i + size], length, i) for i in starts]
+    batches = [run.train_batches.read(plan, slice(i, i + size)) for i in starts]
     if run.processes.device.type == "cuda":
-        pieces = [ahead.pinned(piece) for piece in pieces]
-    return rows, length, pieces
+        batches = [pinned(batch) for batch in batches]
+    return plan, batches
 
 
 def take_step(run, step, batches):
-    """Forward, backward, update. Returns the mean loss of the whole batch, the gradient's norm."""
+    """Forward, backward, update. Returns the mean loss of this process's part, and the norm of the
+    gradient."""
     world, settings = run.processes.world, run.settings
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["highest_lr"] * learning_rate(step, run.steps, settings.warmup)
-    # All randomness of a step follows from its number, so a resumed run repeats none of it.
-    # Dropout draws other masks on each rank, so results differ by rank where it is on.
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["highest_lr"] * learning_rate(step, run.steps, settings.warmup)
+    # The random numbers of a step depend on its number alone, so a resumed run repeats none.
+    # Dropout masks differ between ranks, so results depend on their number if dropout is on.
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + run.processes.rank)
     total = torch.tensor(float(sum(batch.count for batch in batches)), device=run.processes.device)
     if world > 1:
@@ -295,26 +246,27 @@ def take_step(run, step, batches):
         inputs = run.raw_model.inputs(batch, run.dataset.image_format, settings.seed, step)
         with run.autocast():
             _, loss = run.model(*inputs)
-        # Every target counts the same, however they fell to micro-batches and processes; x world
-        # because DDP divides by it.
+        # Every target has the same weight, in whichever micro-batch and process it is; times
+        # world, because DDP divides by it.
         loss = loss * (batch.count / total) * world
         loss.backward()
         loss_sum += loss.detach() / world
-    norm = torch.nn.utils.clip_grad_norm_(run.learning, settings.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(run.trained_parameters, settings.grad_clip)
     taken = not settings.skip_bad_steps or bool(norm.isfinite())  # the same on all ranks
-    if taken:
-        run.optimizer.step()
+    for optimizer in run.optimizers:
+        if taken:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     run.raw_model.after_step(step / run.steps, taken)
-    run.optimizer.zero_grad(set_to_none=True)
     return loss_sum, norm
 
 
-def watch_and_save(run, step):
-    """What is due between two steps: to look how it learns, to save."""
+def validate_and_save(run, step):
+    """Validate and save, if they are due before this step."""
     settings, is_last = run.settings, step == run.steps
     if step % settings.eval_every == 0 or is_last:
         with run.autocast():
-            metrics = PHASES[run.name].watch(run)
+            metrics = run.phase.validate(run)
         log = Path(settings.out) / "log.jsonl"
         run.processes.record(log, phase=run.name, step=step, **metrics)
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
@@ -327,33 +279,15 @@ def watch_and_save(run, step):
 
 def loop(run):
     """Train from run.start to run.steps."""
-    settings, processes, log = run.settings, run.processes, Path(run.settings.out) / "log.jsonl"
-    progress = tqdm(total=run.steps, initial=run.start, desc=run.name, disable=processes.rank > 0)
-    steps, unit = range(run.start, run.steps), PHASES[run.name].unit
-    coming = ahead.made_ahead(partial(make_batches, run), steps, settings.batches_ahead)
-    clock, units, taken = time.perf_counter(), 0, []  # units: what was seen since the clock's time
-    with closing(coming), progress:
-        for step, (rows, length, batches) in zip(steps, coming):
-            began = time.perf_counter()
-            watch_and_save(run, step)
-            clock += time.perf_counter() - began
+    steps, ahead = range(run.start, run.steps), run.settings.batches_ahead
+    with prefetched(partial(read_batch, run), steps, ahead) as coming, Progress(run) as progress:
+        for step, (plan, batches) in zip(steps, coming):
+            with progress.paused():
+                validate_and_save(run, step)
             loss, norm = take_step(run, step, batches)
-            progress.update()
-            units += len(rows) * (length if unit == "tokens/s" else 1)  # padding counts too
-            taken.append((step, rows, loss, norm))
-            is_due = step % settings.log_every == 0
-            if is_due and processes.world > 1:
-                dist.all_reduce(loss)
-            if is_due or settings.skip_bad_steps or (step + 1) % settings.save_every == 0:
-                skipped = phases.check_steps(run, taken)
-                taken.clear()
-            if is_due and not skipped:
-                speed = {unit: round(units / (time.perf_counter() - clock))}
-                progress.set_postfix(loss=f"{float(loss):.3f}", **speed)
-                entry = {"loss": round(float(loss), 5), "lr": run.optimizer.param_groups[0]["lr"]}
-                processes.record(log, phase=run.name, step=step, **entry, **speed)
-    phases.check_steps(run, taken)
-    watch_and_save(run, run.steps)
+            progress.add(step, plan, loss, norm)
+        progress.check()
+    validate_and_save(run, run.steps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -362,14 +296,16 @@ def loop(run):
 
 def train_phase(settings, name, dataset, processes):
     """Train one phase to its end."""
-    run = set_up(settings, name, dataset, processes)
+    run = phases.set_up(settings, name, PHASES, dataset, processes)
     if run is None:
         return
-    count = sum(p.numel() for p in run.learning)
+    count = sum(p.numel() for p in run.trained_parameters)
     whole = sum(p.numel() for p in run.raw_model.parameters())
     passes = run.steps * run.batch / run.train_batches.rows
     dtype = phases.compute_dtype(settings, processes.device)
-    line = f"{name}: {count:,} of {whole:,} parameters learn; {run.steps} steps x {run.batch} rows"
+    line = (
+        f"{name}: {count:,} of {whole:,} parameters trained; {run.steps} steps x {run.batch} rows"
+    )
     line += f" = {passes:.1f} passes; {processes.device}, {str(dtype)[6:]}"
     if isinstance(run.raw_model, BabyLLaVA):
         line += ", attention {}, norm {}".format(*run.raw_model.gpt.backends(dtype))
@@ -383,51 +319,70 @@ def load_settings(argv):
     """The Config of the command line; `--phase 1` without a file means configs/phase1.py."""
     files, flags = config.split_arguments(argv)
     settings = config.load(Config, argv, __doc__)
-    path = Path(__file__).parent / "configs" / f"phase{settings.phase}.py"
+    known = (*(resume.phase_flag(name) for name in PHASES), "0", "all")
+    if settings.phase not in known:
+        raise UserError(f"--phase {settings.phase}: one of {', '.join(known)}")
+    number = "0" if settings.phase in ("vision", "language") else settings.phase
+    path = Path(__file__).parent / "configs" / f"phase{number}.py"
     if not files and "phase" in settings.given and path.exists():
         print(f"no config file given: taking configs/{path.name}")
         settings = config.load(Config, [str(path), *flags], __doc__)
-    if settings.vision_weights == "none":  # says so aloud, where a file names a tower
+    if settings.vision_weights == "none":  # overrides a config file that names a tower
         settings.vision_weights = ""
     return settings
 
 
+TOY_WORLDS = ("toy", "toy_chat", "toy_v2")  # sources that need no files
+
+
+def draw_if_missing(directory):
+    """Draw a toy world that does not exist yet. The first of several processes draws it, and the
+    others wait for its lock on the file system, where nothing times out."""
+    source, meta = str(directory).removeprefix("data/"), Path(directory) / "meta.json"
+    if source in TOY_WORLDS and not meta.exists():
+        import sources  # not imported for other data
+
+        Path("data").mkdir(exist_ok=True)
+        with locked(f"data/.{source}.lock"):
+            if not meta.exists():
+                sources.prepare(source, [])
+
+
 def train(settings, processes):
-    """All phases that are asked for, and the tests after the last."""
-    phases.draw_if_missing(settings.data)
+    """Train all phases that are asked for, then evaluate."""
+    draw_if_missing(settings.data)
     dataset = data.Data(settings.data)
-    names = start.choose_phases(settings, dataset, PHASES)
+    names = resume.choose_phases(settings, dataset, PHASES)
     if not names:
-        raise UserError(f"{settings.data}: it has nothing to learn from; prepare it with more")
+        raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
     for name in names:
-        # a phase changes what it inherits, and the next one must not take that for given
-        own = copy.copy(settings)
-        if name == "vision" and settings.vision_weights:
-            start.import_tower(own, PHASES["vision"], dataset, processes)
-        elif name == "phase0" and settings.language_weights:
-            start.import_language(own, PHASES["phase0"], dataset, processes)
+        own = copy.copy(settings)  # a phase sets inherited options, which the next must not see
+        option_name = PHASES[name].weights_option
+        if option_name and getattr(settings, option_name):
+            resume.import_weights(own, name, PHASES[name], dataset, processes)
         else:
             train_phase(own, name, dataset, processes)
         processes.wait()  # the next phase reads what the first process has written
     if settings.phase == "all" and settings.evaluate and processes.is_first:
         last = f"--checkpoint={settings.out}/{names[-1]}.pt"
-        flags = [last, f"--data={settings.data}", f"--device={settings.device}"]
-        if names[-1] != "vision":
-            evaluation.main(flags)
+        if PHASES[names[-1]].validates_on:
+            import eval as evaluation  # no test is imported before this point
+
+            evaluation.main([last, f"--data={settings.data}", f"--device={settings.device}"])
 
 
 def main(argv):
     settings = load_settings(argv)
-    processes = phases.find_processes(settings)
+    processes = find_processes(settings)
     try:
         with only_one(settings.out, "training") if processes.is_first else nullcontext():
             train(settings, processes)
     except RuntimeError as error:
-        if processes.world == 1 or not phases.is_about_others(error):
+        if processes.world == 1 or not is_lost_process(error):
             raise
         raise UserError(
             f"rank {processes.rank} stops: another process ended, or did not answer within "
-            f"{settings.patience:g} minutes (--patience); what it said is the reason"
+            f"{settings.patience:g} minutes (--patience); its own message says why"
         ) from None
     finally:
         if processes.world > 1:

@@ -1,22 +1,24 @@
 """
-Towers: the networks that turn a picture into vectors. The vision transformers of DINO, DINOv2, CLIP
-and SigLIP here, those that convolve in convnets.py.
+Vision towers: networks that turn an image into features. Here the vision transformers of DINO,
+DINOv2, CLIP and SigLIP; ResNeXt and ConvNeXt are in pretrained/convnets.py.
 
-What every tower promises, and all that the rest of the code knows of it:
+The interface of every tower, and all that other code knows of it:
 
-    tower(pixels, select_layer)   (N, 3, S, S) -> (N, 1 + P, E): one vector for the whole picture
-                                  (CLS), then P for its places, row by row from the top left;
-                                  only_cls=True: the one alone, (N, 1, E), as DINO wants it
+    tower(pixels, select_layer)   (N, 3, S, S) -> (N, 1 + P, E): a vector for the whole image (CLS),
+                                  then one for each patch, row by row from the top left;
+                                  only_cls=True: the first alone, (N, 1, E), for DINO
     tower.width                   E
-    tower.patch                   pixels a side of one place
-    tower.num_patches(S)         P of a picture of S x S pixels
-    tower.arguments               {name: value}, with which type(tower)(**arguments) is one like it
-    tower.fault(S, select_layer)  why it cannot take such pictures or give that layer, or ""
+    tower.patch                   side of a patch in pixels
+    tower.num_patches(S)          P of an image of S x S pixels
+    tower.arguments               {name: value}; type(tower)(**arguments) has the same architecture
+    tower.fault(S, select_layer)  why it cannot take such images or give that layer, or ""
+    from_options(options, S)      (class method) the tower that train.py's options describe
 
-A new tower is a class here that keeps this promise and an entry in TOWERS; other people's names for
-its weights belong in towers.py. Parameters carry the names of the code that published them, so
-that checkpoints load strictly. Knows nothing of files and argv.
-Letters: N images, S side, P places, E width, H heads, D = E / H.
+A new tower is a class with this interface and an entry in TOWERS: `--vision_tower NAME` then
+trains it. Names for its published weights are in
+pretrained/tower_names.py. Parameters keep the names of the code that published them, so that
+checkpoints load strictly.
+Letters: N images, S image side in pixels, P patches, E vision width, H heads, D = E / H.
 """
 
 import functools
@@ -27,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convnets import ConvNeXt, ResNeXt
-from fused import Linear
+from config import UserError
+from fast.products import Linear
 
 # ---------------------------------------------------------------------------------------------
 # The vision transformer
@@ -50,12 +52,12 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x, outputs=None):
-        """x (N, T, E) -> (N, T, E), or what the first `outputs` alone gather."""
+    def forward(self, x, queries=None):
+        """x (N, T, E) -> (N, T, E); with `queries` only the outputs of so many first tokens."""
         N, T, E = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.heads, E // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D)
-        y = F.scaled_dot_product_attention(q[:, :, :outputs], k, v)
+        y = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -100,19 +102,21 @@ class Block(nn.Module):
         self.mlp = MLP(width, hidden, activation)
         self.ls2 = LayerScale(width) if scaled else nn.Identity()
 
-    def forward(self, x, outputs=None):
-        x = x[:, :outputs] + self.ls1(self.attn(self.norm1(x), outputs))
+    def forward(self, x, queries=None):
+        """x (N, T, E) -> (N, T, E), or (N, queries, E)."""
+        x = x[:, :queries] + self.ls1(self.attn(self.norm1(x), queries))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
     """DINO's vision transformer (Caron et al. 2021, arXiv 2104.14294), and its relatives.
 
-    DINOv2's also scale each layer's output (`scaled`) and have `registers`, tokens that see and
-    are seen but are not handed on. `offset` and `antialias`: see position_embeddings. CLIP's have a
-    norm before the first block and none for the places after the last; SigLIP's have no CLS either:
-    in its place stands the mean of the places. hidden 0: 4 * width.
-    Raises ValueError where the heads do not divide the width."""
+    size, patch: side of the images and of a patch in pixels; hidden 0: 4 * width.
+    scaled, registers: DINOv2's layer scales, and tokens that take part in attention but are not
+    returned. offset, antialias: see position_embeddings(). first_norm: CLIP's norm before the first
+    block. final_norm: a norm after the last block, which CLIP has not for its patches. cls: SigLIP
+    has no CLS token; the mean of the patches takes its place.
+    Raises ValueError if the heads do not divide the width."""
 
     def __init__(
         self,
@@ -133,15 +137,31 @@ class ViT(nn.Module):
         first_norm=False,
         final_norm=True,
     ):
-        arguments = {name: value for name, value in locals().items() if name != "self"}
         super().__init__()
-        self.arguments = {k: v for k, v in arguments.items() if k != "__class__"}
+        self.arguments = {
+            "size": size,
+            "patch": patch,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "scaled": scaled,
+            "registers": registers,
+            "offset": offset,
+            "antialias": antialias,
+            "hidden": hidden,
+            "activation": activation,
+            "eps": eps,
+            "patch_bias": patch_bias,
+            "cls": cls,
+            "first_norm": first_norm,
+            "final_norm": final_norm,
+        }
         if width % heads or size < patch:
             raise ValueError(
                 f"a ViT of {size} pixels in patches of {patch}, {width} wide with {heads} heads: "
                 "heads must divide the width, and a patch fit in"
             )
-        self.patch, self.width, self.registers = patch, width, registers
+        self.patch, self.width, self.registers, self.has_cls = patch, width, registers, cls
         if cls:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, cls + (size // patch) ** 2, width))
@@ -161,6 +181,20 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    @classmethod
+    def from_options(cls, options, size):
+        """A ViT for images of size x size pixels. Raises UserError."""
+        if options.conv_stages:
+            raise UserError("conv_stages are a convnext's: give --vision_tower convnext")
+        if size % options.patch or options.vision_width % options.vision_heads:
+            raise UserError(
+                f"frames of {size} pixels in patches of {options.patch}, "
+                f"vision_width {options.vision_width} over vision_heads {options.vision_heads}: "
+                "neither division may leave a rest"
+            )
+        sizes = (options.vision_width, options.vision_depth, options.vision_heads)
+        return cls(size, options.patch, *sizes)
+
     def num_patches(self, size):
         return (size // self.patch) ** 2
 
@@ -173,67 +207,80 @@ class ViT(nn.Module):
         return ""
 
     def position_embeddings(self, height, width):
-        """Position embeddings for a picture of height x width patches, (1, 1 + P, E).
+        """Position embeddings for height x width patches, (1, 1 + P, E).
 
-        Another size than the trained one is reached by bicubic interpolation, as the code that
-        published the weights does it: DINO adds 0.1 to the target, lest rounding lose a row;
-        Hugging Face's does not, nor DINOv2's with registers, which smooths when it shrinks."""
-        cls = self.arguments["cls"]
-        side = math.isqrt(self.pos_embed.shape[1] - cls)
+        For another size than the trained one they are interpolated (bicubic) as the published code
+        does it: DINO adds an offset of 0.1 to the target size, so that rounding loses no row;
+        Hugging Face's code does not, nor DINOv2's with registers, which antialiases."""
+        side = math.isqrt(self.pos_embed.shape[1] - self.has_cls)
         if (height, width) == (side, side):
             return self.pos_embed
-        grid = self.pos_embed[:, cls:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        of_cls, of_patches = self.pos_embed.tensor_split([int(self.has_cls)], dim=1)
+        grid = of_patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
         offset, antialias = self.arguments["offset"], self.arguments["antialias"]
         if offset:
             to = {"scale_factor": ((height + offset) / side, (width + offset) / side)}
         else:
             to = {"size": (height, width)}
         grid = F.interpolate(grid, **to, mode="bicubic", antialias=antialias)
-        return torch.cat([self.pos_embed[:, :cls], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([of_cls, grid.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, x, select_layer=-1, only_cls=False):
-        """select_layer -1: the last block, after the final norm (DINO's own output). -2, -3, ...:
-        the block before, before that, ..., without the norm (LLaVA's meaning). only_cls: CLS alone,
-        (N, 1, E), which spares the last block the places."""
+        """select_layer -1: the last block, after the final norm (DINO's own output); -2, -3, ...:
+        earlier blocks, without the norm (LLaVA's meaning). only_cls: the CLS token alone, (N, 1,
+        E); the last block then skips the patches, which makes a DINO step a fifth faster
+        (docs/speed.md)."""
         if self.fault(min(x.shape[2:]), select_layer):
             raise ValueError(self.fault(min(x.shape[2:]), select_layer))
         height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
         x = self.patch_embed(x)  # (N, P, E)
-        if self.arguments["cls"]:
+        if self.has_cls:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self.position_embeddings(height, width)  # (N, 1 + P, E)
         if self.registers:  # after CLS, without positions
             registers = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
         x = self.norm_pre(x)
-        blocks = self.blocks[: len(self.blocks) + 1 + select_layer]
+        *blocks, last_block = self.blocks[: len(self.blocks) + 1 + select_layer]
         for block in blocks:
-            is_last = block is blocks[-1]
-            x = block(x, 1 if only_cls and is_last and self.arguments["cls"] else None)
+            x = block(x)
+        x = last_block(x, queries=1 if only_cls and self.has_cls else None)
         if self.registers:
             x = torch.cat([x[:, :1], x[:, 1 + self.registers :]], dim=1)
         x = self.norm(x) if select_layer == -1 else x
-        if not self.arguments["cls"]:
+        if not self.has_cls:
             x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         return x[:, :1] if only_cls else x
 
 
 # ---------------------------------------------------------------------------------------------
-# What is common to all
+# All kinds of towers
 
 
-TOWERS = {"vit": ViT, "resnext": ResNeXt, "convnext": ConvNeXt}
+def resnext():
+    from pretrained.convnets import ResNeXt  # imported only if such a tower is used
+
+    return ResNeXt
 
 
-def describe(tower):
-    """{"kind", "arguments"} with which build() makes a tower like this one."""
-    kind = next(name for name, cls in TOWERS.items() if type(tower) is cls)
+def convnext():
+    from pretrained.convnets import ConvNeXt
+
+    return ConvNeXt
+
+
+TOWERS = {"vit": lambda: ViT, "resnext": resnext, "convnext": convnext}  # {kind: its class}
+
+
+def describe_tower(tower):
+    """{"kind", "arguments"}, of which build_tower() makes a tower of the same architecture."""
+    kind = next(kind for kind, find_class in TOWERS.items() if type(tower) is find_class())
     return {"kind": kind, "arguments": tower.arguments}
 
 
-def build(description):
-    """The tower of a describe(), its weights still random."""
-    return TOWERS[description["kind"]](**description["arguments"])
+def build_tower(description):
+    """The tower that describe_tower() described, with random weights."""
+    return TOWERS[description["kind"]]()(**description["arguments"])
 
 
 def weights_digest(weights):

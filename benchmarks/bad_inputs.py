@@ -1,7 +1,7 @@
 """
-Spoilt input of every kind, and what the commands make of it; see reliability.py.
+Corrupted input of every kind, and what the commands make of it; see reliability.py.
 
-A case is a folder of good files of which one was spoilt, or a command line that was, and the
+A case is a folder of good files of which one was corrupted, or a command line that was, and the
 command that meets it; it follows from a seed and its number. It must end in success or in one line;
 not in a traceback, nor after 30 seconds, nor with more than 2 GB, nor with a file written where
 none should be. Commands run in forks of one process that has imported everything, so that a case
@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image
 from processes import SMALL, command, must
 
-import toolbox
+from sources import toolbox_prompts
 
 SECONDS, MEGABYTES = 30, 2048
 WORLD = (
@@ -55,12 +55,12 @@ def make_good(good):
     good.mkdir()
     must(command("data.py", WORLD), good)
     must(command("train.py", FEW), good)
-    must(command("weights.py", "export out/w/phase2.pt hf"), good)
+    must(command("export.py", "out/w/phase2.pt hf"), good)
     flags = [word for word in FEW.split()[1:] if "steps=" not in word and "out=" not in word]
     lines = [word[2:].replace("=", " = ", 1) for word in flags]
     lines = [f'{n} = "{v}"' if not v[0].isdigit() and v != "False" else f"{n} = {v}"
              for n, v in (line.split(" = ") for line in lines)]  # fmt: skip
-    (good / "cfg.py").write_text("\n".join([*lines, 'out = "out/x"', "phase0_steps = 1"]) + "\n")
+    (good / "cfg.py").write_text("\n".join([*lines, 'out = "out/x"', "language_steps = 1"]) + "\n")
     make_pictures(good)
     make_tables(good)
     (good / "films").mkdir()
@@ -119,7 +119,7 @@ def make_tables(good):
     ):
         said = []
         for count in counts:
-            said += [{"from": "human", "value": toolbox.write(test, count, "ball")}]
+            said += [{"from": "human", "value": toolbox_prompts.write(test, count, "ball")}]
             said += [{"from": "gpt", "value": answer}]
         question = {"image": names[: sum(counts)], "conversations": said, "subset": "seen"}
         (good / "tests" / f"{test}.json").write_text(json.dumps([question] * 2))
@@ -137,7 +137,7 @@ def make_tables(good):
 
 
 # ---------------------------------------------------------------------------------------------
-# Spoiling
+# Corrupting
 
 
 def replace(path, content):
@@ -146,7 +146,7 @@ def replace(path, content):
     path.write_bytes(content)
 
 
-def spoil_bytes(rng, path):
+def corrupt_bytes(rng, path):
     """Cut short, made longer, turned over, emptied, doubled; or something else in its place."""
     content = bytearray(path.read_bytes())
     i, j = sorted(rng.randrange(len(content) + 1) for _ in range(2))
@@ -171,7 +171,7 @@ def spoil_bytes(rng, path):
     rng.choice((lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to(path.name)))()
 
 
-def spoil_text(rng, path):
+def corrupt_text(rng, path):
     """Words dealt, doubled or replaced by odd ones; another encoding."""
     lines = path.read_text(encoding="utf-8").split("\n")
     for _ in range(rng.choice((1, 1, 4))):
@@ -183,7 +183,7 @@ def spoil_text(rng, path):
     replace(path, "\n".join(lines).encode(encoding, "replace"))
 
 
-def spoil_json(rng, path):
+def corrupt_json(rng, path):
     """One value somewhere in it replaced by an odd one, left out, or doubled."""
     whole = json.loads(path.read_text(encoding="utf-8"))
     places = []
@@ -208,30 +208,30 @@ def spoil_json(rng, path):
     replace(path, json.dumps(whole).encode("utf-8", "replace"))
 
 
-def spoil(rng, path):
+def corrupt(rng, path):
     """In one of the ways that its kind has."""
-    ways = [spoil_bytes]
+    ways = [corrupt_bytes]
     if path.suffix in (".json",):
-        ways += [spoil_json] * 3
+        ways += [corrupt_json] * 3
     elif path.suffix in (".csv", ".txt", ".srt", ".vtt", ".cha", ".py", ".tiktoken"):
-        ways += [spoil_text] * 2
+        ways += [corrupt_text] * 2
     rng.choice(ways)(rng, path)
 
 
 # ---------------------------------------------------------------------------------------------
-# Kinds of cases: each spoils something in a folder and gives (script, flags, the file at fault)
+# Kinds of cases: each corrupts something in a folder and gives (script, flags, the file at fault)
 
 
 def one_of(rng, folder, pattern):
     return rng.choice(sorted(path for path in folder.glob(pattern) if path.is_file()))
 
 
-def spoilt_file(script, flags, *patterns):
-    """A kind: a file is spoilt, and a command meets it."""
+def corrupted_file(script, flags, *patterns):
+    """A kind: a file is corrupted, and a command meets it."""
 
     def make(rng, folder):
         path = one_of(rng, folder, rng.choice(patterns))
-        spoil(rng, path)
+        corrupt(rng, path)
         return script, flags.replace("{}", str(path.relative_to(folder))).split(), path.name
 
     return make
@@ -239,31 +239,31 @@ def spoilt_file(script, flags, *patterns):
 
 def configs(rng, folder):
     if rng.randrange(2):
-        spoil(rng, folder / "cfg.py")
+        corrupt(rng, folder / "cfg.py")
     else:
-        odd = f"{rng.choice(KNOBS['train'])} = {rng.choice(ODD_WORDS)}"
+        odd = f"{rng.choice(OPTIONS['train'])} = {rng.choice(ODD_WORDS)}"
         lines = (folder / "cfg.py").read_text() + odd
         replace(folder / "cfg.py", lines.encode("utf-8", "replace"))
     # whatever lines were lost: not the larger world and the many steps that are the defaults
-    small = "--data=data/w --phase0_steps=1"
-    return "train", f"cfg.py --phase 0 --tower language {small}".split(), "cfg.py"
+    small = "--data=data/w --language_steps=1"
+    return "train", f"cfg.py --phase language {small}".split(), "cfg.py"
 
 
-# what each script is asked, where a knob besides is odd
+# what each script is asked, where a option besides is odd
 ASKED = {
-    "train": "cfg.py --phase 0 --tower language",
+    "train": "cfg.py --phase language",
     "sample": "--checkpoint out/w/phase2.pt --image pictures/0.png --max_new_tokens 2",
     "eval": "--checkpoint out/w/phase2.pt --task labeled_s --out out/e",
     "data": "toy --size=16 --scenes=10 --lines=20 --trials=0.01 --vocab_size=260 --name=x",
 }
-KNOBS = {}  # script: names of its knobs
+OPTIONS = {}  # script: names of its options
 
 
 def flags(rng, folder):
     script = rng.choice(sorted(ASKED))
     words = ASKED[script].split()
     for _ in range(rng.choice((1, 1, 2))):
-        name = rng.choice([*KNOBS[script], "nonsense", "", "-"])
+        name = rng.choice([*OPTIONS[script], "nonsense", "", "-"])
         words.append(f"--{name}={rng.choice(ODD_WORDS)}" if rng.randrange(4) else f"--{name}")
     if rng.randrange(4) == 0:
         words.insert(rng.randrange(len(words)), rng.choice(ODD_WORDS))
@@ -273,7 +273,7 @@ def flags(rng, folder):
 def zips(rng, folder):
     path, how = folder / "z.zip", rng.randrange(5)
     if how < 2:
-        spoil(rng, path)
+        corrupt(rng, path)
     else:
         path.unlink()
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -300,34 +300,34 @@ def pictures(rng, folder):
         content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
         replace(path, bytes(content))
     else:
-        spoil(rng, path)
+        corrupt(rng, path)
     flags = f"--checkpoint out/w/phase2.pt --max_new_tokens 2 --image {path.relative_to(folder)}"
     return "sample", flags.split(), path.name
 
 
 def bins(rng, folder):
     """Bins and meta.json that do not agree; numbers in them that point nowhere."""
-    kinds = ("text", "tokens", "learn", "samples", "shown", "images", "frames", "clips")
+    kinds = ("text", "tokens", "loss_mask", "samples", "image_ids", "images", "frames", "clips")
     path = folder / "data" / "w" / f"train_{rng.choice(kinds)}.bin"
     how = rng.randrange(4)
     if how == 0:
         path = folder / "data" / "w" / rng.choice(("meta.json", "tokenizer.tiktoken"))
     if how < 2:
-        spoil(rng, path)
+        corrupt(rng, path)
     else:  # of the same size
         content = bytearray(path.read_bytes())
         at = rng.randrange(len(content) // 8) * 8
         content[at : at + 8] = rng.choice((b"\xff" * 8, b"\x00" * 8, rng.randbytes(8)))
         replace(path, bytes(content))
     few = FEW.replace("out/w", "out/x")
-    phase = rng.choice(("--phase 0 --tower language", "--phase 0 --tower vision", "--phase 1"))
+    phase = rng.choice(("--phase language", "--phase vision", "--phase 1"))
     return "train", f"{few} {phase} --init out/w".split(), ""
 
 
 def stored(rng, folder):
     """Features that are another's."""
     path = one_of(rng, folder, "data/w/features/*.bin")
-    spoil_bytes(rng, path)
+    corrupt_bytes(rng, path)
     few = FEW.replace("out/w", "out/x")
     return "train", f"{few} --phase 1 --init out/w".split(), path.name
 
@@ -338,46 +338,48 @@ def transcripts(rng, folder):
     if suffix != ".srt":
         (folder / "films" / "a.srt").unlink()
         os.replace(folder / f"a{suffix}", path)
-    spoil(rng, path)
+    corrupt(rng, path)
     return "data", "video --videos films --size 8 --vocab_size 300 --name x".split(), path.name
 
 
 KINDS = {
     "config files": configs,
     "flags": flags,
-    "CSV": spoilt_file("data", "pairs --csv {} --images pictures --name x --size 8", "pairs.csv"),
-    "CSV of tests": spoilt_file(
+    "CSV": corrupted_file(
+        "data", "pairs --csv {} --images pictures --name x --size 8", "pairs.csv"
+    ),
+    "CSV of tests": corrupted_file(
         "eval",
         "--checkpoint out/w/phase2.pt --task labeled_s --csv {} --out out/e",
         "data/w/eval/labeled_s.csv",
     ),
-    "text": spoilt_file("data", "pairs --text {} --name x --vocab_size 300", "lines.txt"),
-    "JSON of conversations": spoilt_file(
+    "text": corrupted_file("data", "pairs --text {} --name x --vocab_size 300", "lines.txt"),
+    "JSON of conversations": corrupted_file(
         "data", "llava --json {} --images pictures --name x --size 8", "talks.json"
     ),
-    "JSON of SAYCam": spoilt_file(
+    "JSON of SAYCam": corrupted_file(
         "data", "saycam --annotations {} --frames pictures --name x --size 8", "train.json"
     ),
-    "JSON of words": spoilt_file(
+    "JSON of words": corrupted_file(
         "data", "pairs --text lines.txt --vocab {} --name x", "vocab.json"
     ),
-    "JSON of tests": spoilt_file(
+    "JSON of tests": corrupted_file(
         "eval",
         "--checkpoint out/w/phase2.pt --task toolbox --json tests --images pictures --out out/e",
         "tests/*.json",
     ),
-    "JSON of choices": spoilt_file(
+    "JSON of choices": corrupted_file(
         "eval",
         "--checkpoint out/w/phase2.pt --task choice --csv {} --images pictures --out out/e",
         "choice.json",
     ),
-    "CSV of Machine-DevBench": spoilt_file(
+    "CSV of Machine-DevBench": corrupted_file(
         "eval",
         "--checkpoint out/w/phase2.pt --task machine_devbench --csv {} --images pictures "
         "--out out/e",
         "machine.csv",
     ),
-    "CSVs of DevBench": spoilt_file(
+    "CSVs of DevBench": corrupted_file(
         "eval",
         "--checkpoint out/w/phase2.pt --task devbench --csv manifest.csv --human human.csv "
         "--images pictures --out out/e",
@@ -389,10 +391,10 @@ KINDS = {
     "pictures": pictures,
     "bins": bins,
     "features": stored,
-    "checkpoints": spoilt_file(
+    "checkpoints": corrupted_file(
         "sample", "--checkpoint {} --image pictures/0.png --max_new_tokens 2", "out/w/phase[12].pt"
     ),
-    "folders of others": spoilt_file(
+    "folders of others": corrupted_file(
         "sample",
         "--checkpoint hf --image pictures/0.png --prompt a --max_new_tokens 2",
         "hf/*.json",
@@ -480,8 +482,8 @@ def try_cases(numbers, good, seed, home, report):
     for name in ("train", "sample", "eval", "data", "weights"):
         importlib.import_module(name)
     for name in ("train", "sample", "eval"):
-        KNOBS[name] = [field.name for field in dataclasses.fields(sys.modules[name].Config)]
-    KNOBS["data"] = [
+        OPTIONS[name] = [field.name for field in dataclasses.fields(sys.modules[name].Config)]
+    OPTIONS["data"] = [
         f.name for f in dataclasses.fields(importlib.import_module("sources.toy").Config)
     ]
     kinds, found = sorted(KINDS), []
@@ -523,7 +525,7 @@ def main(home, settings):
     found = [
         e for core in range(cores) for e in json.loads((home / f"report{core}.json").read_text())
     ]
-    print("| spoilt | cases | succeeded | one line | otherwise |\n|---|---|---|---|---|")
+    print("| corrupted | cases | succeeded | one line | otherwise |\n|---|---|---|---|---|")
     for kind in sorted(KINDS):
         own = [entry for entry in found if entry[1] == kind]
         wrong = [entry for entry in own if entry[3]]

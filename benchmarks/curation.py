@@ -1,5 +1,5 @@
 """
-Does sifting help? 40 % of the toy world's utterances are dealt to wrong pictures; a model trained
+Does filtering help? 40 % of the utterances of the toy world are assigned to wrong pictures; a model trained
 on all of it judges which (curate.py). How many does it find, and what is a model worth that is
 trained on all, on what it kept, and on the true pairs alone?
 
@@ -20,7 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from places import Places  # noqa: E402
+from common.archives import Archives  # noqa: E402
 from sources import hold_out, pairs, toy  # noqa: E402
 
 PICTURES, WRONG, MIN_GAIN = 4000, 0.4, 0.05
@@ -56,9 +56,9 @@ def draw():
 
 
 def prepare(name, table, *flags):
-    places = [f"--csv={FOLDER}/{table}.csv", f"--images={FOLDER}/images"]
+    archives = [f"--csv={FOLDER}/{table}.csv", f"--images={FOLDER}/images"]
     form = ["--size=64", "--fit=squash", "--vocab_size=512"]
-    call("data.py", "pairs", f"--name=curation_{name}", *places, *form, *flags)
+    call("data.py", "pairs", f"--name=curation_{name}", *archives, *form, *flags)
 
 
 def train(name):
@@ -83,10 +83,10 @@ def main():
     true = draw()
     prepare("all", "all")
     scores = {"all": train("all")}
-    sift = ["--curate=out/curation_all/phase2.pt", f"--min_gain={MIN_GAIN}"]
-    prepare("kept", "all", *sift)
+    flags = ["--filter=out/curation_all/phase2.pt", f"--min_gain={MIN_GAIN}"]
+    prepare("kept", "all", *flags)
     gains = np.array(json.loads(Path("data/curation_kept/gains.json").read_text()))
-    pictures = pairs.read_pictures(FOLDER / "all.csv", Places([FOLDER / "images"]))
+    pictures = pairs.read_pictures(FOLDER / "all.csv", Archives([FOLDER / "images"]))
     is_true = np.array([true[Path(p.location).name] for p in hold_out(pictures)["train"]])
     print("threshold  kept  precision  recall")
     for threshold in (0.0, MIN_GAIN, 0.1, 0.2, 0.4):

@@ -14,12 +14,12 @@ import torch
 from processes import PHASES, SMALL, TOY, command, environment, must
 
 import data
-from ahead import made_ahead
 from batches import SampleBatches
-from fused import keep_memory
-from images import ImageFormat
-from model import GPT, BabyLLaVA, GPTConfig, Projector
+from common.images import ImageFormat
+from fast.memory import keep_memory
+from model import GPT, BabyLLaVA, GPTConfig, make_projector
 from tokenizer import Tokenizer, caption_sample
+from training.prefetch import in_advance
 
 # As many pairs and features as SAYCam has: (F, P, E), 13 GB; the GPT and batch of configs/phase2.py
 PAIRS, P, E, BATCH = 67_000, 49, 2048, 64
@@ -60,10 +60,10 @@ def waiting(home, settings):
     dataset, features = make_corpus(home)
     gpt = GPT(GPTConfig(**SIZES))
     model = BabyLLaVA(
-        gpt, Projector("mlp2x_gelu", E, SIZES["n_embd"]), None, dataset.tokenizer.image
+        gpt, make_projector("mlp2x_gelu", E, SIZES["n_embd"]), None, dataset.tokenizer.image
     )
     batches = SampleBatches(dataset, "train", BATCH, 0, Tower(gpt), features)
-    read = lambda step: batches.read(*batches.plan(step))
+    read = lambda step: batches.read(batches.plan(step))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     keep_memory()
 
@@ -79,7 +79,7 @@ def waiting(home, settings):
     if cold:
         drop.write_text("3")
     take(read(0))
-    coming, times = made_ahead(read, range(1, 10**6), 2), {"waits": [], "read": [], "again": []}
+    coming, times = in_advance(read, range(1, 10**6), 2), {"waits": [], "read": [], "again": []}
     for _ in range(steps):
         clock = time.perf_counter()
         batch = next(coming)

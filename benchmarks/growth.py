@@ -29,8 +29,8 @@ from sides import SHAPES, Shape, make_side
 import config
 import data
 from batches import SampleBatches
-from config import knob
-from images import ImageFormat
+from common.images import ImageFormat
+from config import option
 from tokenizer import Tokenizer, caption_sample
 
 CPU = torch.device("cpu")
@@ -51,10 +51,10 @@ P, E = 36, 192  # of a picture's features, as in shape S
 
 
 @dataclasses.dataclass
-class Config(config.Knobs):
-    axes: tuple[str, ...] = knob(AXES, choices=AXES)  # along which to measure
-    rounds: int = knob(9, low=1, high=10**6)  # steps of each count, after two that do not count
-    most: int = knob(1_000_000, low=1, high=10**9)  # no count above this
+class Config(config.Options):
+    axes: tuple[str, ...] = option(AXES, choices=AXES)  # along which to measure
+    rounds: int = option(9, low=1, high=10**6)  # steps of each count, after two that do not count
+    most: int = option(1_000_000, low=1, high=10**9)  # no count above this
     draw: str = ""  # a .png to draw the last column into
 
 
@@ -62,7 +62,7 @@ def step_ms(axis, count, rounds):
     """The median of a step's milliseconds."""
     shape, work = SHAPES["S"], "phase2"
     if axis == "length":
-        shape, work = Shape(0, (), 4, 4, count), "phase0"
+        shape, work = Shape(0, (), 4, 4, count), "language"
     elif axis == "batch":
         shape = dataclasses.replace(shape, batch=count)
     else:
@@ -113,7 +113,7 @@ def reading(count, rounds):
         took = []
         for step in steps:
             start = time.perf_counter()
-            batches.read(*batches.plan(step))
+            batches.read(batches.plan(step))
             took.append(1000 * (time.perf_counter() - start))
         windows = np.array(took).reshape(rounds, -1).mean(1)
     return opened, statistics.median(windows.tolist())

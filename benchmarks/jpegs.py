@@ -25,18 +25,18 @@ import numpy as np
 from PIL import Image
 
 import config
-from config import knob
-from images import ImageFormat, read_all, read_image
+from common.images import ImageFormat, read_all, read_image
+from config import option
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 @dataclasses.dataclass
-class Config(config.Knobs):
-    count: int = knob(2000, low=8, high=10**6)  # pictures
-    rounds: int = knob(3, low=1, high=1000)  # of each way, in turn
+class Config(config.Options):
+    count: int = option(2000, low=8, high=10**6)  # pictures
+    rounds: int = option(3, low=1, high=1000)  # of each way, in turn
     sides: tuple[str, ...] = ("224x224", "640x480")  # of the JPEGs, in pixels
-    size: int = knob(96, low=8, high=4096)  # of the frames made of them
+    size: int = option(96, low=8, high=4096)  # of the frames made of them
 
 
 def draw(folder, width, height, count):

@@ -34,15 +34,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import config
 import kernels
 import model
-from config import UserError, knob
+from config import UserError, option
 
 
 @dataclasses.dataclass
-class Config(config.Knobs):
+class Config(config.Options):
     compile: bool = False  # compile every kernel for sm_80 and sm_90 and show what it takes
-    tiles: int = knob(0, low=0, high=128)  # time other tiles than the table's, for this width
+    tiles: int = option(0, low=0, high=128)  # time other tiles than the table's, for this width
     quick: bool = False  # tiny shapes: does it run at all?
-    repeats: int = knob(30, low=2, high=10**6)  # runs a figure
+    repeats: int = option(30, low=2, high=10**6)  # runs a figure
     device: str = "cuda"  # cpu runs Triton's interpreter (TRITON_INTERPRET=1): with --quick only
 
 

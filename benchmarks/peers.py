@@ -40,21 +40,25 @@ from sides import SHAPES, make_side
 
 import checkpoint
 import config
-from config import knob
+from config import option
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ("phase0", "phase1", "phase2", "generation", "memory", "start")
+WORK = ("language", "phase1", "phase2", "generation", "memory", "start")
 MODES = ("eager", "compiled")
 
 
 @dataclasses.dataclass
-class Config(config.Knobs):
-    work: tuple[str, ...] = knob(WORK, choices=WORK)  # what to measure
-    shapes: tuple[str, ...] = knob(("S", "B"), choices=("S", "B"))  # of all but phase 0, which is L
-    modes: tuple[str, ...] = knob(MODES, choices=MODES)  # of steps; all else is eager
-    rounds: int = knob(15, low=3, high=10**6)  # all take a step in each, after 3 that do not count
+class Config(config.Options):
+    work: tuple[str, ...] = option(WORK, choices=WORK)  # what to measure
+    shapes: tuple[str, ...] = option(
+        ("S", "B"), choices=("S", "B")
+    )  # of all but phase 0, which is L
+    modes: tuple[str, ...] = option(MODES, choices=MODES)  # of steps; all else is eager
+    rounds: int = option(
+        15, low=3, high=10**6
+    )  # all take a step in each, after 3 that do not count
     device: str = ""  # cpu or cuda; empty: cuda where there is one
-    one: str = knob("", choices=("", "ours", "LLaVA"))  # its memory alone, for --work memory
+    one: str = option("", choices=("", "ours", "LLaVA"))  # its memory alone, for --work memory
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,7 +156,7 @@ def take_off(took, who, looks):
 
 def training(settings, work, name, device):
     """Steps of a phase, ours beside theirs."""
-    shape, kinds = SHAPES[name], ("LLaVA",) if work != "phase0" else ("GPT-2", "Llama")
+    shape, kinds = SHAPES[name], ("LLaVA",) if work != "language" else ("GPT-2", "Llama")
     actions = {}
     sides = start_sides(("ours", *kinds), shape, work, settings.modes, device)
     for (kind, mode), do in sides.items():
@@ -243,7 +247,7 @@ def start(settings, name, device):
     of the same model exported for transformers."""
     picture, flags = ROOT / "assets" / "scene.png", f"--device={device}"
     with tempfile.TemporaryDirectory() as folder:
-        again(ROOT / "weights.py", "export", ROOT / "assets/toy.pt", f"{folder}/llava")
+        again(ROOT / "export.py", ROOT / "assets/toy.pt", f"{folder}/llava")
         said, took = {}, {("ours", "eager"): [], ("LLaVA", "eager"): []}
         for _ in range(settings.rounds):
             for who, command in (
@@ -271,7 +275,7 @@ def main(argv):
     measure = {"generation": generation, "memory": memory, "start": start}
     lines = []
     for work in settings.work:
-        names = {"phase0": ("L",), "start": ("toy",)}.get(work, settings.shapes)
+        names = {"language": ("L",), "start": ("toy",)}.get(work, settings.shapes)
         for name in names:
             if work in measure:
                 lines += measure[work](settings, name, device)

@@ -23,8 +23,8 @@ SMALL = (
     f"{ROOT}/configs/toy.py --data=data/w --out=out/w --patch=8 --vision_width=16 "
     "--vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 --n_head=2 --n_embd=16 "
     "--block_size=700 --vision_batch=8 "
-    "--phase0_batch=8 --phase1_batch=8 --phase2_batch=8 --phase3_batch=8 --device=cpu "
-    "--vision_steps=60 --phase0_steps=80 --phase1_steps=80 --phase2_steps=80 --phase3_steps=80 "
+    "--language_batch=8 --phase1_batch=8 --phase2_batch=8 --phase3_batch=8 --device=cpu "
+    "--vision_steps=60 --language_steps=80 --phase1_steps=80 --phase2_steps=80 --phase3_steps=80 "
     "--eval_every=40 --save_every=15 --log_every=1 --evaluate=False"
 )
 
@@ -73,7 +73,7 @@ def furthest(a, b):
     return max(float((one[name].float() - two[name].float()).abs().max()) for name in one)
 
 
-PHASES = ("vision", "phase0", "phase1", "phase2", "phase3")
+PHASES = ("vision", "language", "phase1", "phase2", "phase3")
 
 
 def ranks(home, settings):
@@ -90,7 +90,7 @@ def ranks(home, settings):
     for before, after in ((2, 4), (4, 1)):
         out = f"from{before}to{after}"
         run = start(torchrun(before, *train_flags(out)), home)
-        wait_for(lambda out=out: (home / f"out/{out}/phase0.pt").exists())
+        wait_for(lambda out=out: (home / f"out/{out}/language.pt").exists())
         end(run)
         must(torchrun(after, *train_flags(out)), home)
         far = max(furthest(home / f"out/1x1/{n}.pt", home / f"out/{out}/{n}.pt") for n in PHASES)
@@ -121,7 +121,7 @@ def restarts(home, tries=5):
             words = [word for word in words if not word.startswith("--master_port")]
             words[3:3] = meeting.split()
         run = start(words, home)
-        wait_for(lambda out=out: (home / f"out/{out}/phase0.pt").exists())
+        wait_for(lambda out=out: (home / f"out/{out}/language.pt").exists())
         os.kill(workers_of(run)[number // 2 % 2], signal.SIGKILL)
         run.wait(timeout=600)
         if run.returncode == 0:

@@ -29,12 +29,12 @@ import torch.nn.functional as F
 import checkpoint
 import config
 import eval as evaluation
-import fused
-import watch
 from batches import TextBatches
-from config import knob
+from config import option
 from data import Data
+from fast.memory import keep_memory
 from model import GPT, BabyLLaVA, GPTConfig
+from training import validation
 
 NAMES = {
     "ours": "ours",
@@ -45,15 +45,15 @@ NAMES = {
 
 
 @dataclasses.dataclass
-class Config(config.Knobs):
+class Config(config.Options):
     data: str = "data/childes"  # a folder that `data.py pairs --text FILE` wrote
-    models: tuple[str, ...] = knob(("ours", "llama", "gpt2"), choices=tuple(NAMES))
-    minutes: float = knob(10.0, low=0.01, high=10000.0)  # of training, each
+    models: tuple[str, ...] = option(("ours", "llama", "gpt2"), choices=tuple(NAMES))
+    minutes: float = option(10.0, low=0.01, high=10000.0)  # of training, each
     seeds: tuple[int, ...] = (1,)  # of weights and order; one after the other
     zorro: str = ""  # a folder of Zorro's .txt files; empty: bits per character alone
-    rows: int = knob(8, low=1, high=4096)  # a step ...
-    length: int = knob(256, low=2, high=1 << 20)  # ... of this many tokens
-    lr: float = knob(2e-3, low=0.0)  # at its highest
+    rows: int = option(8, low=1, high=4096)  # a step ...
+    length: int = option(256, low=2, high=1 << 20)  # ... of this many tokens
+    lr: float = option(2e-3, low=0.0)  # at its highest
     device: str = ""  # cpu or cuda; empty: cuda where there is one
 
 
@@ -153,7 +153,7 @@ def training(net, batches, rows, lr, piece, seconds, device):
             rate = 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
         for group in optimizer.param_groups:
             group["lr"] = lr * max(rate, 1e-3)
-        batch = batches.read(*batches.plan(step))
+        batch = batches.read(batches.plan(step))
         tokens, targets = (
             torch.as_tensor(part, device=device).view(rows, -1)
             for part in (batch.tokens, batch.targets)
@@ -193,7 +193,7 @@ def train_all(settings, seed, dataset, device):
 def score(net, settings, dataset, device):
     """(bits per character of the validation part, Zorro's accuracy or "-")."""
     counts = dataset.meta["splits"]["val"]
-    loss = watch.val_loss(net, TextBatches(dataset, "val", 1, 0, net), dataset.image_format)
+    loss = validation.val_loss(net, TextBatches(dataset, "val", 1, 0, net), dataset.image_format)
     bits = loss / math.log(2) * counts["text"] / counts["characters"]
     if not settings.zorro:
         return bits, "-"
@@ -206,7 +206,7 @@ def main(argv):
     settings = config.load(Config, argv, __doc__)
     dataset, device = Data(settings.data), checkpoint.choose_device(settings.device)
     if device.type == "cpu":
-        fused.keep_memory()  # as train.py does; here it serves all alike
+        keep_memory()  # as train.py does; here it serves all alike
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n\n| model | seed "
         "| parameters | tokens seen | minutes | bits per character | Zorro |\n" + "|---" * 7 + "|"

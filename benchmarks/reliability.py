@@ -12,7 +12,7 @@ ranks     1, 2 and 4 processes learn the same; one that dies, that stops, that i
 nodes     two torchrun agents, each with a network of its own, train as one process does
 waiting   how long a loop over as many features as SAYCam has waits for data
 soak      many tiny steps through phases 0 to 3: memory, open files
-inputs    spoilt input of every kind (see bad_inputs.py): success or one line
+inputs    corrupted input of every kind (see bad_inputs.py): success or one line
 """
 
 import hashlib
@@ -40,21 +40,21 @@ import processes  # noqa: E402
 from processes import SMALL, TOY, call, command, environment, must  # noqa: E402
 
 import config  # noqa: E402
-import films  # noqa: E402
-from config import knob  # noqa: E402
-from files import read_log  # noqa: E402
+from common.files import read_log  # noqa: E402
+from config import option  # noqa: E402
+from sources import ffmpeg  # noqa: E402
 
 WHAT = ("kills", "disks", "ranks", "nodes", "waiting", "soak", "inputs")
 
 
 @dataclass
-class Config(config.Knobs):
-    what: tuple[str, ...] = knob(WHAT, choices=WHAT)  # is tried
-    kills: int = knob(60, low=1, high=10**6)  # kill -9, over all scenes
-    disks: int = knob(30, low=1, high=10**6)  # full disks, over all scenes
-    cases: int = knob(10000, low=1, high=10**8)  # of spoilt input
-    steps: int = knob(20000, low=100, high=10**9)  # of the soak
-    seed: int = knob(0, low=0, high=2**32 - 1)  # of moments and spoilt input
+class Config(config.Options):
+    what: tuple[str, ...] = option(WHAT, choices=WHAT)  # is tried
+    kills: int = option(60, low=1, high=10**6)  # kill -9, over all scenes
+    disks: int = option(30, low=1, high=10**6)  # full disks, over all scenes
+    cases: int = option(10000, low=1, high=10**8)  # of corrupted input
+    steps: int = option(20000, low=100, high=10**9)  # of the soak
+    seed: int = option(0, low=0, high=2**32 - 1)  # of moments and corrupted input
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def make_film(folder):
     """Twenty seconds of film, and its transcript."""
     folder.mkdir(parents=True)
     source = "testsrc2=size=320x180:rate=15:duration=40"
-    words = [films.find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", source, "-c:v", "mpeg4"]
+    words = [ffmpeg.find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", source, "-c:v", "mpeg4"]
     subprocess.run([*words, str(folder / "film.mp4")], check=True)
     rows = [f"{2 * i},{2 * i + 1.5},look at number {i} , here it is !" for i in range(19)]
     (folder / "film.csv").write_text("\n".join(["start,end,text", *rows]))
@@ -139,8 +139,8 @@ def make_scenes(home):
     ]
     before = run_on(home, "prepared", scenes[0])
     for name, flags in (
-        ("vision", "--phase 0 --tower vision"),
-        ("phase0", "--phase 0 --tower language"),
+        ("vision", "--phase vision"),
+        ("language", "--phase language"),
         ("phase1", "--phase 1"),
         ("phase2", "--phase 2"),
         ("phase3", "--phase 3"),

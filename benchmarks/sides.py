@@ -12,12 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-import phases
 import train
 from batches import Batch
-from fused import keep_memory
-from images import ImageFormat
-from model import GPT, BabyLLaVA, GPTConfig, Projector
+from common.images import ImageFormat
+from fast.memory import keep_memory
+from model import GPT, BabyLLaVA, GPTConfig, make_projector
+from training import phases
+from training.optimizer import make_optimizers, set_trainable
+from training.processes import Processes
 from vision import ViT
 
 VOCABULARY, WORDS, ANSWER = 6000, 32, 64
@@ -63,6 +65,29 @@ def make_data(shape):
 # Ours and theirs
 
 
+def make_run(model, name, parts, device, image_format, **options):
+    """A phases.Run that trains parts of a model, for train.take_step() alone."""
+    settings = train.Config(**{"compile": "off", **options})
+    processes = Processes(0, 1, device)
+    return phases.Run(
+        settings=settings,
+        name=name,
+        phase=train.PHASES.get(name),
+        dataset=SimpleNamespace(image_format=image_format),
+        processes=processes,
+        parents={},
+        inherited={},
+        raw_model=model,
+        optimizers=make_optimizers(settings, set_trainable(model, parts, 1e-4), device),
+        model=phases.wrap(model, settings, processes, None),
+        train_batches=None,
+        val_batches=None,
+        start=0,
+        steps=10**6,
+        batch=1,
+    )
+
+
 class Ours:
     """Our model of a shape and train.py's step on it."""
 
@@ -73,7 +98,7 @@ class Ours:
         sizes = GPTConfig(VOCABULARY, longest, shape.layers, shape.heads, shape.width)
         if P:
             tower = ViT(shape.side, 16, *shape.tower).requires_grad_(False)
-            projector = Projector("mlp2x_gelu", tower.width, shape.width)
+            projector = make_projector("mlp2x_gelu", tower.width, shape.width)
             self.model = BabyLLaVA(GPT(sizes), projector, tower, IMAGE).to(device)
         else:
             self.model = BabyLLaVA(GPT(sizes)).to(device)
@@ -94,25 +119,10 @@ class Ours:
     def prepare(self, mode, dtype="float32"):
         """Make ready for steps in this mode; on a GPU in fp32 too, as theirs, unless told."""
         compiled = "on" if mode == "compiled" else "off"
-        settings = train.Config(compile=compiled, dtype=dtype)
-        processes = phases.Processes(0, 1, self.device)
-        learns = () if self.work == "generation" else train.PHASES[self.work].learns
-        groups = phases.set_learning(self.model, learns, 1e-4)
-        self.run = phases.Run(
-            settings=settings,
-            name=self.work,
-            dataset=SimpleNamespace(image_format=ImageFormat(self.shape.side or 16)),
-            processes=processes,
-            parents={},
-            decided={},
-            raw_model=self.model,
-            model=phases.wrap(self.model, settings, processes, None),
-            optimizer=phases.make_optimizer(settings, groups, self.device),
-            train_batches=None,
-            val_batches=None,
-            start=0,
-            steps=10**6,
-            batch=self.shape.batch,
+        parts = () if self.work == "generation" else train.PHASES[self.work].learns
+        image_format = ImageFormat(self.shape.side or 16)
+        self.run = make_run(
+            self.model, self.work, parts, self.device, image_format, compile=compiled, dtype=dtype
         )
 
     def step(self):
@@ -125,7 +135,8 @@ class Ours:
     def say(self, rows):
         """ANSWER greedy tokens after a picture and a word, from pixels on."""
         features = self.look(rows)
-        said = self.model.generate(self.prompt[:1].expand(rows, -1), features, ANSWER)
+        embeds = self.model.embed_images(features)
+        said = self.model.generate(self.prompt[:1].expand(rows, -1), embeds, ANSWER)
         return torch.stack(list(said), 1)
 
 

@@ -21,14 +21,14 @@ import torch
 from peers import spread, take_turns, timed
 
 import config
-from config import knob
-from model import GPT, BabyLLaVA, GPTConfig, Projector
+from config import option
+from model import GPT, BabyLLaVA, GPTConfig, make_projector
 
 
 @dataclasses.dataclass
-class Config(config.Knobs):
-    steps: int = knob(30, low=3, high=10**6)  # of each kind, after three that do not count
-    words: int = knob(10, low=1, high=32)  # of the 32 that have a target
+class Config(config.Options):
+    steps: int = option(30, low=3, high=10**6)  # of each kind, after three that do not count
+    words: int = option(10, low=1, high=32)  # of the 32 that have a target
 
 
 SHAPES = {"S": (36, 8, 4, 192), "B": (196, 4, 8, 384)}  # image tokens, batch, layers, tower width
@@ -39,7 +39,7 @@ def make(shape, phase, words):
     P, batch, layers, width = SHAPES[shape]
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(6000, P + 32, layers, 4, 256))
-    model = BabyLLaVA(gpt, Projector("mlp2x_gelu", width, 256), image_token=5999)
+    model = BabyLLaVA(gpt, make_projector("mlp2x_gelu", width, 256), image_token=5999)
     if phase == "phase 1":
         gpt.requires_grad_(False)
     tokens = torch.randint(0, 5000, (batch, P + 32))

@@ -35,26 +35,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import config
-import features
-from config import knob
-from fused import keep_memory
-from images import ImageFormat
+from common.images import ImageFormat
+from config import option
+from fast.memory import keep_memory
 from model import BabyLLaVA
+from training import features
 from vision import ViT
 
-WORK = ("phase0", "phase1", "phase2", "features")
+WORK = ("language", "phase1", "phase2", "features")
 P, WORDS, ROW = 196, 60, 1024
 
 
 @dataclasses.dataclass
-class Config(config.Knobs):
-    work: tuple[str, ...] = knob(WORK, choices=WORK)  # what to measure
+class Config(config.Options):
+    work: tuple[str, ...] = option(WORK, choices=WORK)  # what to measure
     widths: tuple[int, ...] = (256, 512, 768)  # of the GPT; multiples of 64
-    tokens: int = knob(0, low=0, high=1 << 24)  # a step; 0: 65,536 on a GPU, 2,048 on a CPU
-    frames: int = knob(0, low=0, high=1 << 20)  # for features; 0: 2,048 on a GPU, 64 on a CPU
-    steps: int = knob(10, low=1, high=10**6)  # of each, after three that do not count
-    side: int = knob(0, low=0, high=1 << 16)  # of the square matrices; 0: 8,192, on a CPU 2,048
-    compile: str = knob("", choices=("", "on", "off"))  # torch.compile; empty: on for cuda
+    tokens: int = option(0, low=0, high=1 << 24)  # a step; 0: 65,536 on a GPU, 2,048 on a CPU
+    frames: int = option(0, low=0, high=1 << 20)  # for features; 0: 2,048 on a GPU, 64 on a CPU
+    steps: int = option(10, low=1, high=10**6)  # of each, after three that do not count
+    side: int = option(0, low=0, high=1 << 16)  # of the square matrices; 0: 8,192, on a CPU 2,048
+    compile: str = option("", choices=("", "on", "off"))  # torch.compile; empty: on for cuda
     device: str = ""  # cpu or cuda; empty: cuda where there is one
 
 
@@ -74,7 +74,7 @@ def count_flops(run):
 
 def shape_of(work, width, tokens):
     sizes = {"layers": 12, "width": width, "heads": width // 64}
-    if work == "phase0":
+    if work == "language":
         row = min(ROW, tokens)
         return Shape(0, (), batch=tokens // row, words=row, **sizes)
     return Shape(224, (384, 12, 6), batch=max(1, tokens // (P + WORDS)), words=WORDS, **sizes)

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import films  # noqa: E402
+from sources import ffmpeg  # noqa: E402
 
 MINUTES = (10, 20)
 
@@ -25,7 +25,7 @@ def make(folder, minutes):
     """A film of a test pattern, and its transcript."""
     folder.mkdir()
     source = f"testsrc2=size=640x360:rate=30:duration={60 * minutes}"
-    command = [films.find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", source]
+    command = [ffmpeg.find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", source]
     command += ["-pix_fmt", "yuv420p", "-c:v", "libx264", "-preset", "ultrafast"]
     subprocess.run([*command, str(folder / "film.mp4")], check=True)
     rows = ["start,end,text"]

@@ -15,6 +15,7 @@ data = "data/convllava_captions"
 out = "out/convllava"
 vision_weights = "convnext_large_clip.safetensors"  # widths 192 to 1536, depths 3, 3, 27, 3
 language_weights = "vicuna-7b-v1.5"
+select_layer = -1  # a ConvNeXt gives its last map alone
 extra_stage = 6  # blocks, 3072 wide
 projector = "mlp2x_gelu"
 phase1_learn = ("projector", "tower.stages.4")

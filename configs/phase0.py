@@ -16,9 +16,9 @@ n_head = 8  # of width 32; BabyLLaVA has 32 heads of width 8
 n_embd = 256
 block_size = 2048
 dropout = 0.15
-phase0_lr = 5e-4
-phase0_batch = 8  # x 2048 = 16,384 tokens a step
-phase0_steps = 10 * 37486 * 10 // 16384  # 10 passes of 37,486 utterances of some 10 tokens: 228
+language_lr = 5e-4
+language_batch = 8  # x 2048 = 16,384 tokens a step
+language_steps = 10 * 37486 * 10 // 16384  # 10 passes of 37,486 utterances of some 10 tokens: 228
 patch = 16  # the ViT, if it is trained: 224 / 16 = 14, so P = 196
 vision_width = 384
 vision_depth = 12

@@ -8,10 +8,12 @@ stage on, then, on conversations, all but the tower.
 
 data = "data/toy_conv"
 out = "out/toy_conv"
+vision_tower = "convnext"
 conv_stages = (1, 1, 2, 1)  # ConvNeXt-L: 3, 3, 27, 3
 vision_width = 16  # 16, 32, 64, 128; the extra stage 256
 patch = 2  # pixels a side of the stem: 2 * 2^4 = 32 a token, 16 tokens of 128 pixels
 extra_stage = 1
+select_layer = -1  # a ConvNeXt gives its last map alone
 vision_steps = 80
 vision_batch = 32
 block_size = 160  # two pictures of 16 tokens, five turns of some 15

@@ -6,9 +6,8 @@ The toy world again, with half an hour instead of minutes: more scenes, a longer
 
 data = "data/toy_hour"
 out = "out/toy_hour"
-select_layer = -2  # as in configs/toy.py
 vision_steps = 3000
-phase0_steps = 400
+language_steps = 400
 phase1_steps = 200
 phase2_steps = 8000
 phase2_batch = 32

@@ -9,7 +9,6 @@ padded to a square; the projector on captions, then all but the tower on convers
 data = "data/toy_chat"
 out = "out/toy_llava15"
 init = "out/toy"  # its tower and its GPT as phase 0 left them
-select_layer = -2
 projector = "mlp2x_gelu"
 block_size = 256  # two pictures of 64 tokens, five turns of some 15
 phase1_steps = 150

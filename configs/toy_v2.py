@@ -12,12 +12,11 @@ data = "data/toy_v2"
 out = "out/toy_v2"
 n_embd = 96  # small, so that many samples are seen in these minutes
 block_size = 512  # Memory: 29 pictures of 4 tokens, 15 rounds of some 22
-select_layer = -2  # as in configs/toy.py
 image_pool = 4  # 64 patches, 4 tokens a picture
 vision_steps = 1000
 vision_lr = 5e-4  # at 1e-3 DINO now and then gets stuck here, all targets alike
-phase0_steps = 250
-phase0_batch = 4  # rows of 512 tokens
+language_steps = 250
+language_batch = 4  # rows of 512 tokens
 phase1_lr = 1e-3  # the projector's output must not drown what blocks add to it:
 phase2_learn = ("projector=5e-4", "gpt")  # at 2e-3 it grew ten times as long as a word's vector
 phase2_steps = 3500

@@ -3,6 +3,7 @@
 phase = "1"
 data = "data/saycam_v2"
 out = "out/saycam_v2"
+select_layer = -2  # the block before the last, without the final norm
 keep_cls = True  # 1 + 14 * 14 = 197 tokens an image
 projector = "mlp2x_gelu"  # 1024 -> 2048 -> 2048
 phase1_lr = 3e-3

@@ -4,34 +4,36 @@ Your captioned pictures, and speech to learn language from: either or both.
     python data.py pairs --name mine --csv pairs.csv --images DIR --text transcripts.txt
     python data.py pairs --name speech --text transcripts.txt   # speech alone: enough for phase 0
 
-The CSV has the columns image and caption, one pair a row, a picture in as many rows as it has
-captions; the text file has one utterance a line. Every tenth stretch of pictures, and of lines, is
-for validation: by picture, so that none is in both parts, and lines of the text
-file that are said over a validation picture are left out of training.
+The CSV has the columns image and caption, one pair a row; a picture may have several rows. The text
+file has one utterance a line. A tenth of the pictures, and of the lines, is held out for
+validation. No picture is in both parts, and lines that are captions of a validation picture are
+left out of the training text.
 """
 
 import os
 from dataclasses import dataclass
 
-from config import UserError, knob
-from files import read_csv, read_text
-from images import FITS, RESAMPLING, ImageFormat
-from places import Places
-from sources import Captioned, Sifted, hold_out, keep_out, make_tokenizer, write_samples
+from common.archives import Archives
+from common.files import read_csv, read_text
+from common.images import FITS, RESAMPLING, ImageFormat
+from config import UserError, option
+from sources import Captioned, Filtered, hold_out, keep_out, make_tokenizer, write_split
 
 
 @dataclass
-class Config(Sifted):
+class Config(Filtered):
     name: str = ""  # write to data/<name>; empty: pairs
     csv: str = ""  # a CSV file with columns image and caption
     images: str = "."  # the folder or zip its image names are in
-    text: str = ""  # transcripts, one utterance a line; empty: the captions are all there is
-    size: int = knob(64, low=8, high=2048)  # S: frames are S x S pixels
-    fit: str = knob("squash", choices=FITS)  # how a picture becomes a square
-    resample: str = knob("bilinear", choices=tuple(RESAMPLING))  # how it is resized
-    vocab_size: int = knob(6000, low=260, high=1 << 20)  # BPE tokens, specials included
+    text: str = ""  # transcripts, one utterance a line; empty: the captions
+    size: int = option(64, low=8, high=2048)  # S: frames are S x S pixels
+    fit: str = option("squash", choices=FITS)  # how a picture becomes a square
+    resample: str = option("bilinear", choices=tuple(RESAMPLING))  # how it is resized
+    vocab_size: int = option(6000, low=260, high=1 << 20)  # BPE tokens, specials included
     vocab: str = ""  # a {"word": id} JSON: word-level tokens of these words instead of BPE
-    max_skipped: float = knob(0.01, low=0.0, high=1.0)  # the largest share of unreadable pictures
+    max_skipped: float = option(
+        0.01, low=0.0, high=1.0
+    )  # tolerated fraction of unreadable pictures
 
 
 def read_lines(path):
@@ -40,13 +42,13 @@ def read_lines(path):
     return [line.strip() for line in lines if line.strip()]
 
 
-def read_pictures(path, places):
+def read_pictures(path, archives):
     """The pictures of a CSV in the order of their first rows, each with all its captions."""
     pictures = {}
     for row in read_csv(path, ("image", "caption")):
-        location = places.find(row["image"])
-        if location is None:  # to be counted as missing
-            location = os.path.join(places.paths[0], row["image"])
+        location = archives.find(row["image"])
+        if location is None:  # it will be counted as unreadable
+            location = os.path.join(archives.paths[0], row["image"])
         if location not in pictures:
             label = f"{path}:{row['line']}: "
             pictures[location] = Captioned(location, len(pictures), [], label)
@@ -59,7 +61,7 @@ def prepare(settings, writer):
         raise UserError("pairs: give --csv FILE --images DIR, or --text FILE, or both")
     pictures = {"train": [], "val": []}
     if settings.csv:
-        pictures = hold_out(read_pictures(settings.csv, Places([settings.images])))
+        pictures = hold_out(read_pictures(settings.csv, Archives([settings.images])))
         if not pictures["val"]:
             raise UserError(f"{settings.csv}: {len(pictures['train'])} pictures; need at least 10")
     text = {
@@ -75,4 +77,5 @@ def prepare(settings, writer):
     tokenizer = make_tokenizer(settings, text["train"])
     writer.start(tokenizer, ImageFormat(settings.size, settings.fit, settings.resample))
     for split in ("train", "val"):
-        write_samples(writer, split, text[split], pictures[split], settings.max_skipped)
+        part = writer.split(split)
+        write_split(part, text[split], pictures[split], settings.max_skipped)

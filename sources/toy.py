@@ -22,23 +22,23 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import config
-from config import UserError, knob, regular
-from files import write_csv
-from images import ImageFormat, load_picture
-from sources import begin, end
+from common.cores import begin, end
+from common.files import write_csv
+from common.images import ImageFormat, load_picture
+from config import UserError, option, regular
 from tokenizer import Tokenizer, caption_sample
 
 
 @dataclass
-class Config(config.Knobs):
+class Config(config.Options):
     name: str = ""  # write to data/<name>; empty: toy
-    size: int = knob(64, low=8, high=2048)  # S: frames are S x S pixels
-    vocab_size: int = knob(512, low=260, high=1 << 20)  # BPE tokens, specials included
-    seed: int = knob(1, low=0, high=2**32 - 1)  # the same seed draws the same bytes everywhere
-    scenes: int = knob(6000, low=1, high=10**8)  # to train on; validation films a tenth as many
-    clip_frames: int = knob(2, low=1, high=1000)  # frames filmed of each scene
-    lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
-    trials: float = knob(1.0, low=0.01, high=1000.0)  # 1: 320 Labeled-S trials, 560 VTWT, ...
+    size: int = option(64, low=8, high=2048)  # S: frames are S x S pixels
+    vocab_size: int = option(512, low=260, high=1 << 20)  # BPE tokens, specials included
+    seed: int = option(1, low=0, high=2**32 - 1)  # the same seed draws the same bytes everywhere
+    scenes: int = option(6000, low=1, high=10**8)  # to train on; validation films a tenth as many
+    clip_frames: int = option(2, low=1, high=1000)  # frames filmed of each scene
+    lines: int = option(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
+    trials: float = option(1.0, low=0.01, high=1000.0)  # 1: 320 Labeled-S trials, 560 VTWT, ...
     sprites: str = ""  # a folder of transparent PNGs to draw instead of the drawn things
 
 

@@ -22,30 +22,36 @@ from PIL import Image
 from tqdm import tqdm
 
 import config
-from config import knob
-from files import writing
-from images import FITS, to_picture
+from common.files import writing
+from common.images import FITS, to_picture
+from config import option
 from sources import toy
 from sources.llava import image_format
 from sources.toy import COLOURS, ROOMS, THINGS, Scene, Thing, pick, random_scene, random_thing
-from templates import TEMPLATES, chat_sample, check_vocabulary, with_pictures
-from tokenizer import Tokenizer, caption_sample
+from tokenizer import (
+    TEMPLATES,
+    Tokenizer,
+    caption_sample,
+    chat_sample,
+    check_vocabulary,
+    with_pictures,
+)
 
 
 @dataclass
-class Config(config.Knobs):
+class Config(config.Options):
     name: str = ""  # write to data/<name>; empty: toy_chat
-    size: int = knob(64, low=8, high=2048)  # S: frames are S x S pixels
-    fit: str = knob("", choices=("", *FITS))  # to a square; empty: pad, or squash with canvases
-    resample: str = knob("bilinear", choices=("bilinear", "bicubic"))  # how it is resized
-    norm: str = knob("imagenet", choices=("imagenet", "clip", "half"))  # what the tower wants
+    size: int = option(64, low=8, high=2048)  # S: frames are S x S pixels
+    fit: str = option("", choices=("", *FITS))  # to a square; empty: pad, or squash with canvases
+    resample: str = option("bilinear", choices=("bilinear", "bicubic"))  # how it is resized
+    norm: str = option("imagenet", choices=("imagenet", "clip", "half"))  # what the tower wants
     canvases: tuple[str, ...] = ()  # as 128x64 128x128, several: tiles; empty: none
-    template: str = knob("bare", choices=tuple(TEMPLATES))  # how conversations are written
-    vocab_size: int = knob(512, low=260, high=1 << 20)  # BPE tokens, specials included
-    seed: int = knob(1, low=0, high=2**32 - 1)  # of the world; data/toy has the same
-    talks: int = knob(12000, low=1, high=10**8)  # conversations to train on; a tenth to validate
-    lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
-    questions: int = knob(100, low=1, high=10**6)  # of each kind in eval/choice.json
+    template: str = option("bare", choices=tuple(TEMPLATES))  # how conversations are written
+    vocab_size: int = option(512, low=260, high=1 << 20)  # BPE tokens, specials included
+    seed: int = option(1, low=0, high=2**32 - 1)  # of the world; data/toy has the same
+    talks: int = option(12000, low=1, high=10**8)  # conversations to train on; a tenth to validate
+    lines: int = option(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
+    questions: int = option(100, low=1, high=10**6)  # of each kind in eval/choice.json
 
 
 NUMBERS = ("no", "one", "two", "three")

@@ -7,7 +7,7 @@ interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to 
 Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the single pictures,
 phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
 the original. Two things the original does not do: phase 3 begins with games (--games, see
-_toy_games.py), stage by stage, which ask picture by picture what a test asks of several at once;
+toy_games.py), stage by stage, which ask picture by picture what a test asks of several at once;
 and among the tests it names pictures, so that naming is not forgotten, and counts things in rooms
 (--replay).
 
@@ -25,12 +25,16 @@ from PIL import Image
 from tqdm import tqdm
 
 import config
-from config import knob
-from files import writing
-from images import ImageFormat
-from sources import adopt, begin, end, toy
-from sources._toy_games import IS_IT, SEEN, STAGES, games_of
-from sources._toy_items import (
+from common.cores import begin, end
+from common.files import writing
+from common.images import ImageFormat
+from config import option
+from sources import adopt, toy
+from sources.toolbox_prompts import SIDES, TESTS
+from sources.toy import THINGS, Scene, pick, random_scene, random_thing, utterance
+from sources.toy_chat import article
+from sources.toy_games import IS_IT, SEEN, STAGES, games_of
+from sources.toy_items import (
     FEWER_TO_TEST,
     FEWER_TO_TRAIN,
     MAKE,
@@ -46,27 +50,23 @@ from sources._toy_items import (
     some_room,
     stand,
 )
-from sources.toy import THINGS, Scene, pick, random_scene, random_thing, utterance
-from sources.toy_chat import article
-from templates import TEMPLATES, chat_sample
-from tokenizer import Tokenizer, caption_sample
-from toolbox import SIDES, TESTS
+from tokenizer import TEMPLATES, Tokenizer, caption_sample, chat_sample
 
 
 @dataclass
-class Config(config.Knobs):
+class Config(config.Options):
     name: str = ""  # write to data/<name>; empty: toy_v2
-    size: int = knob(64, low=16, high=1024)  # S: frames are S x S pixels
-    vocab_size: int = knob(720, low=260, high=1 << 20)  # BPE tokens, specials included
-    seed: int = knob(2, low=0, high=2**32 - 1)  # of the world
-    scenes: int = knob(4000, low=10, high=10**8)  # single pictures, each filmed twice
-    clips: int = knob(1500, low=10, high=10**8)  # in which something happens
-    moments: int = knob(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
-    lines: int = knob(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
-    items: int = knob(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
-    games: int = knob(62000, low=0, high=10**8)  # picture by picture, in stages, before these
-    replay: int = knob(7000, low=0, high=10**8)  # pictures named, and counted, among these
-    questions: int = knob(200, low=10, high=10**6)  # to test by, of each test
+    size: int = option(64, low=16, high=1024)  # S: frames are S x S pixels
+    vocab_size: int = option(720, low=260, high=1 << 20)  # BPE tokens, specials included
+    seed: int = option(2, low=0, high=2**32 - 1)  # of the world
+    scenes: int = option(4000, low=10, high=10**8)  # single pictures, each filmed twice
+    clips: int = option(1500, low=10, high=10**8)  # in which something happens
+    moments: int = option(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
+    lines: int = option(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
+    items: int = option(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
+    games: int = option(62000, low=0, high=10**8)  # picture by picture, in stages, before these
+    replay: int = option(7000, low=0, high=10**8)  # pictures named, and counted, among these
+    questions: int = option(200, low=10, high=10**6)  # to test by, of each test
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,5 +304,5 @@ def prepare(settings, writer):
     for split, (_, one_in) in toy.SPLITS.items():
         part = writer.split(f"chat_{split}")
         adopt(part)
-        part.lead = sum(games_of(settings.games // one_in))
+        part.curriculum = sum(games_of(settings.games // one_in))
     end(tests, f"{writer.directory}/eval")

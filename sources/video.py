@@ -19,30 +19,27 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import films
-import transcripts
-from config import UserError, knob, regular
-from images import FITS, ImageFormat, to_square
-from places import on_all_cores
-from sources import Sifted, hold_out
-from templates import TEMPLATES, chat_sample, check_vocabulary
-from tokenizer import Tokenizer, caption_sample
+from common.cores import on_all_cores
+from common.images import FITS, ImageFormat, to_square
+from config import UserError, option, regular
+from sources import Filtered, ffmpeg, hold_out, transcripts
+from tokenizer import TEMPLATES, Tokenizer, caption_sample, chat_sample, check_vocabulary
 
 
 @dataclass
-class Config(Sifted):
+class Config(Filtered):
     name: str = ""  # write to data/<name>; empty: video
     videos: str = ""  # a folder of films
     transcripts: str = ""  # a folder of transcripts, named as their films; empty: that of videos
     speakers: tuple[str, ...] = ()  # keep only these; -MOT: not hers; CHI only if named
-    fps: float = knob(2.0, low=0.01, high=120.0)  # frames taken, a second
-    frames: int = knob(8, low=2, high=1024)  # of a clip, at most, evenly spread
-    window: int = knob(6, low=2, high=64)  # utterances in a stretch of moments; each begins a half
-    template: str = knob("bare", choices=tuple(TEMPLATES))  # how moments are written
-    size: int = knob(224, low=8, high=2048)  # S: frames are S x S pixels
-    fit: str = knob("pad", choices=FITS)  # how a picture becomes a square
-    resample: str = knob("bilinear", choices=("bilinear", "bicubic"))  # how it is resized
-    vocab_size: int = knob(6000, low=260, high=1 << 20)  # BPE tokens, specials included
+    fps: float = option(2.0, low=0.01, high=120.0)  # frames taken, a second
+    frames: int = option(8, low=2, high=1024)  # of a clip, at most, evenly spread
+    window: int = option(6, low=2, high=64)  # utterances in a sequence of moments
+    template: str = option("bare", choices=tuple(TEMPLATES))  # how moments are written
+    size: int = option(224, low=8, high=2048)  # S: frames are S x S pixels
+    fit: str = option("pad", choices=FITS)  # how a picture becomes a square
+    resample: str = option("bilinear", choices=("bilinear", "bicubic"))  # how it is resized
+    vocab_size: int = option(6000, low=260, high=1 << 20)  # BPE tokens, specials included
 
 
 @dataclass
@@ -122,7 +119,7 @@ def read_film(job):
     number = next(wanted, None)
     try:
         with open(temporary, "wb") as file:
-            for count, frame in enumerate(films.read_frames(film.path, fps), 1):
+            for count, frame in enumerate(ffmpeg.read_frames(film.path, fps), 1):
                 if count - 1 == number:
                     square = to_square(Image.fromarray(frame), image_format)
                     file.write(np.asarray(square).tobytes())

@@ -20,8 +20,8 @@ if DEVICE == "cpu":
 TINY = "--size=16 --scenes=12 --clip_frames=2 --lines=200 --trials=0.03 --vocab_size=300".split()
 SMALL = (
     "--patch=8 --vision_width=16 --vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 "
-    "--n_head=2 --n_embd=16 --block_size=48 --vision_steps=4 --phase0_steps=4 --phase1_steps=4 "
-    "--phase2_steps=4 --phase3_steps=4 --vision_batch=8 --phase0_batch=8 --phase1_batch=8 "
+    "--n_head=2 --n_embd=16 --block_size=48 --vision_steps=4 --language_steps=4 --phase1_steps=4 "
+    "--phase2_steps=4 --phase3_steps=4 --vision_batch=8 --language_batch=8 --phase1_batch=8 "
     "--phase2_batch=8 --phase3_batch=8 --eval_every=2 --save_every=2 --log_every=1 --device=cpu "
     "--select_layer=-1"
 ).split()
@@ -90,8 +90,8 @@ def furthest(a, b):
 def make_corpus(folder, splits, size=16):
     """A corpus written sample by sample. splits: {split: [(tokens, learn, number of images)]};
     tokens may be ids, or words for a caption. Pictures are noise."""
+    from common.images import ImageFormat
     from data import Writer
-    from images import ImageFormat
     from tokenizer import Tokenizer, caption_sample
 
     tokenizer = Tokenizer.train(["look , a red ball !", "a ball . a bear ."] * 9, 280)

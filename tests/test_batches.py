@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from conftest import ROOT, make_corpus, one_line
 
 import checkpoint
-import features
 from batches import Batch, ClipBatches, Order, SampleBatches, TextBatches, round_up
-from checks import check_meta
 from config import UserError
-from data import BINS, Data
-from model import GPT, BabyLLaVA, GPTConfig, Projector
+from data import Data, check_meta
+from model import GPT, BabyLLaVA, GPTConfig, make_projector
+from training import features
 from vision import ViT
 
 
@@ -28,7 +27,7 @@ def make_model(dataset, block_size=64, **how):
     sizes = GPTConfig(dataset.tokenizer.vocab_size, block_size, 2, 2, 16)
     tower = ViT(16, 8, 16, 2, 2)
     image = dataset.tokenizer.image
-    return BabyLLaVA(GPT(sizes), Projector("mlp2x_gelu", 16, 16), tower, image, **how)
+    return BabyLLaVA(GPT(sizes), make_projector("mlp2x_gelu", 16, 16), tower, image, **how)
 
 
 SAMPLES = [("a ball", 1), ("look , a red ball !", 1), ("a", 0), ("a ball . a bear .", 2)] * 30
@@ -61,30 +60,30 @@ def test_every_row_once_a_pass_and_any_start_the_same():
 
 
 def test_what_leads_comes_once_in_its_order_and_the_others_in_passes():
-    whole = Order(13, seed=3, lead=3)(0, 43)
+    whole = Order(13, seed=3, curriculum=3)(0, 43)
     assert whole[:3].tolist() == [0, 1, 2]
     assert all(sorted(whole[i : i + 10]) == list(range(3, 13)) for i in (3, 13, 23, 33))
     for start in (0, 2, 3, 17):
-        assert np.array_equal(Order(13, seed=3, lead=3)(start, 9), whole[start : start + 9])
+        assert np.array_equal(Order(13, seed=3, curriculum=3)(start, 9), whole[start : start + 9])
 
 
 def test_a_lead_that_leaves_no_sample_is_damage(mixed):
     meta = json.loads(json.dumps(mixed.meta))
-    for lead, fits in ((0, True), (119, True), (120, False), (-1, False), ("1", False)):
-        meta["splits"]["train"]["lead"] = lead
+    for curriculum, fits in ((0, True), (119, True), (120, False), (-1, False), ("1", False)):
+        meta["splits"]["train"]["curriculum"] = curriculum
         with nullcontext() if fits else pytest.raises(ValueError):
-            check_meta(meta, BINS)
+            check_meta(meta)
 
 
 def test_leading_samples_are_read_before_all_others(mixed, monkeypatch):
-    monkeypatch.setitem(mixed.meta["splits"]["train"], "lead", 70)
+    monkeypatch.setitem(mixed.meta["splits"]["train"], "curriculum", 70)
     found = SampleBatches(mixed, "train", 2, 1, make_model(mixed))
-    steps = [found.plan(step)[0] for step in range(3 * SampleBatches.WINDOW)]
+    steps = [found.plan(step).rows for step in range(3 * SampleBatches.WINDOW)]
     rows = np.concatenate(steps)
     assert sorted(rows[:64]) == list(range(64))  # a window; within it batches are of like length
     assert set(range(64, 70)) < set(rows[64:128]) and rows[128:].min() >= 70
     for limit, count in ((0, 50), (20, 20)):
-        validated = np.concatenate([some for some, _ in found.fixed_plan(limit)])
+        validated = np.concatenate([plan.rows for plan in found.fixed_plan(limit)])
         assert len(validated) == count and validated.min() >= 70
 
 
@@ -94,7 +93,7 @@ def test_every_sample_once_a_pass(mixed, batch):
     a pass that fills whole windows has each exactly once."""
     found = SampleBatches(mixed, "train", batch, 1, make_model(mixed))
     steps = 3 * SampleBatches.WINDOW
-    counts = np.bincount(np.concatenate([found.plan(step)[0] for step in range(steps)]))
+    counts = np.bincount(np.concatenate([found.plan(step).rows for step in range(steps)]))
     assert len(counts) == 120 and counts.max() - counts.min() <= 1
     assert counts.sum() == steps * batch
 
@@ -103,17 +102,18 @@ def test_a_step_is_a_pure_function_of_seed_and_step(mixed):
     model = make_model(mixed)
     whole = [SampleBatches(mixed, "train", 8, 5, model).plan(step) for step in range(70)]
     for step in (69, 0, 33, 31, 32):
-        rows, length = SampleBatches(mixed, "train", 8, 5, model).plan(step)
-        assert np.array_equal(rows, whole[step][0]) and length == whole[step][1]
+        plan = SampleBatches(mixed, "train", 8, 5, model).plan(step)
+        assert np.array_equal(plan.rows, whole[step].rows) and plan.length == whole[step].length
     other = SampleBatches(mixed, "train", 8, 6, model)
-    assert any(not np.array_equal(other.plan(s)[0], whole[s][0]) for s in range(5))
+    assert any(not np.array_equal(other.plan(s).rows, whole[s].rows) for s in range(5))
 
 
 def test_batches_group_alike_lengths_and_keep_texts_apart(mixed):
     found = SampleBatches(mixed, "train", 8, 1, make_model(mixed))
     mixtures, waste, by_chance = 0, [], []
     for step in range(SampleBatches.WINDOW):
-        rows, length = found.plan(step)
+        plan = found.plan(step)
+        rows, length = plan.rows, plan.length
         with_images = found.samples[rows][:, 3] > 0
         mixtures += with_images.any() and not with_images.all()
         waste.append(length - found.lengths(rows).mean())
@@ -130,8 +130,8 @@ def test_a_batch_is_what_the_bins_say(mixed):
     found = SampleBatches(mixed, "train", 8, 1, model)
     P, frames = 4, mixed.open("train", "frames")
     for step in range(12):
-        rows, length = found.plan(step)
-        batch = found.read(rows, length)
+        plan = found.plan(step)
+        rows, length, batch = plan.rows, plan.length, found.read(plan)
         stream, wanted, images = [], [], []
         for row in rows:
             first, count, shown, number = found.samples[row].tolist()
@@ -160,9 +160,9 @@ def test_a_batch_is_what_the_bins_say(mixed):
 
 def test_any_cut_of_a_batch_gives_the_same_rows(mixed):
     found = SampleBatches(mixed, "train", 8, 1, make_model(mixed))
-    rows, length = found.plan(3)
-    whole = found.read(rows, length)
-    parts = [found.read(rows[i : i + 2], length, i) for i in range(0, 8, 2)]
+    plan = found.plan(3)
+    whole = found.read(plan)
+    parts = [found.read(plan, slice(i, i + 2)) for i in range(0, 8, 2)]
     assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
     assert sum(part.count for part in parts) == whole.count
 
@@ -173,7 +173,7 @@ def test_logits_at_positions_are_the_head_on_all_of_them(mixed):
     model = make_model(mixed)
     found = SampleBatches(mixed, "train", 8, 1, model)
     for step in range(4):
-        batch = found.read(*found.plan(step))
+        batch = found.read(found.plan(step))
         tokens, targets, positions, images, _, first = batch.to("cpu", mixed.image_format)
         everywhere = torch.full((tokens.numel(),), -100)
         everywhere[positions[: batch.count]] = targets[: batch.count]
@@ -198,12 +198,13 @@ def test_shapes_are_few(mixed, least, first):
 def test_the_validation_is_fixed_whole_and_spread(mixed):
     model = make_model(mixed)
     found = SampleBatches(mixed, "val", 4, 1, model)
-    rows = np.concatenate([rows for rows, _ in found.fixed_plan()])
+    rows = np.concatenate([plan.rows for plan in found.fixed_plan()])
     assert sorted(rows) == list(range(7))  # the last batch has three rows, and is not dropped
     some = SampleBatches(mixed, "train", 4, 1, model)
-    chosen = [rows for rows, _ in some.fixed_plan(limit=24)]
+    chosen = [plan.rows for plan in some.fixed_plan(limit=24)]
     assert sum(map(len, chosen)) == 24 and max(np.concatenate(chosen)) > 60  # not the first 24
-    again = [rows for rows, _ in SampleBatches(mixed, "train", 4, 9, model).fixed_plan(limit=24)]
+    other = SampleBatches(mixed, "train", 4, 9, model)
+    again = [plan.rows for plan in other.fixed_plan(limit=24)]
     assert all(np.array_equal(a, b) for a, b in zip(chosen, again))
 
 
@@ -223,17 +224,17 @@ def test_full_image_attention_wants_leading_images_alike(mixed, tmp_path):
     dataset = Data(tmp_path)
     model = make_model(dataset, image_attention="full")
     found = SampleBatches(dataset, "train", 17, 1, model)
-    tokens, _, _, images, _, _ = found.read(*found.plan(0)).to("cpu", dataset.image_format)
-    assert model.prefix(tokens, model.project(images)) == 4 and len(images) == 17
+    tokens, _, _, images, _, _ = found.read(found.plan(0)).to("cpu", dataset.image_format)
+    assert model.prefix(tokens, model.embed_images(images)) == 4 and len(images) == 17
 
 
 def test_text_rows_predict_the_next_token(world):
     dataset = Data(world / "data/tiny")
     model = make_model(dataset, block_size=16)
     found, stream = TextBatches(dataset, "train", 5, 0, model), dataset.open("train", "text")
-    rows, length = found.plan(0)
-    batch = found.read(rows, length)
-    assert length == 16 and batch.count == 80 and batch.positions is None
+    plan = found.plan(0)
+    rows, batch = plan.rows, found.read(plan)
+    assert plan.length == 16 and batch.count == 80 and batch.positions is None
     for i, row in enumerate(rows):
         assert np.array_equal(batch.tokens[i], stream[row * 16 : row * 16 + 16])
         targets = batch.targets.reshape(5, 16)[i]
@@ -243,11 +244,11 @@ def test_text_rows_predict_the_next_token(world):
 def test_the_other_frame_is_of_the_same_clip(world):
     dataset = Data(world / "data/tiny")
     found, stored = ClipBatches(dataset, "train", 24, 0), dataset.open("train", "frames")
-    rows, start = found.plan(0)
-    pairs = found.read(rows, start)
-    for card, a, b in zip(rows, pairs.frames, pairs.others):
+    plan = found.plan(0)
+    pairs = found.read(plan)
+    for card, a, b in zip(plan.rows, pairs.frames, pairs.others):
         assert np.array_equal(a, stored[card]) and np.array_equal(b, stored[card ^ 1])  # two a clip
-    half = found.read(rows[12:], start, place=12)
+    half = found.read(plan, slice(12, 24))
     assert np.array_equal(half.others, pairs.others[12:])
 
 
@@ -260,13 +261,13 @@ def test_the_other_frame_is_of_the_same_clip(world):
         ("samples", (2, 0), 10**9),  # points past the tokens
         ("samples", (2, 1), 0),
         ("samples", (2, 2), 2**63),
-        ("shown", 2, 10**6),
+        ("image_ids", 2, 10**6),
         ("images", (2, 0), 10**6),
         ("images", (2, slice(1, 3)), 100),
         ("clips", 2, 10**6),  # numbers that do not rise
     ],
 )
-def test_a_damaged_bin_is_one_clear_line(recipe, home, tmp_path, kind, place, value):
+def test_a_corrupted_bin_is_one_clear_line(recipe, home, tmp_path, kind, place, value):
     shutil.copytree("data/tiny", tmp_path / "d")
     dataset = Data(tmp_path / "d")
     model = checkpoint.load("out/full/phase2.pt").model
@@ -276,11 +277,11 @@ def test_a_damaged_bin_is_one_clear_line(recipe, home, tmp_path, kind, place, va
         place, value = int(dataset.open("train", "samples")[0, 0]) + 2, dataset.tokenizer.image
     whole[place] = value
     whole.flush()
-    with pytest.raises(UserError, match=f"train_{kind}.bin: damaged") as error:
+    with pytest.raises(UserError, match=f"train_{kind}.bin: corrupted") as error:
         made_of = {"text": TextBatches, "clips": ClipBatches}.get(kind, SampleBatches)
         batches = made_of(dataset, "train", 8, 1, model)
         for step in range(2 * batches.rows // 8):
-            batches.read(*batches.plan(step))
+            batches.read(batches.plan(step))
     assert one_line(error)
 
 
@@ -294,8 +295,8 @@ def test_features_are_the_towers_own_and_read_in_their_place(recipe, home):
     assert stored.shape == (24, 4, 16) and stored.dtype == np.float16
     found = SampleBatches(dataset, "train", 8, 1, model, stored)
     live = SampleBatches(dataset, "train", 8, 1, model)
-    rows, length = found.plan(0)
-    a, b = (x.read(rows, length).to("cpu", dataset.image_format) for x in (found, live))
+    plan = found.plan(0)
+    a, b = (x.read(plan).to("cpu", dataset.image_format) for x in (found, live))
     with torch.no_grad():
         assert (a[3].float() - model.encode_images(b[3])).abs().max() < 1e-2
         assert a[3].ndim == 3 and b[3].ndim == 4
@@ -324,10 +325,11 @@ def test_towers_that_differ_in_anything_have_files_of_their_own(own_copy):
     ):
         torch.manual_seed(0)  # the same weights in all
         tower = ViT(16, 8, 16, 2, **arguments)
-        paths.add(features.find(dataset, "train", BabyLLaVA(None, None, tower, **how)))
+        how = {"select_layer": -1} | how
+        paths.add(features.find_path(dataset, "train", BabyLLaVA(None, None, tower, **how)))
     with torch.no_grad():
         tower.norm.bias[0] += 1e-6
-    paths.add(features.find(dataset, "train", BabyLLaVA(None, None, tower)))
+    paths.add(features.find_path(dataset, "train", BabyLLaVA(None, None, tower, select_layer=-1)))
     assert len(paths) == 7
 
 
@@ -337,7 +339,7 @@ def test_features_go_on_where_they_stopped(own_copy, monkeypatch):
     dataset, model = own_copy
     monkeypatch.setattr(features, "BLOCK", 4)
     features.store(dataset, "train", model, "cpu")
-    path = features.find(dataset, "train", model)
+    path = features.find_path(dataset, "train", model)
     whole = path.read_bytes()
     path.unlink()
     extract, asked = features.extract, []
@@ -361,7 +363,7 @@ def test_features_go_on_where_they_stopped(own_copy, monkeypatch):
 def test_partial_features_of_another_world_are_not_gone_on_with(own_copy, monkeypatch, tmp_path):
     """Killed halfway; the frames are drawn anew; the features are those of the new frames."""
     dataset, model = own_copy
-    partial = features.find(dataset, "train", model).with_suffix(".partial")
+    partial = features.find_path(dataset, "train", model).with_suffix(".partial")
     partial.parent.mkdir(exist_ok=True)
     partial.write_bytes(b"\x00" * (10 * 4 * 16 * 2))
     (dataset.directory / "meta.json").unlink()  # as another source may only where this is gone
@@ -380,7 +382,7 @@ def test_processes_share_the_work_and_make_one_file(own_copy):
     """Three at once, of which one is killed at its first block: the others do that one too."""
     dataset, model = own_copy
     code = (
-        "import os, sys, time, checkpoint, data, features\n"
+        "import os, sys, time, checkpoint, data\nfrom training import features\n"
         "model, extract = checkpoint.load(sys.argv[1]).model, features.extract\n"
         "def slow(*arguments):\n"
         "    print('block', flush=True)\n"

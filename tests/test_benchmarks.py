@@ -136,7 +136,7 @@ def test_a_steps_flops_are_those_of_its_products():
     block = 4 * C * C + 3 * C * hidden  # weights of a block's products
     forward = 2 * row * (layers * block + VOCABULARY * C) + layers * 4 * row * row * C
     shape = Shape(0, (), layers, batch=2, words=row, width=C, heads=1)
-    assert utilization.step_flops("phase0", shape) == 2 * 3 * forward
+    assert utilization.step_flops("language", shape) == 2 * 3 * forward
 
     T, places, E, words = 196 + 60 - 1, 196, 384, 60
     wanted = T - 192  # of the last block, which leaves out what precedes the first target by eights

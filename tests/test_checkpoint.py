@@ -11,7 +11,7 @@ import checkpoint
 import vision
 from config import UserError
 from data import Data
-from weights import load_tower
+from pretrained.towers import load_tower
 
 
 def test_a_checkpoint_is_what_its_docstring_says(recipe, home):
@@ -20,23 +20,23 @@ def test_a_checkpoint_is_what_its_docstring_says(recipe, home):
     for line in checkpoint.__doc__.splitlines():
         if line.startswith("    ") and line[4] != " ":
             described |= {word.strip(",") for word in line.strip().split("  ")[0].split()}
-    for phase in ("vision", "phase0", "phase1", "phase2"):
+    for phase in ("vision", "language", "phase1", "phase2"):
         found = torch.load(recipe / f"{phase}.pt", weights_only=True)
         assert set(found) <= described, set(found) - described
-        assert found["format"] == 2 and found["phase"] == phase and found["done"]
+        assert found["format"] == 3 and found["phase"] == phase and found["done"]
         assert found["corpus"] == meta["corpus"] and found["source"] == "toy"
         assert found["images"]["size"] == 16
         assert found["digest"] == vision.weights_digest(found["weights"])
-    assert found["decided"]["patch"] == 8 and found["decided"]["projector"] == "mlp2x_gelu"
+    assert found["inherited"]["patch"] == 8 and found["inherited"]["projector"] == "mlp2x_gelu"
 
 
 def test_children_remember_what_they_started_from(recipe):
     read = {
         phase: checkpoint.read(recipe / f"{phase}.pt")
-        for phase in ("vision", "phase0", "phase1", "phase2")
+        for phase in ("vision", "language", "phase1", "phase2")
     }
-    assert read["vision"]["parents"] == read["phase0"]["parents"] == {}
-    assert read["phase1"]["parents"] == {p: read[p]["digest"] for p in ("vision", "phase0")}
+    assert read["vision"]["parents"] == read["language"]["parents"] == {}
+    assert read["phase1"]["parents"] == {p: read[p]["digest"] for p in ("vision", "language")}
     assert read["phase2"]["parents"] == {"phase1": read["phase1"]["digest"]}
 
 
@@ -46,7 +46,7 @@ def test_what_is_saved_is_what_is_built(recipe):
     assert not any(module.training for module in loaded.model.modules())
     tower = checkpoint.load(recipe / "vision.pt")
     assert tower.model.gpt is None and tower.tokenizer is None
-    assert checkpoint.load(recipe / "phase0.pt").model.projector is None
+    assert checkpoint.load(recipe / "language.pt").model.projector is None
 
 
 def test_a_cut_checkpoint_is_one_clear_line(recipe, tmp_path):
@@ -90,12 +90,12 @@ def test_a_numbered_gpu_is_that_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert checkpoint.choose_device("cuda:1") == torch.device("cuda", 1)
-    import phases
     import train
+    from training import processes
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert phases.find_processes(train.Config(device="cuda:1")).device == torch.device("cuda", 1)
+    assert processes.find_processes(train.Config(device="cuda:1")).device == torch.device("cuda", 1)
     with pytest.raises(UserError, match="there are 2 GPUs"):
         checkpoint.choose_device("cuda:2")
 
@@ -112,7 +112,7 @@ def first_byte_gone(ranks):
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "corrupt",
     [
         lambda found: found.pop("corpus"),
         lambda found: found.update(weights=[]),
@@ -133,13 +133,13 @@ def first_byte_gone(ranks):
         lambda found: found["weights"].pop("gpt.norm.weight"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_line_that_names_the_file(recipe, tmp_path, spoil):
+def test_a_damaged_checkpoint_is_one_line_that_names_the_file(recipe, tmp_path, corrupt):
     found = torch.load(recipe / "phase2.pt", weights_only=True)
-    spoil(found)
-    torch.save(found, tmp_path / "spoilt.pt")
+    corrupt(found)
+    torch.save(found, tmp_path / "corrupted.pt")
     for read in (checkpoint.load, load_tower):
-        with pytest.raises(UserError, match="spoilt.pt") as error:
-            read(tmp_path / "spoilt.pt")
+        with pytest.raises(UserError, match="corrupted.pt") as error:
+            read(tmp_path / "corrupted.pt")
         assert one_line(error)
 
 

@@ -1,4 +1,4 @@
-"""Questions with a choice of answers: scored against a slow reference, spoilt files refused."""
+"""Questions with a choice of answers: scored against a slow reference, corrupted files refused."""
 
 import json
 
@@ -9,11 +9,11 @@ from conftest import one_line
 from PIL import Image
 
 import checkpoint
-import choice
 import eval as evaluation
 import inference
 from config import UserError
-from templates import TEMPLATES, chat_sample, expand
+from tasks import choice
+from tokenizer import TEMPLATES, chat_sample, expand
 
 
 def question(**changes):
@@ -57,7 +57,9 @@ def test_the_likeliest_answer_by_a_slow_reference(folder, recipe):
             turns = [("a", "a"), *turns]
         tokens, _ = chat_sample(loaded.tokenizer, TEMPLATES["baby_v1"], turns)
         embeds = (
-            inference.see(loaded, inference.read(loaded, item["image"])) if item["image"] else []
+            inference.embed_pictures(loaded, inference.read_pictures(loaded, item["image"]))
+            if item["image"]
+            else []
         )
         tokens = expand(tokens, loaded.tokenizer.image, [len(embed) for embed in embeds])
         nll = []
@@ -65,7 +67,8 @@ def test_the_likeliest_answer_by_a_slow_reference(folder, recipe):
             answer = loaded.tokenizer.encode(words)
             seen = torch.cat(embeds) if embeds else None
             with torch.no_grad():
-                logits = loaded.model(torch.tensor([tokens + answer]), images=seen)[0][0]
+                hidden = loaded.model.hidden_states(torch.tensor([tokens + answer]), seen)
+                logits = loaded.model.gpt.head(hidden)[0]
             logs = logits.double().log_softmax(-1)[len(tokens) - 1 : -1]
             nll.append(-float(logs.gather(1, torch.tensor(answer)[:, None]).mean()))
         hits.append(int(np.argmin(nll) == item["answer"]))
@@ -84,7 +87,7 @@ def test_subsets_are_counted_apart(folder, recipe):
 def test_what_is_said_must_name_the_right_answer_alone(folder, recipe, monkeypatch):
     items = [question(answer=0), question(answer=0), question(answer=0), question(answer=1)]
     said = ["a ball .", "It is A ball, yes", "a ball . a red cup", "a red cup"]
-    monkeypatch.setattr(choice, "answers_to", lambda *args, **more: said)
+    monkeypatch.setattr(choice, "answer_all", lambda *args, **more: said)
     results = ask(items, model=recipe / "phase2.pt")
     assert results["all"]["generation"]["score"] == 0.75  # the third named both
 
@@ -107,7 +110,7 @@ def test_what_is_said_must_name_the_right_answer_alone(folder, recipe, monkeypat
     ],
     ids=str,
 )
-def test_a_spoilt_file_is_one_clear_line(folder, recipe, item, message):
+def test_a_corrupted_file_is_one_clear_line(folder, recipe, item, message):
     with pytest.raises(UserError, match=message) as error:
         ask([question(), item], model=recipe / "phase2.pt")
     assert one_line(error)
@@ -118,4 +121,4 @@ def test_a_file_that_is_no_list_is_refused(folder, recipe):
         with open("asked.json", "w") as file:
             file.write(content)
         with pytest.raises(UserError, match=message):
-            choice.read("asked.json")
+            choice.read_questions("asked.json")

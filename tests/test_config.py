@@ -1,4 +1,4 @@
-"""Knobs: where they come from, what they refuse, and what a user sees of it."""
+"""Options: where they come from, what they refuse, and what a user sees of it."""
 
 import dataclasses
 import re
@@ -24,24 +24,24 @@ def test_every_config_loads(path):
 
 
 @pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
-def test_help_shows_every_knob_with_its_comment_and_its_range(module, capsys):
+def test_help_shows_every_option_with_its_comment_and_its_range(module, capsys):
     with pytest.raises(SystemExit):
         config.load(module.Config, ["--help"], module.__doc__)
     shown = capsys.readouterr().out
-    knobs = re.findall(r"^  --(\w+)=.* \(.+\) \S.*$", shown, re.M)
+    options = re.findall(r"^  --(\w+)=.* \(.+\) \S.*$", shown, re.M)
     fields = dataclasses.fields(module.Config)
-    assert knobs == [field.name for field in fields]
+    assert options == [field.name for field in fields]
     for field in fields:
         line = next(line for line in shown.splitlines() if line.startswith(f"  --{field.name}="))
-        assert config.describe(field.metadata) in line
+        assert config.describe_range(field.metadata) in line
 
 
 @pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
 def test_every_default_is_allowed_and_every_number_has_a_range(module):
     for field in dataclasses.fields(module.Config):
-        config.check(field, field.default, "default")
+        config.check_value(field, field.default, "default")
         if field.type in (int, float) and field.name != "min_similarity":
-            assert config.describe(field.metadata), field.name
+            assert config.describe_range(field.metadata), field.name
 
 
 def test_files_then_flags_override_defaults(tmp_path):
@@ -58,7 +58,7 @@ def test_files_then_flags_override_defaults(tmp_path):
     assert config.load(train.Config, ["--keep_cls=false"]).keep_cls is False
 
 
-def test_a_knob_of_several_values_takes_them_one_after_the_other():
+def test_an_option_of_several_values_takes_them_one_after_the_other():
     loaded = config.load(saycam.Config, ["--annotations", "a.json", "b.json", "--frames", "f"])
     assert loaded.annotations == ("a.json", "b.json") and loaded.frames == "f"
 
@@ -66,7 +66,7 @@ def test_a_knob_of_several_values_takes_them_one_after_the_other():
 @pytest.mark.parametrize(
     "text, flags, message",
     [
-        ("n_layers = 4", [], r"a.py:1: no knob 'n_layers'; did you mean 'n_layer'\?"),
+        ("n_layers = 4", [], r"a.py:1: no option 'n_layers'; did you mean 'n_layer'\?"),
         ("\nseed = 'x'", [], r"a.py:2: seed takes int, not 'x'"),
         ("seed = 1.5", [], "takes int, not 1.5"),
         ("seed = True", [], "takes int, not True"),
@@ -77,7 +77,7 @@ def test_a_knob_of_several_values_takes_them_one_after_the_other():
         ("seed = = 1", [], "a.py:1: not Python"),
         ("seed = 1\n  seed = 2", [], "a.py:2: not Python"),
         ('phase = "1"', ["--phase=2"], "--phase: phase '2' contradicts phase '1' of .*a.py:1"),
-        ("", ["--sede=1"], "--sede: no knob 'sede'; did you mean 'seed'"),
+        ("", ["--sede=1"], "--sede: no option 'sede'; did you mean 'seed'"),
         ("", ["--seed"], "--seed: no value"),
         ("", ["--seed=many"], "--seed: seed takes int, not 'many'"),
         ("", ["seed=1"], "config files come first"),
@@ -85,16 +85,28 @@ def test_a_knob_of_several_values_takes_them_one_after_the_other():
         ("", ["--n_head=0"], "n_head 0 is not allowed: 1 to 4096"),
         ("", ["--n_layer=999999999999"], "n_layer 999999999999 is not allowed: 1 to 1000"),
         ("", ["--compile=nonsense"], "'nonsense' is not allowed: one of"),
-        ("", ["--phase=4"], "one of 0, 1, 2, 3, all"),
         ("", ["--phase1_lr=1e999"], "phase1_lr inf is not a finite number"),
-        ("", ["--tower=nose"], "one of both, vision, language"),
+        ("", ["--tower=vision"], "--tower: tower has a new name: --phase vision or --phase lang"),
+        ("phase0_lr = 1e-3", [], "a.py:1: phase0_lr has a new name: language_lr"),
     ],
 )
-def test_a_mistaken_knob_is_one_line_with_its_place(tmp_path, text, flags, message):
+def test_a_mistaken_option_is_one_line_with_its_place(tmp_path, text, flags, message):
     (tmp_path / "a.py").write_text(text)
     with pytest.raises(UserError, match=message) as error:
         config.load(train.Config, [str(tmp_path / "a.py"), *flags])
     assert one_line(error)
+
+
+def test_a_phase_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="--phase 4: one of vision, language, 1, 2, 3, 0, all"):
+        train.load_settings(["--phase=4"])
+
+
+def test_phase_0_may_be_narrowed_and_nothing_else(tmp_path):
+    (tmp_path / "a.py").write_text('phase = "0"')
+    assert train.load_settings([str(tmp_path / "a.py"), "--phase=vision"]).phase == "vision"
+    with pytest.raises(UserError, match="phase '1' contradicts phase '0'"):
+        train.load_settings([str(tmp_path / "a.py"), "--phase=1"])
 
 
 def test_users_mistakes_are_one_line_and_ours_keep_their_traceback(capsys):
@@ -125,7 +137,7 @@ def test_defaults_live_once():
             assert field.default == defaults[field.name], field.name
 
 
-def test_a_knob_of_several_values_given_twice_takes_all(tmp_path):
+def test_an_option_of_several_values_given_twice_takes_all(tmp_path):
     """--image a --image b, as sample.py's first lines have it, once showed b alone."""
     flags = ["--image", "a.jpg", "--seed=2", "--image=b.jpg", "--image", "c.jpg", "d.jpg"]
     settings = config.load(sample.Config, flags)

@@ -9,10 +9,10 @@ from conftest import one_line
 from PIL import Image
 
 import checkpoint
-import curate
 import data
 from config import UserError
 from data import Data
+from sources import filtering
 
 FLAGS = ["--csv=pairs.csv", "--images=.", "--size=16", "--vocab_size=300"]
 
@@ -31,7 +31,7 @@ def folder(tmp_path, recipe, monkeypatch):
 
 def samples_of(name, split="train"):
     dataset = Data(f"data/{name}")
-    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "shown")
+    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "image_ids")
     frames, images = dataset.open(split, "frames"), dataset.open(split, "images")
     found = []
     for first, length, begin, count in dataset.open(split, "samples").astype(int).tolist():
@@ -46,7 +46,7 @@ def test_gains_by_a_slow_loop(recipe):
     width = loaded.model.gpt.config.n_embd
     clips = [[torch.tensor(rng.randn(4, width), dtype=torch.float32)] for _ in range(6)]
     words = [loaded.tokenizer.encode(text) for text in ("a ball", "a cup .", "no", "b", "c", "d")]
-    found = curate.gains(loaded, clips, words, 3, np.random.RandomState(5))
+    found = filtering.gains(loaded, clips, words, 3, np.random.RandomState(5))
 
     def loss(i, k):
         """The mean NLL of words i after clip k, one token at a time."""
@@ -69,7 +69,7 @@ def test_gains_by_a_slow_loop(recipe):
 
 def test_what_gains_too_little_is_left_out_and_the_rest_is_whole(folder, recipe):
     data.main(["pairs", "--name=all", *FLAGS])
-    model = f"--curate={recipe / 'phase2.pt'}"
+    model = f"--filter={recipe / 'phase2.pt'}"
     data.main(["pairs", "--name=kept", *FLAGS, model, "--min_gain=0"])
     gains = json.load(open("data/kept/gains.json"))
     everything, kept = samples_of("all"), samples_of("kept")
@@ -86,14 +86,14 @@ def test_what_gains_too_little_is_left_out_and_the_rest_is_whole(folder, recipe)
     "flags, why",
     [
         (["--min_gain=1e9"], "nothing is left"),
-        (["--curate=nothing.pt"], "nothing.pt"),
-        (["--curate=PHASE0"], "cannot see"),
+        (["--filter=nothing.pt"], "nothing.pt"),
+        (["--filter=PHASE0"], "cannot see"),
     ],
 )
 def test_what_cannot_be_sifted(folder, recipe, flags, why):
-    flags = [flag.replace("PHASE0", str(recipe / "phase0.pt")) for flag in flags]
+    flags = [flag.replace("PHASE0", str(recipe / "language.pt")) for flag in flags]
     with pytest.raises(UserError) as error:
-        data.main(["pairs", *FLAGS, f"--curate={recipe / 'phase2.pt'}", *flags])
+        data.main(["pairs", *FLAGS, f"--filter={recipe / 'phase2.pt'}", *flags])
     assert one_line(error) and why in str(error.value)
     assert not (folder / "data/pairs/meta.json").exists()
 
@@ -102,7 +102,7 @@ def test_a_model_that_is_not_there_costs_no_data(folder):
     data.main(["pairs", *FLAGS])
     before = {path: path.read_bytes() for path in (folder / "data/pairs").iterdir()}
     with pytest.raises(UserError, match="typo.pt"):
-        data.main(["pairs", *FLAGS, "--curate=typo.pt"])
+        data.main(["pairs", *FLAGS, "--filter=typo.pt"])
     assert before == {path: path.read_bytes() for path in (folder / "data/pairs").iterdir()}
 
 
@@ -118,14 +118,14 @@ def test_clips_are_judged_as_one_and_moments_are_not(recipe, tmp_path):
     part.sample([image, 9, 10], [0, 1, 1], numbers[2:3])
     part.sample([image, 9, image, 10], [0, 1, 0, 1], numbers[3:5])
     part.sample([image, 11, 10], [0, 1, 1], numbers[5:6])
-    found = curate.judge(part, loaded, 2, 0)
+    found = filtering.judge(part, loaded, 2, 0)
     assert np.isfinite(found).tolist() == [True, True, False, True]
 
 
 def test_sifting_wants_a_model(folder):
     """Else --min_gain would leave all in, and say nothing."""
     for flag in ("--min_gain=0.1", "--others=2"):
-        with pytest.raises(UserError, match="without --curate") as error:
+        with pytest.raises(UserError, match="without --filter") as error:
             data.main(["pairs", *FLAGS, "--name=idle", flag])
         assert one_line(error)
     assert not (folder / "data/idle").exists() or not (folder / "data/idle/meta.json").exists()

@@ -9,17 +9,17 @@ import pytest
 from conftest import TINY, make_corpus, one_line
 
 import data
+from common.images import ImageFormat
 from config import UserError
 from data import Data, Writer, open_bin
-from images import ImageFormat
 from sources import toy
 from tokenizer import Tokenizer
 
 
 def test_bins_hold_what_was_drawn_and_said(world):
     dataset = Data(world / "data/tiny")
-    samples, shown = dataset.open("train", "samples"), dataset.open("train", "shown")
-    tokens, learn = dataset.open("train", "tokens"), dataset.open("train", "learn")
+    samples, shown = dataset.open("train", "samples"), dataset.open("train", "image_ids")
+    tokens, loss_mask = dataset.open("train", "tokens"), dataset.open("train", "loss_mask")
     frames, images = dataset.open("train", "frames"), dataset.open("train", "images")
     assert len(samples) == 48 and frames.shape == (24, 16, 16, 3)
     assert list(dataset.open("train", "clips")[:4]) == [0, 0, 1, 1]
@@ -36,7 +36,7 @@ def test_bins_hold_what_was_drawn_and_said(world):
         ids = tokens[first : first + length].tolist()
         assert ids[0] == dataset.tokenizer.image and ids[-1] == dataset.tokenizer.eos
         assert dataset.tokenizer.decode(ids) == toy.utterance(scene, rng)
-        assert learn[first : first + length].tolist() == [0] + [1] * (length - 1)
+        assert loss_mask[first : first + length].tolist() == [0] + [1] * (length - 1)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_a_sample_is_any_number_of_images_and_texts(tmp_path):
     make_corpus(tmp_path, {"train": samples})
     dataset = Data(tmp_path)
     numbers = dataset.open("train", "samples")[:, 3].tolist()
-    assert numbers == [0, 1, 3] and dataset.open("train", "shown").tolist() == [0, 1, 2, 3]
+    assert numbers == [0, 1, 3] and dataset.open("train", "image_ids").tolist() == [0, 1, 2, 3]
 
 
 def test_a_sample_that_does_not_add_up_is_a_mistake_of_ours(tmp_path):
@@ -66,13 +66,13 @@ def test_a_sample_that_does_not_add_up_is_a_mistake_of_ours(tmp_path):
     tokenizer = Tokenizer.train(["a ball"] * 9, 270)
     writer.start(tokenizer, ImageFormat(8))
     part = writer.split("train")
-    for tokens, learn, images in (
+    for tokens, loss_mask, images in (
         ([tokenizer.image, 5], [0, 1], ()),  # an image that is not shown
         ([5, 6], [0, 1, 1], ()),
         ([5, 6], [1, 0], ()),  # nothing to learn: the first token is no target
     ):
         with pytest.raises(ValueError, match="a sample of"):
-            part.sample(tokens, learn, images)
+            part.sample(tokens, loss_mask, images)
 
 
 def test_large_vocabularies_take_32_bits(tmp_path):
@@ -196,7 +196,7 @@ def test_an_image_is_neither_learnt_nor_last(tmp_path):
     writer.start(tokenizer, ImageFormat(8))
     part, image = writer.split("train"), tokenizer.image
     number = part.image(np.zeros((8, 8, 3), np.uint8), 0)
-    for tokens, learn in (([5, 6, image], [0, 1, 0]), ([5, image, 6], [0, 1, 1])):
+    for tokens, loss_mask in (([5, 6, image], [0, 1, 0]), ([5, image, 6], [0, 1, 1])):
         with pytest.raises(ValueError, match="a sample of 3 tokens"):
-            part.sample(tokens, learn, [number])
+            part.sample(tokens, loss_mask, [number])
     part.sample([image, 5, 6], [0, 1, 1], [number])

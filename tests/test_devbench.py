@@ -1,5 +1,5 @@
 """Machine-DevBench and DevBench: rules against slow loops, the divergence against scipy's kind of
-search, spoilt files."""
+search, corrupted files."""
 
 import itertools
 from types import SimpleNamespace
@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from conftest import one_line
 
-import devbench
 from config import UserError
-from devbench import columns_of, machine, read_human, read_machine, read_manifest
+from tasks import devbench
+from tasks.devbench import (
+    columns_of,
+    machine_devbench,
+    read_human,
+    read_machine_devbench,
+    read_manifest,
+)
 
 
 def subject_of(table, human="", rows=()):
@@ -33,7 +39,7 @@ def test_machine_devbench_by_a_slow_loop(tmp_path):
         rows.append((task, f"bin{i % 4}", *images, *texts))
     lines = [",".join(row) for row in rows]
     path = write(tmp_path / "m.csv", "task,bin,image1,image2,text1,text2", *lines)
-    results = machine(read_machine(path), subject_of(table), "fair")
+    results = machine_devbench(read_machine_devbench(path), subject_of(table), "fair")
     scores = {}
     for task in ("lexical", "number", "order"):
         bins = {}
@@ -61,7 +67,7 @@ def test_a_constant_model_scores_half(tmp_path):
         "order,low,a,b,s,t",
     )
     table = dict.fromkeys(itertools.product("ab", "st"), 1.0)
-    results = machine(read_machine(path), subject_of(table), "fair")
+    results = machine_devbench(read_machine_devbench(path), subject_of(table), "fair")
     assert {results[name]["score"] for name in results} == {0.5}
 
 
@@ -116,14 +122,16 @@ def test_the_interval_is_of_the_mean_over_bins(tmp_path):
     from, which an interval of 210 pooled hits would not."""
     truth, rng, covered = (0.9, 0.4), np.random.RandomState(0), []
     lines = [f"order,bin{b},{b}_{i},x{b}_{i},s,t" for b, n in ((0, 200), (1, 10)) for i in range(n)]
-    rows = read_machine(write(tmp_path / "m.csv", "task,bin,image1,image2,text1,text2", *lines))
+    rows = read_machine_devbench(
+        write(tmp_path / "m.csv", "task,bin,image1,image2,text1,text2", *lines)
+    )
     for _ in range(300):
         table = {}
         for row in rows:
             right = rng.rand() < truth[int(row["bin"][-1])]
             one, two = row["image1"], row["image2"]
             table |= {(one, "s"): 1.0 - right, (two, "t"): 0.0, (two, "s"): 0.5, (one, "t"): 0.0}
-        low, high = machine(rows, subject_of(table), "fair")["order"]["ci95"]
+        low, high = machine_devbench(rows, subject_of(table), "fair")["order"]["ci95"]
         covered.append(low <= np.mean(truth) <= high)
     assert np.mean(covered) > 0.9
 
@@ -152,13 +160,23 @@ def test_columns_are_in_order_of_their_numbers():
 @pytest.mark.parametrize(
     "read, header, row, why",
     [
-        (read_machine, "task,bin,image1,image2,text1,text2", "lexical,x,a,b,s,t", "one text"),
-        (read_machine, "task,bin,image1,image2,text1,text2", "order,x,a,b,s,", "without a text2"),
-        (read_machine, "task,image1", "lexical,a", "no column bin"),
+        (
+            read_machine_devbench,
+            "task,bin,image1,image2,text1,text2",
+            "lexical,x,a,b,s,t",
+            "one text",
+        ),
+        (
+            read_machine_devbench,
+            "task,bin,image1,image2,text1,text2",
+            "order,x,a,b,s,",
+            "without a text2",
+        ),
+        (read_machine_devbench, "task,image1", "lexical,a", "no column bin"),
         (read_manifest, "image1,text1", "a,s", "nothing to choose"),
     ],
 )
-def test_spoilt_tables(tmp_path, read, header, row, why):
+def test_corrupted_tables(tmp_path, read, header, row, why):
     path = write(tmp_path / "t.csv", header, row)
     with pytest.raises(UserError) as error:
         read(path)
@@ -174,7 +192,7 @@ def test_spoilt_tables(tmp_path, read, header, row, why):
         ("9,1,1", "none of its trials"),
     ],
 )
-def test_spoilt_shares(tmp_path, line, why):
+def test_corrupted_shares(tmp_path, line, why):
     manifest = write(tmp_path / "manifest.csv", "image1,image2,text1", "a,b,s")
     human = write(tmp_path / "human.csv", "trial,image1,image2", line)
     with pytest.raises(UserError) as error:

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from batches import FramePairs
+from common.images import ImageFormat
 from dino import DINO, crop, linear_probe, recolour
-from images import ImageFormat
-from vision import ConvNeXt, ViT
+from pretrained.convnets import ConvNeXt
+from vision import ViT
 
 FORMAT = ImageFormat(32)
 

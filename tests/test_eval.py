@@ -9,29 +9,32 @@ import pytest
 import torch
 from conftest import ROOT, one_line
 
-import babyvlm
 import checkpoint
 import data
 import eval as evaluation
-import watch
-from batches import SampleBatches, TextBatches
+import tasks
+from batches import Plan, SampleBatches, TextBatches
 from config import UserError
 from sources import toy
+from tasks import babyvlm
+from tasks.scores import accuracy
+from tasks.zorro import zorro
+from training import validation
 
 FAIR = "fair"
 
 
 class Pretend:
-    """A Subject whose scores are given: nll(image, phrase) and answer(image)."""
+    """A Subject whose scores are given: nll(image, phrase) and caption(image)."""
 
     def __init__(self, nll=None, caption=None, rows=()):
-        self.score, self.caption, self.rows = nll, caption, rows
+        self.score, self.say, self.rows = nll, caption, rows
 
     def nll(self, images, phrases):
         return np.array([float(self.score(i, p)) for i, p in zip(images, phrases)])
 
-    def answer(self, images):
-        return [self.caption(image) for image in images]
+    def caption(self, images):
+        return [self.say(image) for image in images]
 
 
 TIED = Pretend(lambda image, phrase: 1.0)
@@ -78,8 +81,8 @@ def test_scores_are_the_mean_over_phrase_tokens(recipe):
     phrases = ["red ball", "a", "look , a red ball ! oh , what is that ?", "red ball"]
     rows = [0, 2, 1, 2]
     with torch.no_grad():
-        shown = [loaded.model.project(features[row : row + 1]) for row in rows]
-    fast = evaluation.phrase_nll(loaded, shown, phrases, batch=3)
+        shown = [loaded.model.embed_images(features[row : row + 1]) for row in rows]
+    fast = tasks.phrase_nll(loaded, shown, phrases, batch=3)
     for score, row, phrase in zip(fast, rows, phrases):
         words = loaded.tokenizer.encode(phrase)
         tokens = torch.tensor([[loaded.tokenizer.image] * 4 + words])
@@ -92,9 +95,9 @@ def test_scores_that_are_no_numbers_are_refused(recipe):
     loaded = checkpoint.load(recipe / "phase2.pt")
     loaded.model.gpt.norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="not finite numbers"):
-        evaluation.phrase_nll(loaded, None, ["a ball"])
+        tasks.phrase_nll(loaded, None, ["a ball"])
     with pytest.raises(UserError, match="makes no tokens"):
-        evaluation.phrase_nll(loaded, None, ["a ball", ""])
+        tasks.phrase_nll(loaded, None, ["a ball", ""])
 
 
 # ---- the rules
@@ -295,7 +298,7 @@ def test_pictures_of_equal_names_in_a_zip_are_told_apart(recipe, home, tmp_path)
         (["--batch=-1"], "batch -1 is not allowed"),
         (["--task=vtwt", "--images=elsewhere"], "elsewhere: neither a folder nor a whole zip"),
         (["--task=vtwt", "--images=data/tiny/features"], "no vtwt/.*, which vtwt asks for"),
-        (["--task=vtwt", "--checkpoint=out/full/phase0.pt"], "cannot see"),
+        (["--task=vtwt", "--checkpoint=out/full/language.pt"], "cannot see"),
         (["--checkpoint=out/full/vision.pt"], "a tower alone"),
         (["--zorro=none"], "no .txt files"),
     ],
@@ -335,12 +338,12 @@ def test_a_new_test_is_an_entry_in_one_table(recipe, home, tmp_path, monkeypatch
     def longer_is_better(rows, subject, ties):
         hits = [
             len(said) >= len(row["short"])
-            for row, said in zip(rows, subject.answer([row["picture"] for row in rows]))
+            for row, said in zip(rows, subject.caption([row["picture"] for row in rows]))
         ]
-        return {"accuracy": evaluation.accuracy(hits, 0.5)}
+        return {"accuracy": accuracy(hits, 0.5)}
 
-    entry = evaluation.Task(("picture", "short"), ("picture",), longer_is_better)
-    monkeypatch.setitem(evaluation.TASKS, "longer", entry)
+    entry = tasks.Task(("picture", "short"), ("picture",), longer_is_better)
+    monkeypatch.setitem(tasks.TASKS, "longer", entry)
     image = sorted((home / "data/tiny/eval/images/vtwt").glob("*.png"))[0]
     (tmp_path / "l.csv").write_text(f"picture,short\n{image.name},\n".replace(",\n", ",a\n"))
     evaluation.main(
@@ -364,20 +367,20 @@ def test_validation_loss_is_the_mean_over_all_words(recipe, home):
     total, count = 0.0, 0
     one = SampleBatches(dataset, "val", 1, 1, loaded.model)
     for row in range(4):
-        batch = one.read(np.array([row]), 40)
+        batch = one.read(Plan(np.array([row]), 40))
         tokens, targets, positions, images, *_ = batch.to("cpu", dataset.image_format)
         logits = loaded.model(tokens, None, positions, images)[0].double().log_softmax(-1)
         chosen = logits.gather(1, targets.clamp(min=0)[:, None])[: batch.count]
         total, count = total - chosen.sum().item(), count + batch.count
     batches = SampleBatches(dataset, "val", 3, 1, loaded.model)
-    found = watch.val_loss(loaded.model, batches, dataset.image_format)
+    found = validation.val_loss(loaded.model, batches, dataset.image_format)
     assert found == pytest.approx(total / count, abs=1e-5)
 
 
 def test_the_last_rows_of_a_text_count_too(recipe, home):
-    loaded, dataset = checkpoint.load(recipe / "phase0.pt"), data.Data("data/tiny")
+    loaded, dataset = checkpoint.load(recipe / "language.pt"), data.Data("data/tiny")
     losses = [
-        watch.val_loss(
+        validation.val_loss(
             loaded.model, TextBatches(dataset, "val", batch, 0, loaded.model), dataset.image_format
         )
         for batch in (1, 5, 1000)
@@ -397,7 +400,7 @@ def test_another_vocabulary_gets_no_loss_and_says_so(recipe, home, capsys):
             "--vocab_size=280",
         ]
     )
-    loaded = checkpoint.load(recipe / "phase0.pt")
+    loaded = checkpoint.load(recipe / "language.pt")
     assert evaluation.losses(loaded, data.Data("data/other")) == {}
     assert "has another vocabulary" in capsys.readouterr().out
     assert evaluation.losses(loaded, data.Data("data/tiny"))["bits_per_character"] > 0
@@ -405,9 +408,9 @@ def test_another_vocabulary_gets_no_loss_and_says_so(recipe, home, capsys):
 
 def test_grammar_pairs_prefer_the_likelier_sentence(recipe, home, tmp_path):
     """A blank line once turned 1.000 into 0.000."""
-    loaded = checkpoint.load(recipe / "phase0.pt")
+    loaded = checkpoint.load(recipe / "language.pt")
     (tmp_path / "a.txt").write_text("red ball a .\n\nlook , a red ball !\nx\nx\n\n")
-    result = evaluation.zorro(tmp_path, loaded, 2)["all"]
+    result = zorro(tmp_path, loaded, 2)["all"]
     scores = []
     for line in ("red ball a .", "look , a red ball !"):
         tokens = torch.tensor([[loaded.tokenizer.eos] + loaded.tokenizer.encode(line)])
@@ -417,7 +420,7 @@ def test_grammar_pairs_prefer_the_likelier_sentence(recipe, home, tmp_path):
     assert result["accuracy"]["score"] == result["a"]["score"]
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     with pytest.raises(UserError, match="3 sentences are no pairs"):
-        evaluation.zorro(tmp_path, loaded, 2)
+        zorro(tmp_path, loaded, 2)
 
 
 def test_pictures_matter_to_the_shipped_model(tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, one_line
 
-import files
+from common import files
+from common.files import only_one, read_csv, read_log, trim_log, write_csv, writing
 from config import UserError, regular
-from files import only_one, read_csv, read_log, trim_log, write_csv, writing
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
-    code = "import os, sys; sys.path.insert(0, sys.argv[1]); import files\n"
+    code = "import os, sys; sys.path.insert(0, sys.argv[1]); from common import files\n"
     code += "with files.writing('x') as file: os._exit(9)"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, check=False)
@@ -42,7 +42,7 @@ def test_the_system_says_which_file_it_cannot_write(tmp_path):
     """A disk that is full, or a file that may not grow: the line says which."""
     code = (
         "import resource, signal, sys; sys.path.insert(0, sys.argv[1])\n"
-        "import checkpoint, config, files, torch\n"
+        "import checkpoint, config, torch\nfrom common import files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "write = {'json': lambda: files.write_json('a.json', 'x' * 20_000),\n"
@@ -129,7 +129,7 @@ def test_half_a_line_of_a_log_is_passed_over_and_trimmed(tmp_path):
 
 def test_a_lock_refuses_a_second_run_and_ends_with_its_process(tmp_path):
     code = (
-        "import sys, time; from files import only_one\n"
+        "import sys, time; from common.files import only_one\n"
         "with only_one(sys.argv[1], 'x'): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

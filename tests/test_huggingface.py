@@ -10,17 +10,15 @@ import torch
 from conftest import ROOT, SMALL, one_line, same, shell
 from PIL import Image
 
-import chat
 import checkpoint
 import export
-import huggingface
 import inference
 import sample
 import train
-import weights
+from common.images import ImageFormat, to_picture
 from config import UserError
-from images import ImageFormat, to_picture
-from templates import TEMPLATES, chat_sample
+from pretrained import huggingface
+from tokenizer import TEMPLATES, chat_sample
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -58,7 +56,9 @@ def noise(width, height, seed=0):
 def ask_both(model, processor, loaded, pictures):
     """(their logits, ours) of a text with these pictures in it."""
     inputs = processor(pictures, return_tensors="pt")
-    embeds = inference.see(loaded, [to_picture(p, loaded.image_format) for p in pictures])
+    embeds = inference.embed_pictures(
+        loaded, [to_picture(p, loaded.image_format) for p in pictures]
+    )
     tokens = [5, 6]
     for embed in embeds:
         tokens += [loaded.tokenizer.image] * len(embed) + [7, 8]
@@ -105,7 +105,7 @@ def test_several_pictures_of_onevision_have_no_tiles(tmp_path):
         noise(*size, i).save(paths[-1])
     pictures = [[Image.open(path) for path in paths]]
     inputs = processor(pictures, return_tensors="pt")
-    embeds = inference.see(loaded, inference.read(loaded, paths))
+    embeds = inference.embed_pictures(loaded, inference.read_pictures(loaded, paths))
     tokens = torch.tensor([[5] + [699] * len(embeds[0]) + [6] + [699] * len(embeds[1]) + [7]])
     with torch.no_grad():
         theirs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **inputs).logits
@@ -119,7 +119,7 @@ def test_padding_on_the_left_or_right_changes_nothing(tmp_path):
     loaded = huggingface.load(tmp_path)
     inputs = processor([noise(28, 28), noise(60, 30)], return_tensors="pt")
     embeds = torch.cat(
-        inference.see(
+        inference.embed_pictures(
             loaded, [to_picture(noise(*s), loaded.image_format) for s in [(28, 28), (60, 30)]]
         )
     )
@@ -138,7 +138,7 @@ def test_greedy_words_are_transformers_own(tmp_path, how):
     model, processor = fake_llava.make(tmp_path, **how)
     loaded = huggingface.load(tmp_path)
     picture = noise(50, 33)
-    embeds = inference.see(loaded, [to_picture(picture, loaded.image_format)])
+    embeds = inference.embed_pictures(loaded, [to_picture(picture, loaded.image_format)])
     tokens = torch.tensor([[5] + [699] * len(embeds[0]) + [7]])
     inputs = processor(picture, return_tensors="pt")
     theirs = model.generate(
@@ -215,8 +215,8 @@ def test_bfloat16_is_that_everywhere_but_in_the_positions(tmp_path):
     loaded = huggingface.load(tmp_path, dtype="bfloat16")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     assert loaded.model.gpt.cos.dtype == torch.float32
-    embeds = inference.see(loaded, [to_picture(noise(40, 30), loaded.image_format)])
-    assert inference.caption(loaded, embeds, 5)
+    embeds = inference.embed_pictures(loaded, [to_picture(noise(40, 30), loaded.image_format)])
+    assert inference.caption_pictures(loaded, embeds, 5)
 
 
 # ---- a folder from the command line
@@ -236,7 +236,9 @@ def test_a_folder_is_asked_in_its_own_template(folder, capsys):
     asked = capsys.readouterr().out
     loaded = huggingface.load(folder / "llava")
     assert loaded.choose_template() == ("v1", "")
-    embeds = inference.see(loaded, inference.read(loaded, [str(folder / "a.png")]))
+    embeds = inference.embed_pictures(
+        loaded, inference.read_pictures(loaded, [str(folder / "a.png")])
+    )
     tokens = sample.begin(loaded, embeds, "what is this ?", "v1")
     said = loaded.model.generate(torch.tensor([tokens]), embeds[0], 5, stop=loaded.tokenizer.stops)
     words = loaded.tokenizer.decode([int(token) for token in said])
@@ -265,7 +267,7 @@ def test_the_template_is_known_by_its_signs(folder, sign, template):
     assert huggingface.find_template(folder / "llava", "llama") == template
 
 
-SPOILT = [
+CORRUPTED = [
     ("config.json", None, "config.json: No such file"),
     ("config.json", "{", "not JSON"),
     ("config.json", "[]", "not an object"),
@@ -308,8 +310,8 @@ SPOILT = [
 ]
 
 
-@pytest.mark.parametrize("name, content, message", SPOILT, ids=lambda x: str(x)[:30])
-def test_a_spoilt_folder_is_one_clear_line(folder, name, content, message):
+@pytest.mark.parametrize("name, content, message", CORRUPTED, ids=lambda x: str(x)[:30])
+def test_a_corrupted_folder_is_one_clear_line(folder, name, content, message):
     path = folder / "llava" / name
     if content is None:
         path.unlink()
@@ -347,7 +349,7 @@ def agree(source, folder, picture):
     """transformers opens the folder and says what we say; back here it is the same to the bit."""
     model, processor = opened_by_transformers(folder)
     loaded = checkpoint.load(source)
-    embeds = inference.see(loaded, inference.read(loaded, [str(picture)]))
+    embeds = inference.embed_pictures(loaded, inference.read_pictures(loaded, [str(picture)]))
     inputs = processor(
         images=Image.open(picture).convert("RGB"), text="<image>", return_tensors="pt"
     )
@@ -360,7 +362,7 @@ def agree(source, folder, picture):
     stop = loaded.tokenizer.stops
     ours = [int(t) for t in loaded.model.generate(tokens, embeds[0], 12, stop=stop)]
     assert said.tolist() == ours
-    back = weights.open_model(folder)
+    back = inference.open_model(folder)
     assert same(back.model.state_dict(), loaded.model.state_dict())
     assert back.tokenizer.dump() == loaded.tokenizer.dump()
     assert back.image_format == loaded.image_format
@@ -370,20 +372,20 @@ def agree(source, folder, picture):
 def test_an_exported_folder_that_was_trained_elsewhere_is_not_taken_for_ours(tmp_path):
     import safetensors.torch
 
-    weights.main(["export", str(ROOT / "assets/toy.pt"), str(tmp_path / "toy")])
-    half = weights.open_model(tmp_path / "toy", dtype="bfloat16").model
+    export.main([str(ROOT / "assets/toy.pt"), str(tmp_path / "toy")])
+    half = inference.open_model(tmp_path / "toy", dtype="bfloat16").model
     assert half.gpt.norm.weight.dtype == torch.bfloat16 and half.gpt.cos.dtype == torch.float32
     path = tmp_path / "toy/model.safetensors"
     state = safetensors.torch.load_file(path)
     state["vision_tower.encoder.layer.4.output.dense.bias"] += 1  # of the block that is the norm
     safetensors.torch.save_file(state, path, {"format": "pt"})
     with pytest.raises(UserError, match="no longer those that were exported") as error:
-        weights.open_model(tmp_path / "toy")
+        inference.open_model(tmp_path / "toy")
     assert one_line(error)
 
 
 def test_the_shipped_model_goes_there_and_back(tmp_path):
-    weights.main(["export", str(ROOT / "assets/toy.pt"), str(tmp_path / "toy")])
+    export.main([str(ROOT / "assets/toy.pt"), str(tmp_path / "toy")])
     loaded, said = agree(ROOT / "assets/toy.pt", tmp_path / "toy", ROOT / "assets/scene.png")
     assert said[-1] == loaded.tokenizer.eos and len(said) > 3  # it stops by itself
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy")
@@ -403,10 +405,10 @@ def test_the_shipped_model_goes_there_and_back(tmp_path):
 def test_other_shapes_go_there_and_back(recipe, home, tmp_path, flags):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("vision", "phase0"):
+    for name in ("vision", "language"):
         shutil.copy(recipe / f"{name}.pt", out)
     train.main(["--data=data/tiny", f"--out={out}", *SMALL, "--phase=1", *flags])
-    weights.main(["export", str(out / "phase1.pt"), str(tmp_path / "there")])
+    export.main([str(out / "phase1.pt"), str(tmp_path / "there")])
     Image.open("data/tiny/eval/images/" + first_picture(home)).save(tmp_path / "x.png")
     agree(out / "phase1.pt", tmp_path / "there", tmp_path / "x.png")
 
@@ -431,8 +433,8 @@ def test_what_cannot_be_written_is_refused(recipe, tmp_path):
     (tmp_path / "full/x").write_text("")
     with pytest.raises(UserError, match="new or empty"):
         export.export(loaded, tmp_path / "full")
-    with pytest.raises(UserError, match="want: python weights.py export"):
-        weights.main(["import"])
+    with pytest.raises(UserError, match="want: python export.py"):
+        export.main(["import"])
 
 
 # ---- conversations
@@ -441,16 +443,19 @@ def test_what_cannot_be_written_is_refused(recipe, tmp_path):
 def test_a_conversation_is_what_one_long_prompt_says(folder):
     """With its cache, turn by turn, the same answers as from the whole text at once."""
     loaded = huggingface.load(folder / "llava")
-    talk = chat.Conversation(loaded, "v1")
+    talk = sample.Conversation(loaded, "v1")
     paths = [str(folder / name) for name in ("a.png", "b.png")]
-    one, two = (inference.see(loaded, inference.read(loaded, [path]))[0] for path in paths)
+    one, two = (
+        inference.embed_pictures(loaded, inference.read_pictures(loaded, [path]))[0]
+        for path in paths
+    )
     shown, turns = [], []
     for words, new in [("what ?", [one]), ("where ?", []), ("and now ?", [two]), ("why ?", [])]:
         shown += new
         question = TEMPLATES["v1"].picture * len(new) + words
         tokens, _ = chat_sample(loaded.tokenizer, TEMPLATES["v1"], [*turns, (question, None)])
         counts = [len(embed) for embed in shown]
-        from templates import expand
+        from tokenizer import expand
 
         tokens = expand(tokens, loaded.tokenizer.image, counts)
         whole = loaded.model.generate(torch.tensor([tokens]), torch.cat(shown), 6, stop=talk.stop)
@@ -476,8 +481,10 @@ def test_chat_from_the_command_line(folder):
 def test_a_long_conversation_stays_within_the_context_or_says_so(folder):
     """20 turns with 3 pictures; then many more."""
     loaded = huggingface.load(folder / "llava")
-    talk, full = chat.Conversation(loaded, "v1"), None
-    picture = inference.see(loaded, inference.read(loaded, [str(folder / "a.png")]))[0]
+    talk, full = sample.Conversation(loaded, "v1"), None
+    picture = inference.embed_pictures(
+        loaded, inference.read_pictures(loaded, [str(folder / "a.png")])
+    )[0]
     for turn in range(60):
         try:
             list(talk.ask("what ?", [picture] if turn < 3 else [], max_new_tokens=5))

@@ -13,10 +13,11 @@ import torch
 from conftest import one_line
 from PIL import Image
 
-import images
+from common import images
+from common.archives import Archives
+from common.cores import on_all_cores
+from common.images import ImageFormat, read_image
 from config import UserError
-from images import ImageFormat, read_image
-from places import Places, on_all_cores
 
 SMALL = ImageFormat(8)
 
@@ -161,7 +162,7 @@ def twins(tmp_path):
 
 @pytest.mark.parametrize("place", ["d", "d.zip"])
 def test_equal_names_in_two_folders_are_told_apart(twins, place):
-    places = Places([twins / place])
+    places = Archives([twins / place])
     for i, folder in enumerate("ab"):
         for k in range(3):
             assert shade(places.find(f"{folder}/{k}.png")) == 20 * i + 50 * k
@@ -176,25 +177,25 @@ def test_equal_names_in_two_folders_are_told_apart(twins, place):
 
 def test_a_whole_path_goes_before_one_that_ends_so(twins):
     Image.new("RGB", (9, 9), (250,) * 3).save(twins / "d" / "1.png")
-    assert shade(Places([twins / "d"]).find("1.png")) == 250
-    assert shade(Places([twins / "d"]).find("./1.png")) == 250
+    assert shade(Archives([twins / "d"]).find("1.png")) == 250
+    assert shade(Archives([twins / "d"]).find("./1.png")) == 250
 
 
 def test_the_same_path_in_two_places_is_refused(twins):
     with pytest.raises(UserError, match="2 pictures could be meant"):
-        Places([twins / "d" / "a", twins / "d" / "b"]).find("1.png")
+        Archives([twins / "d" / "a", twins / "d" / "b"]).find("1.png")
 
 
 def test_what_is_neither_folder_nor_zip_is_one_clear_line(tmp_path):
     (tmp_path / "x.zip").write_text("no zip")
     with zipfile.ZipFile(tmp_path / "later.zip", "w") as archive:
         archive.writestr("a", "a")
-    spoilt = bytearray((tmp_path / "later.zip").read_bytes())
-    spoilt[spoilt.index(b"PK\x01\x02") + 6] = 148  # made for a later version of zip
-    (tmp_path / "later.zip").write_bytes(spoilt)
+    corrupted = bytearray((tmp_path / "later.zip").read_bytes())
+    corrupted[corrupted.index(b"PK\x01\x02") + 6] = 148  # made for a later version of zip
+    (tmp_path / "later.zip").write_bytes(corrupted)
     for path in ("x.zip", "none", "later.zip"):
         with pytest.raises(UserError, match="neither a folder nor a whole zip"):
-            Places([tmp_path / path])
+            Archives([tmp_path / path])
 
 
 def test_a_flipped_bit_inside_a_zip_is_noticed(tmp_path):
@@ -205,7 +206,7 @@ def test_a_flipped_bit_inside_a_zip_is_noticed(tmp_path):
     content[400] ^= 1
     (tmp_path / "z.zip").write_bytes(content)
     with pytest.raises(UserError, match="damaged in"):
-        read_image(Places([tmp_path / "z.zip"]).find("x.jpg"), SMALL)
+        read_image(Archives([tmp_path / "z.zip"]).find("x.jpg"), SMALL)
 
 
 def test_what_no_picture_is_stays_packed(tmp_path, monkeypatch):
@@ -213,7 +214,7 @@ def test_what_no_picture_is_stays_packed(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("large.png", bytes(300 << 20))
         archive.writestr("lies.png", bytes(100 << 20))
-    place = Places([tmp_path / "z.zip"])
+    place = Archives([tmp_path / "z.zip"])
     tracemalloc.start()
     with pytest.raises(UserError, match="314,572,800 bytes in .*z.zip: no picture"):
         read_image(place.find("large.png"), SMALL)
@@ -257,5 +258,5 @@ def test_a_place_given_twice_is_one_place(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     whole = str(tmp_path / "1.png")
-    assert Places([tmp_path, other]).find(whole) == whole
-    assert Places([tmp_path, tmp_path]).find("1.png") == whole
+    assert Archives([tmp_path, other]).find(whole) == whole
+    assert Archives([tmp_path, tmp_path]).find("1.png") == whole

@@ -11,13 +11,13 @@ from PIL import Image
 
 import checkpoint
 import data
+import export
 import inference
 import sample
 import train
-import vision
-import weights as weights_module
 from config import UserError
 from data import Data
+from pretrained.convnets import ConvNeXt
 
 TALK = [{"from": "human", "value": "<image>\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}]
 
@@ -94,7 +94,7 @@ def test_plain_is_captions(place):
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    "corrupt, message",
     [
         (item(["0.png", "1.png"]), "item 3: 1 <image> for 2 pictures"),
         (item([]), "item 3: 1 <image> for 0 pictures"),
@@ -110,9 +110,9 @@ def test_plain_is_captions(place):
     ],
     ids=str,
 )
-def test_a_spoilt_item_is_an_error_with_its_place(place, spoil, message):
+def test_a_corrupted_item_is_an_error_with_its_place(place, corrupt, message):
     with pytest.raises(UserError, match=message) as error:
-        prepare(many(3) + [spoil] + many(12))
+        prepare(many(3) + [corrupt] + many(12))
     assert one_line(error) and "chat.json" in str(error.value)
     assert not (place / "data/llava/meta.json").exists()
 
@@ -190,18 +190,18 @@ def test_forgotten_pictures_are_an_error_or_mended(place, capsys):
     turns = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "a ball ."}]
     items = many(40)
     items[7] = item(["0.png", "1.png"], turns)
-    with pytest.raises(UserError, match="item 7: 0 <image> for 2 pictures; --mend"):
+    with pytest.raises(UserError, match="item 7: 0 <image> for 2 pictures; --fix"):
         prepare(items)
-    dataset = prepare(items, "--mend", name="mended")
+    dataset = prepare(items, "--fix", name="fixed")
     whole = [split for split in ("chat_train", "chat_val") if dataset.count(split, "samples")]
     assert sum(dataset.count(split, "samples") for split in whole) == 40
-    mended = [*TALK[:0], {"from": "human", "value": "<image><image>what ?"}, turns[1]]
-    by_hand = prepare([*items[:7], item(["0.png", "1.png"], mended), *items[8:]], name="by_hand")
+    fixed = [*TALK[:0], {"from": "human", "value": "<image><image>what ?"}, turns[1]]
+    by_hand = prepare([*items[:7], item(["0.png", "1.png"], fixed), *items[8:]], name="by_hand")
     assert by_hand.meta["corpus"] == dataset.meta["corpus"]
-    assert "chat.json: --mend put <image> into 1 items, item 7 first" in capsys.readouterr().out
+    assert "chat.json: --fix put <image> into 1 items, item 7 first" in capsys.readouterr().out
     items[7] = item(["0.png", "1.png"], [{"from": "human", "value": "<image>what ?"}, turns[1]])
     with pytest.raises(UserError, match="item 7: 1 <image> for 2 pictures$"):
-        prepare(items, "--mend")
+        prepare(items, "--fix")
 
 
 @pytest.fixture
@@ -235,14 +235,14 @@ def test_lora_learns_its_factors_alone_is_merged_and_goes_on(trained, recipe):
         after["gpt.layers.0.mlp.down_proj.weight"] - before["gpt.layers.0.mlp.down_proj.weight"]
     )
     assert torch.linalg.matrix_rank(difference, rtol=1e-4) <= 2
-    assert inference.caption(checkpoint.load("out/lora/phase3.pt"), []) == []
+    assert inference.caption_pictures(checkpoint.load("out/lora/phase3.pt"), []) == []
 
     def stop_at_6(*args, **kwargs):
         if args[1] == 6:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    import phases
+    from training import phases
 
     original = phases.save
     phases.save = stop_at_6
@@ -289,7 +289,7 @@ def test_tiles_are_trained_on_with_the_tower_at_its_own_rate(trained, recipe):
         after["tower.patch_embed.proj.weight"], before["tower.patch_embed.proj.weight"]
     )
     loaded = checkpoint.load("out/tiled/phase3.pt")
-    embeds = inference.see(loaded, inference.read(loaded, ["pictures/0.png"]))
+    embeds = inference.embed_pictures(loaded, inference.read_pictures(loaded, ["pictures/0.png"]))
     assert len(embeds[0]) == 4 + 2 * (4 + 1)  # 2 x 2 patches, then two rows of 4 and a newline
     resumed = [*flags, "--data=data/tiled", "--phase=3", "--out=out/tiled", *learn]
     train.main(resumed)  # done already
@@ -314,15 +314,15 @@ def test_training_goes_on_from_a_folder(place):
     assert loaded.tokenizer.dump() == dataset.tokenizer.dump()
     assert loaded.choose_template() == ("v1", "")
     log = [json.loads(line) for line in open("out/on/log.jsonl")]
-    for knob, has in [
+    for option, has in [
         ("projector=linear", "mlp2x_gelu"),
         ("select_layer=-1", "-2"),
         ("n_layer=9", ""),
     ]:
         with pytest.raises(UserError, match=f"contradicts vicuna.*{has}"):
-            train.main([*flags[:2], "--out=out/no", "--phase=3", *steps, f"--{knob}"])
-    weights_module.main(["export", "out/on/phase3.pt", "there"])
-    back = weights_module.open_model("there")
+            train.main([*flags[:2], "--out=out/no", "--phase=3", *steps, f"--{option}"])
+    export.main(["out/on/phase3.pt", "there"])
+    back = inference.open_model("there")
     assert same(back.model.state_dict(), loaded.model.state_dict())
     assert back.tokenizer.dump() == loaded.tokenizer.dump()
     ids = json.load(open("there/generation_config.json"))
@@ -412,10 +412,10 @@ def test_what_learnt_conversations_is_exported_with_its_template(trained, recipe
         train.main(
             [*flags, "--data=data/tiled", "--phase=3", "--init=out/t1/phase1.pt", "--out=out/t3"]
         )
-    weights_module.main(["export", source, "there"])
+    export.main([source, "there"])
     theirs, processor = opened("there")
     loaded = checkpoint.load(source)
-    embeds = inference.see(loaded, inference.read(loaded, ["pictures/3.png"]))
+    embeds = inference.embed_pictures(loaded, inference.read_pictures(loaded, ["pictures/3.png"]))
     tokens = torch.tensor([sample.begin(loaded, embeds, "what is it ?", "baby_v1")])
     content = [{"type": "image"}, {"type": "text", "text": "what is it ?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}])
@@ -425,7 +425,7 @@ def test_what_learnt_conversations_is_exported_with_its_template(trained, recipe
     with torch.no_grad():
         ours = loaded.model(tokens, images=embeds[0])[0]
         assert (theirs(**inputs).logits - ours).abs().max() < 1e-4
-    back = weights_module.open_model("there")
+    back = inference.open_model("there")
     assert same(back.model.state_dict(), loaded.model.state_dict())
     assert back.choose_template() == ("baby_v1", "")
 
@@ -433,7 +433,7 @@ def test_what_learnt_conversations_is_exported_with_its_template(trained, recipe
 def test_a_ready_convnext_gets_a_stage_more(place, recipe):
     """ConvLLaVA's stages 1 to 3: what learns in each, and nothing else."""
     torch.manual_seed(0)
-    tower = vision.ConvNeXt((1, 1), width=16, stem=2)
+    tower = ConvNeXt((1, 1), width=16, stem=2)
     torch.save(tower.state_dict(), "conv.pth")
     said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a ball ."}]
     pairs = [item([f"{i % 20}.png"], said) for i in range(40)]

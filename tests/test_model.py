@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from images import ImageFormat, to_pixels
+from common.images import ImageFormat, to_pixels
 from kernels import attention, rms_norm, visible
-from model import GPT, BabyLLaVA, GPTConfig, Positions, Projector
+from model import (
+    GPT,
+    BabyLLaVA,
+    GPTConfig,
+    Positions,
+    cross_entropy,
+    make_projector,
+    rotary_frequencies,
+    rotate,
+)
 from vision import ViT
 
 
@@ -16,7 +25,7 @@ def tiny(how={}, **changes):  # noqa: B006
     gpt = GPT(GPTConfig(**sizes | {"n_kv_head": 2} | changes))
     for parameter in gpt.parameters():  # larger than at the start, so that mistakes show
         parameter.data.normal_(0, 0.3)
-    return BabyLLaVA(gpt, Projector("mlp2x_gelu", 12, 32), None, image_token=49, **how).eval()
+    return BabyLLaVA(gpt, make_projector("mlp2x_gelu", 12, 32), None, image_token=49, **how).eval()
 
 
 def with_image(P=5, words=(3, 1, 4, 1, 5)):
@@ -103,7 +112,7 @@ def test_the_gpt_is_a_llama():
 
 def test_cached_generation_equals_the_full_forward():
     model, (tokens, features) = tiny(), with_image()
-    steps = list(model.generate(tokens, features, max_new_tokens=12))
+    steps = list(model.generate(tokens, model.embed_images(features), max_new_tokens=12))
     for token in steps:
         full = model(tokens, images=features)[0][:, -1]
         assert torch.equal(token, full.argmax(-1))
@@ -113,14 +122,18 @@ def test_cached_generation_equals_the_full_forward():
 
 def test_generation_stops_at_eos_and_at_the_context():
     model, (tokens, features) = tiny(), with_image()
-    first = next(model.generate(tokens, features))
+    first = next(model.generate(tokens, model.embed_images(features)))
     stop = int(first[0])
-    steps = torch.stack(list(model.generate(tokens, features, 99, stop=(stop,))), 1)
+    steps = torch.stack(
+        list(model.generate(tokens, model.embed_images(features), 99, stop=(stop,))), 1
+    )
     assert (steps[0] == stop).all()  # row 0 goes on saying stop while row 1 speaks
     assert tokens.shape[1] + steps.shape[1] <= 40
-    alone = list(model.generate(tokens[:1], features[:1], 99, stop=(stop,)))
+    alone = list(model.generate(tokens[:1], model.embed_images(features[:1]), 99, stop=(stop,)))
     assert len(alone) == 1
-    assert len(list(model.generate(tokens, features, 99))) == 40 - tokens.shape[1]
+    assert (
+        len(list(model.generate(tokens, model.embed_images(features), 99))) == 40 - tokens.shape[1]
+    )
 
 
 def test_sampling_keeps_to_top_k_and_to_its_seed():
@@ -139,14 +152,14 @@ def test_sampling_keeps_to_top_k_and_to_its_seed():
 
 def test_features_fill_the_placeholders_in_order():
     model, (tokens, features) = tiny(), with_image()
-    x = model.embed(tokens, model.project(features))
+    x = model.embed(tokens, model.embed_images(features))
     assert torch.allclose(x[:, :5], model.projector(features), atol=1e-6)
     assert torch.equal(x[:, 5:], model.gpt.embed_tokens(tokens[:, 5:]))
     scattered = torch.tensor([[49, 3, 49, 49, 7, 49, 49]])  # two images of 2 and 3 rows
-    y = model.embed(scattered, model.project(features[:1]))
+    y = model.embed(scattered, model.embed_images(features[:1]))
     assert torch.allclose(y[0, [0, 2, 3, 5, 6]], model.projector(features)[0], atol=1e-6)
     with pytest.raises(ValueError, match="5 image placeholders for 10"):
-        next(model.generate(scattered, features))
+        next(model.generate(scattered, model.embed_images(features)))
 
 
 @pytest.mark.parametrize("attention, norm", [("sdpa", "torch"), ("triton", "triton")])
@@ -178,7 +191,7 @@ def test_the_loss_is_the_mean_over_asked_targets():
 
 def test_attention_maps_are_distributions_over_the_past():
     model, (tokens, features) = tiny(), with_image()
-    maps = model.attention_maps(tokens, features)
+    maps = model.attention_maps(tokens, model.embed_images(features))
     assert maps.shape == (2, 10, 10) and torch.allclose(maps.sum(-1), torch.ones(2, 10), atol=1e-5)
     assert (maps[:, ~visible(10, 10, 0, "cpu")] == 0).all()
 
@@ -194,18 +207,19 @@ def test_attention_maps_are_distributions_over_the_past():
     ],
 )
 def test_projectors_are_llavas(kind, layers):
-    projector = Projector(kind, 32, 32)
+    projector = make_projector(kind, 32, 32)
     parts = [*projector.children()] or [projector]
-    assert " ".join(type(part).__name__ for part in parts) == layers
+    names = [type(part).__name__.removesuffix("Projector") for part in parts]
+    assert " ".join(names) == layers and projector.num_tokens(5) == 5
     assert projector(torch.randn(2, 5, 32)).shape == (2, 5, 32)
     if kind == "mlp2x_gelu":  # BabyLLaVA's: E = 2048, C = 256
-        assert sum(p.numel() for p in Projector(kind, 2048, 256).parameters()) == 590_336
+        assert sum(p.numel() for p in make_projector(kind, 2048, 256).parameters()) == 590_336
 
 
 @pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp", "resampler", "identity"])
 def test_an_unknown_projector_is_refused(kind):
-    with pytest.raises(ValueError, match="no projector"):
-        Projector(kind, 12, 32)
+    with pytest.raises(ValueError, match="projector"):
+        make_projector(kind, 12, 32)
 
 
 def test_bad_head_widths_and_overlong_texts_are_refused():
@@ -241,9 +255,9 @@ def test_image_tokens_see_one_another_where_that_is_asked_for(attention):
     tokens[:, 8] = 7  # words stay causal
     later = model(tokens, images=changed)[0]
     assert torch.equal(after[:, :8], later[:, :8])
-    maps = model.attention_maps(tokens, features)
+    maps = model.attention_maps(tokens, model.embed_images(features))
     assert (maps[0, 0, 1:5] > 0).all() == (attention == "full")
-    steps = list(model.generate(tokens, features, max_new_tokens=6))
+    steps = list(model.generate(tokens, model.embed_images(features), max_new_tokens=6))
     for token in steps:
         assert torch.equal(token, model(tokens, images=features)[0][:, -1].argmax(-1))
         tokens = torch.cat([tokens, token[:, None]], 1)
@@ -259,7 +273,11 @@ def test_features_and_frames_give_the_same_words():
     draw = lambda images: torch.stack(
         list(
             model.generate(
-                tokens, images, 12, temperature=1.0, generator=torch.Generator().manual_seed(5)
+                tokens,
+                model.embed_images(images),
+                12,
+                temperature=1.0,
+                generator=torch.Generator().manual_seed(5),
             )
         )
     )
@@ -275,7 +293,7 @@ def test_pooling_is_the_mean_of_what_the_projector_makes_of_neighbours(keep_cls)
     model.tower = ViT(32, 8, 12, 2, 2).eval()
     features = torch.randn(3, 16 + keep_cls, 12)
     with torch.no_grad():
-        found = model.project(features).view(3, -1, 32)
+        found = model.embed_images(features).view(3, -1, 32)
         assert model.image_tokens(32) == found.shape[1] == 4 + keep_cls
         for n in range(3):
             rows = [model.projector(row) for row in features[n]]
@@ -300,3 +318,44 @@ def test_one_batch_is_learnt_by_heart():
         loss.backward()
         optimizer.step()
     assert loss < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rotary_positions_turn_each_pair_by_its_angle(dtype):
+    """As complex numbers: (a + ib) e^(i angle)."""
+    torch.manual_seed(0)
+    config = GPTConfig(50, 40, 2, 4, 32)
+    x = torch.randn(2, 5, 3, 8).to(dtype)
+    angles = torch.outer(torch.arange(5.0), rotary_frequencies(config))[:, None]
+    a, b = x.double().chunk(2, -1)
+    turned = torch.complex(a, b) * torch.exp(1j * angles.double())
+    expected = torch.cat([turned.real, turned.imag], -1)
+    found = rotate(x, angles.cos(), angles.sin())
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_swiglu_is_its_formula():
+    mlp = tiny().gpt.layers[0].mlp
+    x = torch.randn(3, 5, 32)
+    gate, up = (mlp.gate_up_proj.weight.double() @ x.double().mT).mT.chunk(2, -1)
+    expected = (gate * gate.sigmoid() * up) @ mlp.down_proj.weight.double().T
+    assert (mlp(x) - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("targets", [[], [-100, -100]])
+def test_a_loss_of_no_targets_is_zero(targets):
+    logits = torch.randn(len(targets), 9, requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor(targets, dtype=torch.long))
+    loss.backward()
+    assert float(loss) == 0 and not logits.grad.any()
+
+
+def test_the_loss_is_the_mean_over_real_targets():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 9), torch.tensor([3, -100, 8, 0, -100, 5])
+    rows = [i for i, target in enumerate(targets.tolist()) if target >= 0]
+    nll = [-logits[i].double().log_softmax(-1)[targets[i]] for i in rows]
+    assert abs(float(cross_entropy(logits, targets)) - float(sum(nll)) / 4) < 1e-6
+    with pytest.raises(IndexError):
+        cross_entropy(logits, targets.clamp(min=9))

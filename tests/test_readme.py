@@ -26,8 +26,8 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     for path in [
         *ROOT.glob("*.py"),
+        *(path.parent for path in ROOT.glob("*/__init__.py")),
         ROOT / "configs",
-        ROOT / "sources",
         ROOT / "assets",
         ROOT / "requirements.txt",
     ]:

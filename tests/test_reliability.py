@@ -18,7 +18,7 @@ import reliability
 from config import UserError
 
 
-def test_spoilt_input_of_every_kind_ends_in_success_or_one_line(tmp_path):
+def test_corrupted_input_of_every_kind_ends_in_success_or_one_line(tmp_path):
     """A sample of what the benchmark does ten thousand times."""
     done = shell(
         ROOT / "benchmarks/reliability.py", "--what=inputs", "--cases=57", "--seed=7", cwd=tmp_path
@@ -107,12 +107,12 @@ def test_a_fork_that_fails_before_its_command_ends(tmp_path, monkeypatch):
     assert not (tmp_path / "came back").exists()
 
 
-def test_spoiling_changes_one_file_and_follows_from_its_seed(tmp_path):
+def test_corrupting_changes_one_file_and_follows_from_its_seed(tmp_path):
     content, found = json.dumps([{"a": [1, "x"], "b": "y"}] * 4), []
     for seed in (1, 1, 2, 3, 4, 5):
         path = tmp_path / f"{len(found)}.json"
         path.write_text(content)
-        bad_inputs.spoil_json(random.Random(seed), path)
+        bad_inputs.corrupt_json(random.Random(seed), path)
         found.append(path.read_text())
     assert found[0] == found[1] and len(set(found)) > 3 and content not in found[2:4]
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-import report
+from tasks import report
 
 
 def results(subset="all", task="vtwt"):

@@ -12,8 +12,8 @@ import checkpoint
 import data
 import inference
 import sample
+from common.images import read_image
 from config import UserError
-from images import read_image
 
 
 @pytest.fixture
@@ -34,8 +34,10 @@ def test_the_shipped_model_captions_the_shipped_picture(tmp_path):
 
 def test_captions_end_with_eos_not_with_the_limit():
     loaded = checkpoint.load(ROOT / "assets/toy.pt")
-    embeds = inference.see(loaded, inference.read(loaded, [ROOT / "assets/scene.png"]))
-    assert 1 < len(inference.caption(loaded, embeds, 60)[0].split()) < 30
+    embeds = inference.embed_pictures(
+        loaded, inference.read_pictures(loaded, [ROOT / "assets/scene.png"])
+    )
+    assert 1 < len(inference.caption_pictures(loaded, embeds, 60)[0].split()) < 30
 
 
 def test_prompt_samples_and_several_pictures(recipe, home, picture, capsys):
@@ -56,7 +58,7 @@ def test_prompt_samples_and_several_pictures(recipe, home, picture, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.startswith("look") for line in lines)
     sample.main(["--checkpoint=out/full/phase2.pt", "--image", picture, picture])
-    sample.main(["--checkpoint=out/full/phase0.pt", "--max_new_tokens=3"])  # words alone
+    sample.main(["--checkpoint=out/full/language.pt", "--max_new_tokens=3"])  # words alone
     assert capsys.readouterr().out
 
 
@@ -76,7 +78,7 @@ def test_attention_is_drawn(recipe, home, picture, tmp_path):
 
 def test_a_picture_means_the_same_in_sampling_as_in_training(recipe, home):
     """The features sample.py makes of an image file are those that phase 1 read from its bin."""
-    import features
+    from training import features
 
     dataset = data.Data("data/tiny")
     Image.fromarray(dataset.open("train", "frames")[3]).save("frame3.png")
@@ -87,7 +89,7 @@ def test_a_picture_means_the_same_in_sampling_as_in_training(recipe, home):
 
 
 def test_the_same_words_from_stored_features_and_from_frames(recipe, home):
-    import features
+    from training import features
 
     loaded, dataset = checkpoint.load("out/full/phase2.pt"), data.Data("data/tiny")
     stored = torch.tensor(np.array(features.open_stored(dataset, "train", loaded.model)[:6]))
@@ -96,7 +98,11 @@ def test_the_same_words_from_stored_features_and_from_frames(recipe, home):
     speak = lambda images: torch.stack(
         list(
             loaded.model.generate(
-                tokens, images, 12, temperature=1.0, generator=torch.Generator().manual_seed(1)
+                tokens,
+                loaded.model.embed_images(images),
+                12,
+                temperature=1.0,
+                generator=torch.Generator().manual_seed(1),
             )
         )
     )
@@ -109,12 +115,12 @@ def test_the_same_words_from_stored_features_and_from_frames(recipe, home):
         (["--checkpoint=none.pt"], "no such checkpoint"),
         (["--checkpoint=data/tiny/meta.json"], "not a checkpoint, or cut short"),
         (["--checkpoint=out/full/vision.pt"], "a tower alone"),
-        (["--checkpoint=out/full/phase0.pt", "--image=frame.png"], "cannot see"),
+        (["--checkpoint=out/full/language.pt", "--image=frame.png"], "cannot see"),
         (
             ["--checkpoint=out/full/phase2.pt", "--image=frame.png", "--prompt=" + "ball " * 99],
             "this model holds 48",
         ),
-        (["--checkpoint=out/full/phase0.pt", "--prompt=" + "ball " * 99], "this model holds 48"),
+        (["--checkpoint=out/full/language.pt", "--prompt=" + "ball " * 99], "this model holds 48"),
         (["--checkpoint=out/full/phase2.pt", "--device=gpu"], "cpu, cuda, cuda:1 ... or mps"),
         (["--checkpoint=out/full/phase2.pt", "--attention=x.png"], "needs an --image"),
         (["--checkpoint=out/full/phase2.pt", "--image=frame.png", "--attention=x.zzz"], "x.zzz"),

@@ -20,12 +20,13 @@ from PIL import Image
 import checkpoint
 import data
 import eval as evaluation
-import images
 import sources
 import train
 import vision
+from common import images
+from common.images import ImageFormat
 from config import UserError
-from images import ImageFormat
+from pretrained.convnets import ResNeXt
 from sources import saycam
 
 # a tower from a file has sizes of its own: these flags would contradict it
@@ -252,7 +253,7 @@ def test_from_the_zip_to_words_with_a_published_kind_of_eye(fake):
     """A ResNeXt checkpoint, the three phases and the published tests' commands, end to end."""
     prepare("--size=64", "--frames_per_utterance=2")
     torch.manual_seed(0)
-    eye = vision.ResNeXt((1, 1, 1, 1))
+    eye = ResNeXt((1, 1, 1, 1))
     state = {f"module.backbone.{key}": value for key, value in eye.state_dict().items()}
     torch.save({"teacher": state}, "eye.pth")
     for phase in (1, 0, 1, 2):
@@ -263,13 +264,13 @@ def test_from_the_zip_to_words_with_a_published_kind_of_eye(fake):
             *[flag for flag in SMALL if not flag.startswith(TOWER_FLAGS)],
             "--block_size=64",
         ]
-        if phase == 1 and not os.path.exists("out/s/phase0.pt"):
+        if phase == 1 and not os.path.exists("out/s/language.pt"):
             with pytest.raises(UserError, match="vision.pt does not exist: finish it first with"):
                 train.main(command)
             continue
         train.main([*command, "--vision_weights=eye.pth"] if phase == 0 else command)
     loaded = checkpoint.load("out/s/phase2.pt")
-    assert vision.describe(loaded.model.tower) == vision.describe(eye)
+    assert vision.describe_tower(loaded.model.tower) == vision.describe_tower(eye)
     assert loaded.model.tower.width == 2048 and loaded.checkpoint["source"] == "saycam"
     names = [*fake][:4]
     open("v.csv", "w").write(
@@ -394,8 +395,8 @@ def test_v2s_three_forms(fake):
 @pytest.mark.parametrize(
     "image, human, gpt, why",
     [
-        (["F"], "what ?", "hi .", "item 3: 0 <image> for 1 pictures; --mend"),
-        ("F", "what ?", "hi .", "item 3: 0 <image> for 1 pictures; --mend"),
+        (["F"], "what ?", "hi .", "item 3: 0 <image> for 1 pictures; --fix"),
+        ("F", "what ?", "hi .", "item 3: 0 <image> for 1 pictures; --fix"),
         (["F"], "<image><image>", "hi .", "item 3: 2 <image> for 1 pictures"),
         (["F"], "<image>", "a <image> .", "item 3: an <image> in an answer"),
         (["F", "F"], "<image>", "a <image> .", "item 3: an <image> in an answer"),
@@ -418,9 +419,9 @@ def test_pictures_that_are_not_shown_are_never_silent(fake, image, human, gpt, w
 
 def test_forgotten_images_of_moments_are_mended_in_turn():
     turns = [{"from": who, "value": "a"} for who in ("human", "gpt") * 2]
-    names, said = sources.read_talk({"image": ["0", "1"], "conversations": turns}, mend=True)
+    names, said = sources.read_dialogue({"image": ["0", "1"], "conversations": turns}, fix=True)
     assert names == ["0", "1"] and said == [("<image>a", "a")] * 2
-    names, said = sources.read_talk({"image": ["0"] * 3, "conversations": turns}, mend=True)
+    names, said = sources.read_dialogue({"image": ["0"] * 3, "conversations": turns}, fix=True)
     assert said == [("<image><image><image>a", "a"), ("a", "a")]
 
 
@@ -430,9 +431,9 @@ def test_a_clip_without_its_images_is_an_error_or_mended(fake):
     items = v2_items(frames)
     items[4]["conversations"][0]["value"] = ""
     Path("v2_train.json").write_text(json.dumps(items))
-    with pytest.raises(UserError, match="v2_train.json: item 4: 0 <image> for 4 pictures; --mend"):
+    with pytest.raises(UserError, match="v2_train.json: item 4: 0 <image> for 4 pictures; --fix"):
         prepare(annotations=("v2_train.json",))
-    dataset = prepare("--mend", annotations=("v2_train.json",))
+    dataset = prepare("--fix", annotations=("v2_train.json",))
     counts = [dataset.open(split, "samples")[:, 3].tolist() for split in ("train", "val")]
     assert sum(counts, []).count(4) == len(items) // 3
 
@@ -443,7 +444,7 @@ def test_a_preparation_gone_on_with_has_the_same_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake_saycam.write("s", utterances=(12, 4, 4), size=32)
     flags = "--frames s/frames.txt --annotations s/train.json s/val.json --size 16".split()
-    whole = data.prepare("saycam", ["--name=whole", *flags, "--vocab_size=300"])[1]
+    whole = sources.prepare("saycam", ["--name=whole", *flags, "--vocab_size=300"])[1]
 
     def full(self, values, put=data.Bin.put):
         if self.path.name == "train_frames.partial" and self.rows == 20:
@@ -452,6 +453,6 @@ def test_a_preparation_gone_on_with_has_the_same_id(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="train_frames"):
         patch.setattr(data.Bin, "put", full)
-        data.prepare("saycam", ["--name=again", *flags, "--vocab_size=300"])
-    again = data.prepare("saycam", ["--name=again", *flags, "--vocab_size=300"])[1]
+        sources.prepare("saycam", ["--name=again", *flags, "--vocab_size=300"])
+    again = sources.prepare("saycam", ["--name=again", *flags, "--vocab_size=300"])[1]
     assert again == whole

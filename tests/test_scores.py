@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import scores
-from babyvlm import WINOGROUND
-from scores import names_in
+from tasks import scores
+from tasks.babyvlm import WINOGROUND
+from tasks.scores import names_in
 
 
 def test_the_interval_is_wilsons():

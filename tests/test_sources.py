@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import sources
+from common.archives import Archives
+from common.images import ImageFormat
 from data import Data, Writer
-from images import ImageFormat
-from places import Places
 from sources import hold_out, keep_out, read_images
 from tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def test_what_a_killed_run_read_is_not_taken_for_another_runs(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for i in range(4):
         Image.new("RGB", (40, 20), (60 * i, 0, 0)).save(f"{i}.png")
-    places = [Places(["."]).find(f"{i}.png") for i in range(4)]
+    places = [Archives(["."]).find(f"{i}.png") for i in range(4)]
     tokenizer = Tokenizer.train(["a ball"] * 9, 270)
 
     def begin(fit):

@@ -3,8 +3,7 @@
 import pytest
 
 from config import UserError
-from templates import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATES, Tokenizer, chat_sample, end_tokens, expand, with_pictures
 
 OURS = Tokenizer.train(["what is it ? a ball .", "USER: ASSISTANT:"] * 9, 300)
 TURNS = [("<image>\nwhat is it ?", "a ball ."), ("and this <image> ?", "a cup .")]
@@ -124,9 +123,9 @@ def test_what_is_said_after_bos_is_the_beginning_of_the_text():
     class Notes:
         bos, eos, image, specials = 1, 2, 3, {"<image>": 3}
 
-        def encode_exactly(self, text, begins):
-            begun.append((text, begins))
+        def encode_segment(self, text, after):
+            begun.append((text, after))
             return [9]
 
     chat_sample(Notes(), TEMPLATES["mistral"], [("<image>what", "a ball")])
-    assert begun == [("[INST] ", "text"), ("what [/INST]", True), (" a ball", False)]
+    assert begun == [("[INST] ", "start"), ("what [/INST]", "special"), (" a ball", "text")]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import tiles
-from images import ImageFormat, to_picture
+from common import tiles
+from common.images import ImageFormat, to_picture
 
 PUBLISHED = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import one_line
 
+import fast.bpe
 import tokenizer as module
 from config import UserError
 from tokenizer import Tokenizer, caption_sample
@@ -45,7 +46,8 @@ def test_bpe_learns_what_the_definition_says():
     rng = np.random.RandomState(0)
     lines = TEXT + ["aaaa aaa abab", "".join(rng.choice(list("ab c"), 300))]
     counts = Counter(word for line in lines for word in re.findall(module.PATTERN, line))
-    assert list(module.train_bpe(counts, 60)) == slow_bpe(counts, 60)
+    assert list(module.train_bpe_plain(counts, 60)) == slow_bpe(counts, 60)
+    assert fast.bpe.train_bpe(counts, 60, module.merge) == module.train_bpe_plain(counts, 60)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import random
 import pytest
 from conftest import one_line
 
-import tokenizer_json
 from config import UserError
+from pretrained import tokenizer_json
+from pretrained.tokenizer_json import JsonTokenizer
 from tokenizer import Tokenizer
-from tokenizer_json import JsonTokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 from fake_llava import byte_level, sentence_piece  # noqa: E402
@@ -88,7 +88,7 @@ def test_stretches_after_a_special_are_as_theirs():
         theirs = KINDS[kind]()
         made = ours(theirs)
         whole = theirs.encode("a ball</s>a cup", add_special_tokens=False).ids
-        stretches = made.encode_exactly("a ball") + [2] + made.encode_exactly("a cup", True)
+        stretches = made.encode_segment("a ball") + [2] + made.encode_segment("a cup", "special")
         assert stretches == whole
 
 

@@ -15,14 +15,15 @@ from PIL import Image
 
 import data
 import eval as evaluation
-import toolbox
 import train
 from config import UserError
 from data import Data
-from sources import _toy_games, _toy_items, toy
+from sources import toolbox_prompts, toy, toy_games, toy_items
+from sources.toolbox_prompts import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS
 from sources.toy import THINGS, Thing
 from sources.toy_chat import article
-from toolbox import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS, hits_of, parse, rule
+from tasks import toolbox
+from tasks.toolbox import hits_of, make_rule, parse
 
 FLAGS = (
     "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --games=62 "
@@ -83,7 +84,7 @@ def test_directions():
     assert parse("up left", DIRECTIONS, "strict") == "up left"
     assert parse("it goes up left", DIRECTIONS, "strict") == ""
     assert parse("it goes up left", DIRECTIONS, "published") == "up left"
-    assert parse("Right.", toolbox.SIDES, "strict") == "right"
+    assert parse("Right.", toolbox_prompts.SIDES, "strict") == "right"
 
 
 def test_every_answer_is_read_as_itself_by_both_rules():
@@ -248,7 +249,7 @@ def asked(name, rows, frames, answers):
             "pixels": lambda: make(rows),
         }[key](),
     )
-    return rule(name)(rows, subject, "fair")
+    return make_rule(name)(rows, subject, "fair")
 
 
 def noise(seed, size=64):
@@ -307,7 +308,7 @@ def test_overall_is_the_mean_of_eleven_columns():
 
 def test_items_fit_their_tests(made):
     for name in TESTS:
-        items = toolbox.read(name, made / "eval" / f"{name}.json")
+        items = toolbox.read_items(name, made / "eval" / f"{name}.json")
         assert {item["subset"] for item in items} == {"seen", "held_out"}
         for item in items:
             assert all((made / "eval" / "images" / image).exists() for image in item["image"])
@@ -319,7 +320,7 @@ def test_items_fit_their_tests(made):
 
 
 def test_the_wording_is_the_originals():
-    say = toolbox.write
+    say = toolbox_prompts.write
     assert say("picture_vocabulary", 4, "basket") == (
         "Touch the image of 'basket' (A)<image> (B)<image> (C)<image> (D)<image>"
     )
@@ -361,13 +362,13 @@ def album(held_out=False, size=64):
         frames.append(np.array(frame))
         return len(frames) - 1
 
-    return _toy_items.Album(keep, np.random.RandomState(0), size, held_out), frames
+    return toy_items.Album(keep, np.random.RandomState(0), size, held_out), frames
 
 
 def test_left_right_shows_the_same_picture_once_and_its_mirror_image_twice():
     some, frames = album()
     for _ in range(10):
-        pictures, [(_, letter)], _ = _toy_items.left_right("left_right", some)
+        pictures, [(_, letter)], _ = toy_items.left_right("left_right", some)
         query, *options = (frames[i] for i in pictures)
         for option, name in zip(options, LETTERS):
             same = query if name == letter else query[:, ::-1]
@@ -377,7 +378,7 @@ def test_left_right_shows_the_same_picture_once_and_its_mirror_image_twice():
 def test_the_fair_form_has_no_identical_picture():
     some, frames = album()
     for _ in range(10):
-        pictures, _, _ = _toy_items.left_right_fair("left_right_fair", some)
+        pictures, _, _ = toy_items.left_right_fair("left_right_fair", some)
         for a, b in itertools.combinations(pictures, 2):
             assert (frames[a] != frames[b]).any()
             assert (frames[a] != frames[b][:, ::-1]).any()
@@ -386,10 +387,10 @@ def test_the_fair_form_has_no_identical_picture():
 def test_what_faces_has_a_mirror_image_of_its_own():
     """Drawn in the middle, without tilt: the mirror image is another picture, and one thing drawn
     mirrored is the mirror image of the other drawn plain."""
-    for kind in _toy_items.FACING:
+    for kind in toy_items.FACING:
         views = [
-            _toy_items.paint(
-                [_toy_items.Placed(Thing(kind, "red"), 0.5, 0.5, 0.8, 0.0, mirrored)],
+            toy_items.paint(
+                [toy_items.Placed(Thing(kind, "red"), 0.5, 0.5, 0.8, 0.0, mirrored)],
                 np.random.RandomState(0),
                 64,
             ).astype(int)
@@ -403,7 +404,7 @@ def test_what_faces_has_a_mirror_image_of_its_own():
 def test_memory_items_follow_the_dialogues_rule():
     some, _ = album()
     for name in ("memory", "memory_fair"):
-        pictures, turns, more = _toy_items.memory(name, some)
+        pictures, turns, more = toy_items.memory(name, some)
         assert len(turns) == ROUNDS and len(pictures) == 29
         learnt = more.get("learnt", {})
         seen, times = [pictures[0]], {}
@@ -421,17 +422,17 @@ def test_memory_items_follow_the_dialogues_rule():
 def test_memory_is_trained_on_in_dialogues_of_every_length():
     """Of each length as many rounds in all."""
     some, _ = album()
-    rounds = [len(_toy_items.some_memory("memory", some)[1]) for _ in range(1000)]
+    rounds = [len(toy_items.some_memory("memory", some)[1]) for _ in range(1000)]
     lengths, times = np.unique(rounds, return_counts=True)
     assert lengths.tolist() == [3, 6, 9, 12, ROUNDS]
     shares = lengths * times / sum(rounds)
     assert (abs(shares - 0.2) < 0.06).all()
 
 
-GAMES = [game for _, *games in _toy_games.STAGES for game in games]
+GAMES = [game for _, *games in toy_games.STAGES for game in games]
 
 
-class Shown(_toy_items.Album):
+class Shown(toy_items.Album):
     """An Album whose pictures are what they show, and a number."""
 
     def __init__(self, seed):
@@ -459,22 +460,22 @@ def one_by_one(rights, things):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_games_are_true_to_their_pictures(seed):
-    pictures, turns = _toy_games.is_it(Shown(seed))
+    pictures, turns = toy_games.is_it(Shown(seed))
     things, words = [thing for thing, _ in pictures], turns[0][0].replace("'", " ").split()
     want = [("yes" if thing.kind in words else "no", article(thing.kind)) for thing in things]
     assert answers(turns) == want
 
-    pictures, turns = _toy_games.touch(Shown(seed))
+    pictures, turns = toy_games.touch(Shown(seed))
     things, kind = [thing for thing, _ in pictures], turns[0][0].split("'")[1]
     assert answers(turns) == one_by_one([thing.kind == kind for thing in things], things)
 
-    (first, *others), turns = _toy_games.is_same(Shown(seed))
+    (first, *others), turns = toy_games.is_same(Shown(seed))
     things = [thing for thing, _ in others]
     assert answers(turns) == one_by_one([picture == first for picture in others], things)
-    (first, *others), [(_, letter)] = _toy_games.is_same(Shown(seed), at_once=True)
+    (first, *others), [(_, letter)] = toy_games.is_same(Shown(seed), at_once=True)
     assert others[LETTERS.index(letter)] == first and others.count(first) == 1
 
-    pictures, turns = _toy_games.is_new(Shown(seed))
+    pictures, turns = toy_games.is_new(Shown(seed))
     for round_ in range(3):
         before = pictures[: 2 * round_ - 6]
         pair = pictures[len(before) : len(before) + 2]
@@ -488,10 +489,10 @@ def test_games_are_true_to_their_pictures(seed):
 def test_what_is_counted_in_a_room_is_there(seed):
     shown = Shown(seed)
     shown.paint = lambda placed, room, light: (placed, room)
-    [(placed, room)], [(question, answer)] = _toy_items.count_in_room(shown)
+    [(placed, room)], [(question, answer)] = toy_items.count_in_room(shown)
     kinds = {one.thing.kind for one in placed}
     assert room is not None and len(kinds) == 1 and answer == str(len(placed))
-    assert question == toolbox.write("object_counting", 1, _toy_items.plural(*kinds))
+    assert question == toolbox_prompts.write("object_counting", 1, toy_items.plural(*kinds))
 
 
 @pytest.mark.parametrize("game", GAMES)
@@ -505,12 +506,12 @@ def test_a_game_shows_what_it_asks_about_and_nothing_held_out(game):
 def test_games_say_what_the_tests_say():
     """Else a game would be learnt in words that no test uses."""
     asked = lambda game: "".join(words for words, _ in game(Shown(0))[1])
-    words = asked(_toy_games.touch)
-    assert words == toolbox.write("picture_vocabulary", 4, words.split("'")[1]) + " ?"
-    same = {asked(lambda _, seed=seed: _toy_games.is_same(Shown(seed)))[:-2] for seed in range(9)}
-    tests = [toolbox.write(test, 4) for test in ("left_right", "spatial_details")]
+    words = asked(toy_games.touch)
+    assert words == toolbox_prompts.write("picture_vocabulary", 4, words.split("'")[1]) + " ?"
+    same = {asked(lambda _, seed=seed: toy_games.is_same(Shown(seed)))[:-2] for seed in range(9)}
+    tests = [toolbox_prompts.write(test, 4) for test in ("left_right", "spatial_details")]
     assert len(same) == 2 and all(any(t.startswith(words) for t in tests) for words in same)
-    assert asked(_toy_games.is_new).endswith(2 * (toolbox.write("memory", 2) + " ?"))
+    assert asked(toy_games.is_new).endswith(2 * (toolbox_prompts.write("memory", 2) + " ?"))
 
 
 def test_games_lead_in_their_order(made):
@@ -520,12 +521,15 @@ def test_games_lead_in_their_order(made):
     said = [
         dataset.tokenizer.decode(tokens[a : a + n]) for a, n, *_ in samples.astype(int).tolist()
     ]
-    lead = dataset.count("chat_train", "lead")
-    assert lead == sum(_toy_games.games_of(62)) == 62 and dataset.count("train", "lead") == 0
+    curriculum = dataset.count("chat_train", "curriculum")
+    assert (
+        curriculum == sum(toy_games.games_of(62)) == 62
+        and dataset.count("train", "curriculum") == 0
+    )
     first = [next(i for i, one in enumerate(said) if re.search(mark, one)) for mark in MARKS]
-    ends = np.cumsum(_toy_games.games_of(62)).tolist()
+    ends = np.cumsum(toy_games.games_of(62)).tolist()
     assert [sum(end <= i for end in ends) for i in first] == [0, 1, 2, 3, 4, 5]
-    assert not any("no , a" in one or "again , a" in one for one in said[lead:])
+    assert not any("no , a" in one or "again , a" in one for one in said[curriculum:])
 
 
 # What the samples of a stage say that no stage before does, and what comes after all of them
@@ -550,14 +554,14 @@ def blobs(frame):
 @pytest.mark.parametrize("number", range(1, 13))
 def test_as_many_are_drawn_as_the_answer_says(number):
     rng = np.random.RandomState(number)
-    placed = _toy_items.crowd([Thing("ball", "red")] * number, rng, even=True)
-    assert blobs(_toy_items.paint(placed, rng, 128)) == number
+    placed = toy_items.crowd([Thing("ball", "red")] * number, rng, even=True)
+    assert blobs(toy_items.paint(placed, rng, 128)) == number
 
 
 def test_what_leaves_is_gone_at_the_end_and_went_that_way():
     rng = np.random.RandomState(0)
     for direction in DIRECTIONS:
-        places = _toy_items.path_out(direction, rng, 7)
+        places = toy_items.path_out(direction, rng, 7)
         moved = places[-1] - places[0]
         angle = np.degrees(np.arctan2(moved[0], -moved[1])) % 360
         assert angle == pytest.approx(45 * DIRECTIONS.index(direction))
@@ -575,10 +579,10 @@ def trained(made):
 
     folder, before = made.parent.parent, os.getcwd()
     sizes = (
-        "--patch=4 --image_pool=2 --vision_width=16 --vision_depth=1 --vision_heads=2 "
+        "--patch=4 --image_pool=2 --vision_width=16 --vision_depth=1 --select_layer=-1 --vision_heads=2 "
         "--prototypes=16 --n_layer=1 --n_head=2 --n_embd=16 --block_size=700 --vision_steps=2 "
-        "--phase0_steps=2 --phase1_steps=2 --phase2_steps=2 --phase3_steps=2 --vision_batch=4 "
-        "--phase0_batch=2 --phase1_batch=4 --phase2_batch=4 --phase3_batch=4 --device=cpu"
+        "--language_steps=2 --phase1_steps=2 --phase2_steps=2 --phase3_steps=2 --vision_batch=4 "
+        "--language_batch=2 --phase1_batch=4 --phase2_batch=4 --phase3_batch=4 --device=cpu"
     ).split()
     os.chdir(folder)
     train.main(["--data=data/toy_v2", "--out=out/v2", *sizes])
@@ -628,7 +632,7 @@ def test_a_context_that_is_full_counts_as_unread(made, trained, capsys):
     subject = SimpleNamespace(
         loaded=loaded, settings=settings, embeds=lambda images: [embed] * len(images)
     )
-    rows = toolbox.read("memory", made / "eval" / "memory.json")[:2]
+    rows = toolbox.read_items("memory", made / "eval" / "memory.json")[:2]
     said = toolbox.ask(rows, subject)
     assert [len(own) for own in said] == [ROUNDS] * 2 and said[0][-1] == ""
     assert "rounds did not fit into the context of 300 tokens" in capsys.readouterr().out
@@ -670,7 +674,7 @@ def test_items_of_another_form_are_refused(tmp_path, name, item, why):
     path = tmp_path / "other.json"
     path.write_text(json.dumps([item]))
     with pytest.raises(UserError) as error:
-        toolbox.read(name, path)
+        toolbox.read_items(name, path)
     assert one_line(error) and why in str(error.value) and f"{path}: item 0" in str(error.value)
 
 
@@ -689,9 +693,9 @@ def test_items_of_another_form_are_refused(tmp_path, name, item, why):
         (json.dumps([talked(("<image>" * 4, "Z"))]), "'Z' is no answer"),
     ],
 )
-def test_spoilt_files(tmp_path, content, why):
+def test_corrupted_files(tmp_path, content, why):
     path = tmp_path / "picture_vocabulary.json"
     path.write_text(content)
     with pytest.raises(UserError) as error:
-        toolbox.read("picture_vocabulary", path)
+        toolbox.read_items("picture_vocabulary", path)
     assert one_line(error) and why in str(error.value) and str(path) in str(error.value)

@@ -11,7 +11,8 @@ from PIL import Image
 
 import data
 import sources
-from files import read_csv
+import tasks
+from common.files import read_csv
 from sources import toy
 
 
@@ -141,11 +142,10 @@ def test_sprites_furnish_the_nursery(tmp_path, monkeypatch):
 
 def test_the_tables_columns_are_babyvlms():
     """Each table can be read by eval.py's own entry for that test."""
-    import eval as evaluation
 
     for name, columns in toy.COLUMNS.items():
         if name != "probe":
-            assert set(evaluation.TASKS[name].columns) <= set(columns)
+            assert set(tasks.TASKS[name].columns) <= set(columns)
     assert csv and ROOT
 
 

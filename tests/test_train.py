@@ -21,17 +21,17 @@ from PIL import Image
 import checkpoint
 import config
 import data
-import features
 import inference
 import kernels
-import phases
 import sample
 import train
 import vision
-from ahead import made_ahead
 from batches import SampleBatches
+from common.files import read_log
 from config import UserError
-from files import read_log
+from training import features, phases
+from training.prefetch import in_advance
+from training.processes import Processes
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes  # noqa: E402
@@ -59,7 +59,7 @@ def begin(recipe, out, *names):
 def test_the_main_job_leaves_all_it_promises(recipe):
     assert {path.name for path in recipe.iterdir()} - {".lock"} == {
         "vision.pt",
-        "phase0.pt",
+        "language.pt",
         "phase1.pt",
         "phase2.pt",
         "log.jsonl",
@@ -68,7 +68,7 @@ def test_the_main_job_leaves_all_it_promises(recipe):
         "captions.png",
     }
     log = read_log(recipe / "log.jsonl")
-    for phase in ("vision", "phase0", "phase1", "phase2"):
+    for phase in ("vision", "language", "phase1", "phase2"):
         assert [e["step"] for e in log if e["phase"] == phase and "loss" in e] == [0, 1, 2, 3]
     assert "not SAYCam" in (recipe / "report.html").read_text()
     assert json.loads((recipe / "results.json").read_text())["source"] == "toy"
@@ -78,13 +78,12 @@ def test_exactly_the_phases_own_parameters_learn(recipe, home, monkeypatch):
     """The optimizer of each phase holds its parameters, and each part has its rate."""
     runs = {}
     monkeypatch.setattr(train, "loop", lambda run: runs.update({run.name: run}))
-    begin(recipe, "sets", "vision", "phase0", "phase1", "phase2")
-    expected = {"phase0": {"gpt"}, "phase1": {"projector"}, "phase2": {"projector", "gpt"}}
-    for number in "012":
-        Path(f"out/sets/phase{number}.pt").rename("out/sets/away.pt")
-        only = ["--tower=language"] if number == "0" else []
-        run("--phase", number, *only, out="out/sets")
-        Path("out/sets/away.pt").rename(f"out/sets/phase{number}.pt")
+    begin(recipe, "sets", "vision", "language", "phase1", "phase2")
+    expected = {"language": {"gpt"}, "phase1": {"projector"}, "phase2": {"projector", "gpt"}}
+    for phase in expected:
+        Path(f"out/sets/{phase}.pt").rename("out/sets/away.pt")
+        run("--phase", phase.removeprefix("phase"), out="out/sets")
+        Path("out/sets/away.pt").rename(f"out/sets/{phase}.pt")
     Path("out/sets/phase2.pt").unlink()
     for phase, parts in expected.items():
         check_learning(runs[phase], dict.fromkeys(parts))
@@ -97,7 +96,7 @@ def test_exactly_the_phases_own_parameters_learn(recipe, home, monkeypatch):
 def check_learning(found, parts):
     """A Run's optimizer holds exactly these parts, at these rates or else the phase's own."""
     own = getattr(found.settings, f"{found.name}_lr")
-    rates = {id(p): g["highest_lr"] for g in found.optimizer.param_groups for p in g["params"]}
+    rates = {id(p): g["highest_lr"] for g in found.optimizers[0].param_groups for p in g["params"]}
     for name, parameter in found.raw_model.named_parameters():
         part = next((part for part in parts if name.startswith(part + ".")), None)
         assert parameter.requires_grad == (part is not None) == (id(parameter) in rates), name
@@ -110,7 +109,7 @@ def check_learning(found, parts):
 
 def test_what_is_frozen_keeps_every_bit(recipe):
     at = lambda phase, prefix: weights(recipe / f"{phase}.pt", prefix)
-    assert same(at("phase0", "gpt."), at("phase1", "gpt."))
+    assert same(at("language", "gpt."), at("phase1", "gpt."))
     assert not same(at("phase1", "gpt."), at("phase2", "gpt."))
     assert not same(at("phase1", "proj"), at("phase2", "proj"))
     tower = {
@@ -121,24 +120,26 @@ def test_what_is_frozen_keeps_every_bit(recipe):
 
 
 def test_phase_2_with_the_tower_learning(recipe, home):
-    folder = begin(recipe, "learning", "vision", "phase0", "phase1")
+    folder = begin(recipe, "learning", "vision", "language", "phase1")
     run("--phase=2", *LEARNING_TOWER, out="out/learning")
     before, after = weights(recipe / "phase1.pt", "tower."), weights(folder / "phase2.pt", "tower.")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("blocks.0.attn" in name for name in moved) and len(moved) > 20
     loaded = checkpoint.load(folder / "phase2.pt")
     name = "data/tiny/eval/images/vtwt/" + os.listdir("data/tiny/eval/images/vtwt")[0]
-    assert inference.caption(loaded, inference.see(loaded, inference.read(loaded, [name])), 5)
+    assert inference.caption_pictures(
+        loaded, inference.embed_pictures(loaded, inference.read_pictures(loaded, [name])), 5
+    )
 
 
 def test_live_features_train_as_stored_ones_do(recipe, home):
-    folder = begin(recipe, "live", "vision", "phase0")
+    folder = begin(recipe, "live", "vision", "language")
     run("--phase=1", "--features=live", out="out/live")
     assert furthest(weights(folder / "phase1.pt"), weights(recipe / "phase1.pt")) < 1e-3
 
 
 def test_images_that_see_one_another_can_be_trained(recipe, home):
-    folder = begin(recipe, "seeing", "vision", "phase0")
+    folder = begin(recipe, "seeing", "vision", "language")
     run("--phase=1", "--image_attention=full", out=str(folder))
     run("--phase=2", out=str(folder))
     assert checkpoint.load(folder / "phase2.pt").model.image_attention == "full"
@@ -146,7 +147,7 @@ def test_images_that_see_one_another_can_be_trained(recipe, home):
 
 def test_an_identity_projector_is_passed_over_in_phase_1(home, recipe):
     """It has nothing to learn, and phase 1 once failed on it."""
-    folder = begin(recipe, "identity", "vision", "phase0")
+    folder = begin(recipe, "identity", "vision", "language")
     run("--phase=1", "--projector=identity", out="out/identity")
     run("--phase=2", out="out/identity")
     assert not weights(folder / "phase2.pt", "projector")
@@ -175,7 +176,7 @@ def test_all_is_what_the_data_has_samples_for(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("a ball .\nlook !\nthe cat\n" * 90)
     data.main(["pairs", "--name=speech", "--text=t.txt", "--vocab_size=280"])
     train.main(["--data=data/speech", "--out=out/speech", *SMALL])
-    assert [path.name for path in Path("out/speech").glob("*.pt")] == ["phase0.pt"]
+    assert [path.name for path in Path("out/speech").glob("*.pt")] == ["language.pt"]
 
 
 # ---- resuming
@@ -201,8 +202,8 @@ def dying(monkeypatch, step_number):
 @pytest.mark.parametrize(
     "phase, flags",
     [
-        ("vision", ["--tower=vision"]),
-        ("phase0", ["--tower=language", "--dropout=0.2"]),
+        ("vision", []),
+        ("language", ["--dropout=0.2"]),
         ("phase1", []),
         ("phase2", ["--dropout=0.2"]),
         ("phase2", LEARNING_TOWER),
@@ -212,9 +213,9 @@ def dying(monkeypatch, step_number):
 def test_a_killed_run_goes_on_to_the_same_bits(recipe, home, monkeypatch, phase, flags, killed_in):
     """Stopped before the first save, or after one at 2, with dropout on; the log has each step
     once."""
-    parents = {"phase1": ("vision", "phase0"), "phase2": ("phase1",)}
+    parents = {"phase1": ("vision", "language"), "phase2": ("phase1",)}
     folder = begin(recipe, "killed", *parents.get(phase, ()))
-    args = ["--phase", "0" if phase == "vision" else phase[-1], *flags]
+    args = ["--phase", phase.removeprefix("phase"), *flags]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         dying(patch, killed_in)
         run(*args, out="out/killed")
@@ -233,24 +234,29 @@ def test_a_killed_run_goes_on_to_the_same_bits(recipe, home, monkeypatch, phase,
 
 
 def test_dropout_learns_and_evaluation_does_not_disturb_training(home):
-    run("--phase=0", "--tower=language", "--dropout=0.3", out="out/often")
-    run("--phase=0", "--tower=language", "--dropout=0.3", "--eval_every=100", out="out/seldom")
-    assert same(weights("out/often/phase0.pt"), weights("out/seldom/phase0.pt"))
-    run("--phase=0", "--tower=language", out="out/without")
-    assert not same(weights("out/often/phase0.pt"), weights("out/without/phase0.pt"))
+    run("--phase=language", "--dropout=0.3", out="out/often")
+    run("--phase=language", "--dropout=0.3", "--eval_every=100", out="out/seldom")
+    assert same(weights("out/often/language.pt"), weights("out/seldom/language.pt"))
+    run("--phase=language", out="out/without")
+    assert not same(weights("out/often/language.pt"), weights("out/without/language.pt"))
 
 
 @pytest.mark.parametrize(
-    "phase, flags", [("vision", ["--tower=vision"]), ("phase1", []), ("phase2", LEARNING_TOWER)]
+    "phase, flags", [("vision", []), ("phase1", []), ("phase2", LEARNING_TOWER)]
 )
 def test_micro_batches_add_up(recipe, home, phase, flags):
     """DINO's views and centre included: a batch may be cut as one likes."""
     folders = []
     for pieces in (1, 4):
-        folder = begin(recipe, f"pieces{pieces}", "vision", "phase0", "phase1")
+        folder = begin(recipe, f"pieces{pieces}", "vision", "language", "phase1")
         (folder / f"{phase}.pt").unlink(missing_ok=True)
-        number = "0" if phase == "vision" else phase[-1]
-        run("--phase", number, f"--grad_accum={pieces}", *flags, out=f"out/pieces{pieces}")
+        run(
+            "--phase",
+            phase.removeprefix("phase"),
+            f"--grad_accum={pieces}",
+            *flags,
+            out=f"out/pieces{pieces}",
+        )
         folders.append(folder)
     a, b = (weights(folder / f"{phase}.pt") for folder in folders)
     assert furthest(a, b) < 1e-4
@@ -277,7 +283,7 @@ def test_two_processes_train_the_model_of_one(recipe, home):
             OMP_NUM_THREADS="1",
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    for phase in ("vision", "phase0", "phase1"):
+    for phase in ("vision", "language", "phase1"):
         a, b = weights(home / f"out/two/{phase}.pt"), weights(recipe / f"{phase}.pt")
         assert furthest(a, b) < 2e-4, phase
     frozen = weights(home / "out/two/frozen.pt")
@@ -298,7 +304,7 @@ def test_every_sample_is_seen_once_a_pass_however_many_share_it(recipe, home, ra
         for rank in range(sharing):
             run = SimpleNamespace(
                 train_batches=batches,
-                processes=phases.Processes(rank, sharing, torch.device("cpu")),
+                processes=Processes(rank, sharing, torch.device("cpu")),
                 settings=SimpleNamespace(grad_accum=pieces),
             )
             rows, _, pieces_of = train.make_batches(run, step)
@@ -310,13 +316,13 @@ def test_every_sample_is_seen_once_a_pass_however_many_share_it(recipe, home, ra
 
 def test_what_a_lost_process_leaves_its_peers_is_told_from_mistakes_of_ours():
     words = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:21094"
-    assert phases.is_about_others(RuntimeError(words))
-    assert not phases.is_about_others(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert phases.is_lost_process(RuntimeError(words))
+    assert not phases.is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_process_that_dies_ends_the_others_and_its_job(recipe, home):
     """Within a minute, and what was saved is whole."""
-    folder = begin(recipe, "orphan", "vision", "phase0", "phase1")
+    folder = begin(recipe, "orphan", "vision", "language", "phase1")
     flags = ["--data=data/tiny", "--out=out/orphan", *SMALL, "--phase=2"]
     command = processes.torchrun(2, str(ROOT / "train.py"), *flags, port=29517)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -340,7 +346,7 @@ def test_finished_phases_are_left_alone(recipe, home, capfd):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(home):
-    code = "import time; from files import only_one\nwith only_one(%r, 'x'): time.sleep(60)"
+    code = "import time; from common.files import only_one\nwith only_one(%r, 'x'): time.sleep(60)"
     command = [sys.executable, "-c", code % str(home / "out/held")]
     process = subprocess.Popen(command, cwd=ROOT)
     while not (home / "out/held/.lock").exists():
@@ -356,24 +362,24 @@ def test_a_second_run_in_the_same_folder_is_refused(home):
 
 
 def test_later_phases_notice_that_an_earlier_one_was_trained_again(recipe, home, capfd):
-    """Deleting phase0.pt once left phases 1 and 2 "done already", on another's weights."""
-    folder = begin(recipe, "chain", "vision", "phase0", "phase1", "phase2")
-    (folder / "phase0.pt").unlink()
+    """Deleting language.pt once left phases 1 and 2 "done already", on another's weights."""
+    folder = begin(recipe, "chain", "vision", "language", "phase1", "phase2")
+    (folder / "language.pt").unlink()
     run("--evaluate=False", out="out/chain")  # to the same bits: nothing else need be done
     assert capfd.readouterr().out.count("done already") == 3
-    (folder / "phase0.pt").unlink()
-    run("--phase0_lr=0.01", "--evaluate=False", out="out/chain")
+    (folder / "language.pt").unlink()
+    run("--language_lr=0.01", "--evaluate=False", out="out/chain")
     said = capfd.readouterr().out
     assert said.count("training it again") == 2 and said.count("done already") == 1
     parents = checkpoint.read(folder / "phase1.pt")["parents"]
-    assert parents["phase0"] == checkpoint.read(folder / "phase0.pt")["digest"]
-    assert same(weights(folder / "phase0.pt", "gpt."), weights(folder / "phase1.pt", "gpt."))
+    assert parents["language"] == checkpoint.read(folder / "language.pt")["digest"]
+    assert same(weights(folder / "language.pt", "gpt."), weights(folder / "phase1.pt", "gpt."))
 
 
 def test_new_content_of_the_same_vision_weights_is_noticed(recipe, home, capfd):
-    folder = begin(recipe, "file", "phase0")
+    folder = begin(recipe, "file", "language")
     torch.manual_seed(0)
-    flags = ["--phase=0", "--tower=vision", "--vision_weights=vit.pth"]
+    flags = ["--phase=vision", "--vision_weights=vit.pth"]
     for name in ("first", "second"):
         torch.save(vision.ViT(16, 8, 192, 1, 3).state_dict(), "vit.pth")
         run(*flags, out="out/file")
@@ -388,10 +394,10 @@ def test_new_content_of_the_same_vision_weights_is_noticed(recipe, home, capfd):
 
 def test_a_trained_tower_is_not_overwritten_by_one_from_a_file(recipe, home):
     begin(recipe, "trained", "vision")
-    flags = ["--phase=0", "--tower=vision", f"--vision_weights={recipe}/phase2.pt"]
+    flags = ["--phase=vision", f"--vision_weights={recipe}/phase2.pt"]
     with pytest.raises(UserError, match="was trained: give another --out"):
         run(*flags, out="out/trained")
-    run("--phase=0", "--tower=vision", "--vision_weights=none", out="out/trained")  # as it was
+    run("--phase=vision", "--vision_weights=none", out="out/trained")  # as it was
 
 
 def test_data_with_too_little_for_a_phase_is_one_clear_line(tmp_path, monkeypatch):
@@ -412,8 +418,8 @@ def test_a_corpus_changed_under_a_run_is_refused(home, tmp_path, monkeypatch):
     data.main(["toy", "--name=tiny", *TINY])
     run("--evaluate=False", out="out/c")
     data.main(["toy", "--name=tiny", *TINY, "--seed=5"])
-    with pytest.raises(UserError, match="was trained on other data: data/tiny was prepared anew"):
-        run("--phase=0", "--tower=language", out="out/c")
+    with pytest.raises(UserError, match="was trained on other data: data/tiny was prepared again"):
+        run("--phase=language", out="out/c")
     Path("out/c/phase2.pt").unlink()
     with pytest.raises(UserError, match="speaks another vocabulary than data/tiny") as error:
         run("--phase=2", out="out/c")
@@ -425,7 +431,7 @@ def test_a_corpus_changed_under_a_run_is_refused(home, tmp_path, monkeypatch):
 def test_pictures_of_another_size_are_refused(recipe, home):
     tiny = [flag for flag in TINY if not flag.startswith("--size")]
     data.main(["toy", "--name=larger", *tiny, "--size=24"])
-    begin(recipe, "sizes", "vision", "phase0")
+    begin(recipe, "sizes", "vision", "language")
     with pytest.raises(UserError, match="was trained on pictures made as") as error:
         train.main(["--data=data/larger", "--out=out/sizes", *SMALL, "--phase=1"])
     assert one_line(error)
@@ -437,7 +443,7 @@ def test_pictures_of_another_size_are_refused(recipe, home):
 def test_later_phases_inherit_what_earlier_ones_decided(recipe, home):
     """Phase 1 with a linear projector, then phase 2: phase2.pt once could not be loaded. Phase 2
     is given none of the sizes here; it has them all from the checkpoint."""
-    folder = begin(recipe, "linear", "vision", "phase0")
+    folder = begin(recipe, "linear", "vision", "language")
     run("--phase=1", "--projector=linear", "--select_layer=-2", "--keep_cls", out="out/linear")
     kept = ("_steps=", "_batch=", "_every=", "--device")
     small = [flag for flag in SMALL if any(part in flag for part in kept)]
@@ -447,7 +453,7 @@ def test_later_phases_inherit_what_earlier_ones_decided(recipe, home):
     assert (loaded.model.select_layer, loaded.model.keep_cls) == (-2, True)
     settings = loaded.checkpoint["settings"]
     assert settings["projector"] == "linear" and settings["n_embd"] == 16
-    assert loaded.checkpoint["decided"]["block_size"] == 48
+    assert loaded.checkpoint["inherited"]["block_size"] == 48
 
 
 @pytest.mark.parametrize(
@@ -468,7 +474,7 @@ def test_a_knob_that_contradicts_its_inheritance_is_refused_with_both_values(
     recipe, home, flag, message
 ):
     """They were once ignored, yet recorded."""
-    begin(recipe, "none", "vision", "phase0", "phase1")
+    begin(recipe, "none", "vision", "language", "phase1")
     with pytest.raises(UserError, match=message) as error:
         run("--phase=2", flag, out="out/none")
     assert one_line(error)
@@ -492,11 +498,11 @@ def test_phase_2_may_have_a_dropout_of_its_own(recipe, home):
     ],
 )
 def test_the_readmes_exercises_start_from_what_is_there(recipe, home, capfd, flags, trained):
-    """A knob that does not concern a phase is no reason to refuse it; these once were."""
-    begin(recipe, "exercise", "vision", "phase0", *({"phase1"} - trained))
+    """A option that does not concern a phase is no reason to refuse it; these once were."""
+    begin(recipe, "exercise", "vision", "language", *({"phase1"} - trained))
     run("--evaluate=False", *flags, out="out/exercise")
     said = capfd.readouterr().out
-    for phase in ("vision", "phase0", "phase1", "phase2"):
+    for phase in ("vision", "language", "phase1", "phase2"):
         if "--phase=1" not in flags:
             assert (f"{phase}: done already" in said) == (phase not in trained)
     if "--phase=1" in flags:
@@ -517,7 +523,6 @@ def test_without_a_file_it_says_which_one_it_took(tmp_path):
 @pytest.mark.parametrize(
     "args, out, message",
     [
-        (["--tower=vision"], "out/none", "--tower vision narrows --phase 0, not --phase all"),
         (["--phase=1"], "out/none", "vision.pt does not exist: finish it first with --phase 0"),
         (
             ["--phase=2", "--phase2_lr=0.5"],
@@ -526,30 +531,22 @@ def test_without_a_file_it_says_which_one_it_took(tmp_path):
         ),
         (["--phase=0", "--vision_heads=3"], "out/none", "neither division"),
         (["--phase=0", "--patch=7"], "out/none", "neither division"),
-        (["--phase=0", "--tower=language", "--n_head=3"], "out/none", "the head width must be"),
+        (["--phase=language", "--n_head=3"], "out/none", "the head width must be"),
+        (["--phase=language", "--n_kv_head=3", "--n_head=4"], "out/none", "no multiple"),
         (
-            ["--phase=0", "--tower=language", "--n_kv_head=3", "--n_head=4"],
-            "out/none",
-            "no multiple",
-        ),
-        (
-            ["--phase=0", "--tower=language", "--phase0_batch=9", "--grad_accum=2"],
+            ["--phase=language", "--language_batch=9", "--grad_accum=2"],
             "out/none",
             "does not divide",
         ),
         (["--phase=0", "--vision_weights=nothing.pt"], "out/none", "no nothing.pt: fetch that"),
         (["--phase=0", "--vision_weights=data/tiny/meta.json"], "out/none", "meta.json"),
         (
-            ["--phase=0", "--attention=triton", "--tower=language"],
+            ["--phase=language", "--attention=triton"],
             "out/none",
             "backend triton: it needs an NVIDIA GPU",
         ),
-        (["--phase=0", "--norm=flash", "--tower=language"], "out/none", "'flash' is not allowed"),
-        (
-            ["--phase=0", "--tower=language", "--data=data/nowhere"],
-            "out/none",
-            "no data/nowhere/meta",
-        ),
+        (["--phase=language", "--norm=flash"], "out/none", "'flash' is not allowed"),
+        (["--phase=language", "--data=data/nowhere"], "out/none", "no data/nowhere/meta"),
         (["--phase=1", "--select_layer=-9"], "out/fresh", "takes -1 to -2"),
         (
             ["--phase=1", "--projector=mlp0x_gelu"],
@@ -566,7 +563,7 @@ def test_without_a_file_it_says_which_one_it_took(tmp_path):
 def test_mistakes_are_one_clear_line(recipe, home, monkeypatch, args, out, message):
     monkeypatch.setattr(kernels, "INTERPRET", False)
     shutil.rmtree("out/none", ignore_errors=True)
-    begin(recipe, "fresh", "vision", "phase0", *(["phase1"] if "--phase=2" in args else []))
+    begin(recipe, "fresh", "vision", "language", *(["phase1"] if "--phase=2" in args else []))
     with pytest.raises(UserError, match=message) as error:
         run(*args, out=out)
     assert one_line(error)
@@ -574,12 +571,16 @@ def test_mistakes_are_one_clear_line(recipe, home, monkeypatch, args, out, messa
 
 def test_a_mistake_of_ours_keeps_its_traceback(recipe, home, tmp_path):
     """`a, b = x.shape` put into a model once ended as "error: too many values to unpack"."""
-    for path in [*ROOT.glob("*.py"), ROOT / "configs", ROOT / "sources"]:
+    for path in [
+        *ROOT.glob("*.py"),
+        ROOT / "configs",
+        *(p.parent for p in ROOT.glob("*/__init__.py")),
+    ]:
         if path.name != "model.py":
             copy = shutil.copytree if path.is_dir() else shutil.copy
             copy(path, tmp_path / path.name)
     text = (ROOT / "model.py").read_text()
-    old = "        hidden = swiglu(self.gate_up_proj(x))\n"
+    old = "        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)\n"
     assert old in text
     (tmp_path / "model.py").write_text(text.replace(old, "        a, b = x.shape\n" + old))
     done = shell(
@@ -587,8 +588,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(recipe, home, tmp_path):
         tmp_path / "configs/toy.py",
         "--data=data/tiny",
         "--out=out/ours",
-        "--phase=0",
-        "--tower=language",
+        "--phase=language",
         *SMALL,
         cwd=home,
     )
@@ -597,20 +597,20 @@ def test_a_mistake_of_ours_keeps_its_traceback(recipe, home, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(home):
-    with pytest.raises(UserError, match="lower phase0_lr"):
-        run("--phase=0", "--tower=language", "--phase0_lr=1e30", "--phase0_steps=40", out="out/nan")
+    with pytest.raises(UserError, match="lower language_lr"):
+        run("--phase=language", "--language_lr=1e30", "--language_steps=40", out="out/nan")
 
 
 @pytest.fixture
-def spoilt(recipe, home):
+def corrupted(recipe, home):
     """A copy of the corpus in which the features of one frame are infinite; the samples that show
     it."""
-    shutil.rmtree("data/spoilt", ignore_errors=True)
-    shutil.copytree("data/tiny", "data/spoilt")
-    dataset = data.Data("data/spoilt")
+    shutil.rmtree("data/corrupted", ignore_errors=True)
+    shutil.copytree("data/tiny", "data/corrupted")
+    dataset = data.Data("data/corrupted")
     model = checkpoint.load("out/full/phase2.pt").model
     stored = np.memmap(
-        features.find(dataset, "train", model),
+        features.find_path(dataset, "train", model),
         "float16",
         "r+",
         shape=features.shape(dataset, "train", model),
@@ -621,26 +621,26 @@ def spoilt(recipe, home):
     return {row for row, sample in enumerate(samples.tolist()) if shown[sample[2]] == 5}
 
 
-def test_a_step_that_is_not_finite_is_named_with_its_samples(spoilt, recipe):
-    folder = begin(recipe, "inf", "vision", "phase0")
-    flags = ["--data=data/spoilt", "--phase=1", "--phase1_steps=12", "--eval_every=100"]
+def test_a_step_that_is_not_finite_is_named_with_its_samples(corrupted, recipe):
+    folder = begin(recipe, "inf", "vision", "language")
+    flags = ["--data=data/corrupted", "--phase=1", "--phase1_steps=12", "--eval_every=100"]
     with pytest.raises(UserError, match=r"phase1 step \d+: the loss or .* rows [\d, ]+") as error:
         run(*flags, "--save_every=100", out="out/inf")
     assert one_line(error) and "none was saved" in str(error.value)
     named = {
         int(row) for row in re.search("rows ([\\d, ]+)", str(error.value)).group(1).split(", ")
     }
-    assert spoilt & named and not (folder / "phase1.pt").exists()
+    assert corrupted & named and not (folder / "phase1.pt").exists()
 
 
-def test_bad_steps_are_skipped_and_logged_as_often_as_allowed(spoilt, recipe):
-    folder = begin(recipe, "skip", "vision", "phase0")
-    flags = ["--data=data/spoilt", "--phase=1", "--phase1_steps=12", "--eval_every=100"]
+def test_bad_steps_are_skipped_and_logged_as_often_as_allowed(corrupted, recipe):
+    folder = begin(recipe, "skip", "vision", "language")
+    flags = ["--data=data/corrupted", "--phase=1", "--phase1_steps=12", "--eval_every=100"]
     run(*flags, "--skip_bad_steps=100", out="out/skip")
     entries = [e for e in read_log(folder / "log.jsonl") if "loss" in e or "skipped" in e]
     skipped = [entry for entry in entries if "skipped" in entry]
     assert [entry["step"] for entry in entries] == list(range(12))
-    assert len(skipped) > 1 and all(spoilt & set(entry["skipped"]) for entry in skipped)
+    assert len(skipped) > 1 and all(corrupted & set(entry["skipped"]) for entry in skipped)
     assert all(w.isfinite().all() for w in weights(folder / "phase1.pt").values())
     for allowed in (len(skipped) - 1, len(skipped)):
         (folder / "phase1.pt").unlink()
@@ -651,10 +651,10 @@ def test_bad_steps_are_skipped_and_logged_as_often_as_allowed(spoilt, recipe):
             run(*flags, f"--skip_bad_steps={allowed}", out="out/skip")
 
 
-def test_bad_steps_before_a_save_count_after_it(spoilt, recipe):
+def test_bad_steps_before_a_save_count_after_it(corrupted, recipe):
     """Two halves of a run may skip no more than the whole."""
-    folder = begin(recipe, "skip_on", "vision", "phase0")
-    flags = ["--data=data/spoilt", "--phase=1", "--phase1_steps=12", "--save_every=1"]
+    folder = begin(recipe, "skip_on", "vision", "language")
+    flags = ["--data=data/corrupted", "--phase=1", "--phase1_steps=12", "--save_every=1"]
     run(*flags, "--skip_bad_steps=100", out="out/skip_on")
     log = read_log(folder / "log.jsonl")
     bad = [entry["step"] for entry in log if "skipped" in entry]
@@ -672,38 +672,37 @@ def test_bad_steps_before_a_save_count_after_it(spoilt, recipe):
         run(*flags, "--skip_bad_steps=1", out="out/skip_on")
 
 
-@pytest.mark.parametrize("phase, flags", [("vision", ["--tower=vision"]), ("phase2", [])])
+@pytest.mark.parametrize("phase, flags", [("vision", []), ("phase2", [])])
 def test_nothing_but_its_settings_decides_what_a_run_learns(recipe, home, phase, flags):
     """Not how many batches lie ready, how often it is watched, saved or logged."""
     found = []
     for how in (["--batches_ahead=0"], ["--batches_ahead=7", "--eval_every=1", "--log_every=3"]):
-        folder = begin(recipe, "ahead", "vision", "phase0", "phase1")
+        folder = begin(recipe, "ahead", "vision", "language", "phase1")
         (folder / f"{phase}.pt").unlink(missing_ok=True)
-        number = "0" if phase == "vision" else "2"
-        run("--phase", number, *flags, *how, "--save_every=1", out="out/ahead")
+        run("--phase", phase.removeprefix("phase"), *flags, *how, "--save_every=1", out="out/ahead")
         found.append(weights(folder / f"{phase}.pt"))
     assert same(*found)
 
 
-def test_batches_are_made_ahead_in_order_and_the_thread_ends():
+def test_batches_are_in_advance_in_order_and_the_thread_ends():
     made, threads = [], threading.active_count()
-    coming = made_ahead(lambda step: made.append(step) or step * step, range(9), 3)
+    coming = in_advance(lambda step: made.append(step) or step * step, range(9), 3)
     assert next(coming) == 0
     while len(made) < 4:  # three lie ready, and no more are made
         time.sleep(0.01)
     time.sleep(0.1)
     assert made == [0, 1, 2, 3] and list(coming) == [n * n for n in range(1, 9)]
-    coming = made_ahead(lambda step: 1 // (2 - step), range(9), 3)
+    coming = in_advance(lambda step: 1 // (2 - step), range(9), 3)
     with pytest.raises(ZeroDivisionError):  # where the batch is asked for
         [*coming]
-    coming = made_ahead(lambda step: step, iter(range(10**9)), 3)
+    coming = in_advance(lambda step: step, iter(range(10**9)), 3)
     next(coming)
     coming.close()
     assert threading.active_count() == threads
 
 
 def test_ctrl_c_ends_a_run_at_once_and_it_goes_on(recipe, home):
-    folder = begin(recipe, "stopped", "vision", "phase0", "phase1")
+    folder = begin(recipe, "stopped", "vision", "language", "phase1")
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -730,7 +729,7 @@ def test_ctrl_c_ends_a_run_at_once_and_it_goes_on(recipe, home):
 
 
 def test_a_given_tower_is_used_as_it_is(recipe, home):
-    run("--phase=0", "--tower=vision", f"--vision_weights={recipe}/vision.pt", out="out/given")
+    run("--phase=vision", f"--vision_weights={recipe}/vision.pt", out="out/given")
     assert same(weights("out/given/vision.pt"), weights(recipe / "phase1.pt", "tower."))
     assert checkpoint.load("out/given/vision.pt").model.tower is not None
 
@@ -748,7 +747,7 @@ def test_a_tower_of_another_size_sees_the_frames_as_they_are(home):
     frames = dataset.open("train", "frames")[:3]
     assert inference.encode_frames(loaded, frames).shape == (3, 4, 192)
     Image.fromarray(frames[0]).save("frame0.png")
-    embeds = inference.see(loaded, inference.read(loaded, ["frame0.png"]))
+    embeds = inference.embed_pictures(loaded, inference.read_pictures(loaded, ["frame0.png"]))
     assert embeds[0].shape == (4, loaded.model.gpt.config.n_embd)
     assert sample.begin(loaded, embeds, "") == [loaded.tokenizer.image] * 4
 
@@ -783,13 +782,13 @@ def test_two_towers_on_one_corpus_keep_to_their_own_features(recipe, home):
 
 
 def test_compiled_training_equals_eager(recipe, home):
-    run("--phase=0", "--tower=language", "--compile=on", out="out/compiled")
-    a, b = weights("out/compiled/phase0.pt"), weights(recipe / "phase0.pt")
+    run("--phase=language", "--compile=on", out="out/compiled")
+    a, b = weights("out/compiled/language.pt"), weights(recipe / "language.pt")
     assert furthest(a, b) < 1e-4
 
 
 def test_the_backends_are_chosen_by_name_and_said_once(home, capfd):
-    few = ["--phase=0", "--tower=language", "--phase0_steps=2", "--phase0_batch=2"]
+    few = ["--phase=language", "--language_steps=2", "--language_batch=2"]
     pytest.importorskip("triton")
     run(*few, "--attention=triton", "--norm=triton", out="out/triton")
     run(*few, "--attention=reference", "--norm=reference", out="out/reference")
@@ -801,7 +800,7 @@ def test_the_backends_are_chosen_by_name_and_said_once(home, capfd):
         "attention sdpa, norm torch",
     ):
         assert said.count(line) == 1
-    assert furthest(weights("out/triton/phase0.pt"), weights("out/reference/phase0.pt")) < 1e-4
+    assert furthest(weights("out/triton/language.pt"), weights("out/reference/language.pt")) < 1e-4
 
 
 def test_the_learning_rate_climbs_and_falls():
@@ -813,7 +812,7 @@ def test_the_learning_rate_climbs_and_falls():
 
 def test_the_published_sizes_are_what_the_configs_comments_say():
     """Counted on the meta device: the arithmetic in configs/phase0.py, words.py and phase1.py."""
-    from model import GPT, GPTConfig, Projector
+    from model import GPT, GPTConfig, make_projector
 
     for files, vocabulary, expected in (
         (["phase0.py"], 6000, 7_962_880),
@@ -830,7 +829,7 @@ def test_the_published_sizes_are_what_the_configs_comments_say():
                     settings.n_embd,
                 )
             )
-            projector = Projector("mlp2x_gelu", 2048, settings.n_embd)
+            projector = make_projector("mlp2x_gelu", 2048, settings.n_embd)
         assert sum(p.numel() for p in gpt.parameters()) == expected
         assert sum(p.numel() for p in projector.parameters()) == 590_336
     transformers = pytest.importorskip("transformers")
@@ -850,9 +849,9 @@ def test_the_published_sizes_are_what_the_configs_comments_say():
 
 
 def test_every_row_of_the_table_names_knobs_that_are_there():
-    knobs = set(train.Config.__dataclass_fields__)
+    options = set(train.Config.__dataclass_fields__)
     for name, row in train.PHASES.items():
-        assert set(row.own_knobs(name)) <= knobs, name
+        assert set(row.own_options(name)) <= options, name
         assert set(row.starts_from) <= set(train.PHASES)
     assert phases.EVERY_PHASE
 
@@ -875,7 +874,7 @@ os.environ["WORLD_SIZE"] = "2"
 def join(rank):
     os.environ["RANK"] = str(rank)
     time.sleep(0.3 * (rank == 0))  # the other one meets what the dead have left
-    phases.find_processes(train.Config(device="cpu", patience=0.2))
+    find_processes(train.Config(device="cpu", patience=0.2))
     total = torch.tensor([float(rank)])
     dist.all_reduce(total)
     assert total == 1
@@ -901,7 +900,7 @@ os.environ["WORLD_SIZE"] = "3"
 for rank, port in ((0, agent.port), (1, agent.port), (1, 1)):
     os.environ |= {"RANK": str(rank), "MASTER_PORT": str(port)}
     try:
-        phases.find_processes(train.Config(device="cpu", patience=0.01))
+        find_processes(train.Config(device="cpu", patience=0.01))
     except config.UserError as error:
         print(error)
 """

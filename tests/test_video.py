@@ -10,10 +10,9 @@ import pytest
 from conftest import one_line
 
 import data
-import films
-import transcripts
 from config import UserError
 from data import Data
+from sources import ffmpeg, transcripts
 
 FLAGS = "--size=16 --fit=squash --vocab_size=300 --fps=2".split()
 
@@ -27,7 +26,7 @@ def make_film(path, seconds=22, rate=10, size=(64, 36)):
     """A film that shows, each second, a shade of its own."""
     width, height = size
     frames = [np.full((height, width, 3), grey(i // rate), np.uint8) for i in range(seconds * rate)]
-    command = [films.find_ffmpeg(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command = [ffmpeg.find_ffmpeg(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", f"{width}x{height}", "-r", str(rate), "-i", "-", "-c:v", "ffv1", str(path)]
     subprocess.run(command, input=b"".join(f.tobytes() for f in frames), check=True)
 
@@ -44,9 +43,9 @@ SAID = [(i, i + 1.5, f"look , number {'abcdefghijklmnopqrst'[i]} !") for i in ra
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "films").mkdir()
-    make_film(tmp_path / "films" / "one.mkv")
-    (tmp_path / "films" / "one.srt").write_text(srt(SAID))
+    (tmp_path / "ffmpeg").mkdir()
+    make_film(tmp_path / "ffmpeg" / "one.mkv")
+    (tmp_path / "ffmpeg" / "one.srt").write_text(srt(SAID))
     return tmp_path
 
 
@@ -62,14 +61,14 @@ def samples_of(dataset, split):
 
 def test_frames_are_those_on_the_screen(folder):
     """Every time and every shade: at n / fps seconds, the shade of that second."""
-    found = list(films.read_frames(folder / "films" / "one.mkv", 4))
+    found = list(ffmpeg.read_frames(folder / "ffmpeg" / "one.mkv", 4))
     assert len(found) in (88, 89) and found[0].shape == (36, 64, 3)
     for number, frame in enumerate(found[:88]):
         assert abs(int(frame.mean()) - grey(number // 4)) <= 1, number
 
 
 def test_pairs_clips_and_moments(folder):
-    data.main(["video", "--videos=films", *FLAGS, "--window=4"])
+    data.main(["video", "--videos=ffmpeg", *FLAGS, "--window=4"])
     dataset = Data("data/video")
     singles, clips, moments = [], [], []
     for split in ("train", "val"):
@@ -90,7 +89,7 @@ def test_pairs_clips_and_moments(folder):
 
 def test_no_frame_is_kept_twice(folder):
     """60 pairs at 2 frames a second of 21 seconds: 43 frames at most, and a few at the seams."""
-    data.main(["video", "--videos=films", *FLAGS])
+    data.main(["video", "--videos=ffmpeg", *FLAGS])
     counts = Data("data/video").meta["splits"]
     assert sum(counts[split]["frames"] for split in ("train", "val")) <= 43 + 2 * 3
 
@@ -124,10 +123,10 @@ def test_speakers_are_kept_or_dropped(tmp_path):
 
 
 def test_a_killed_run_reads_no_film_twice(folder, monkeypatch):
-    make_film(folder / "films" / "two.mkv")
-    (folder / "films" / "two.srt").write_text(srt(SAID))
-    data.main(["video", "--videos=films", *FLAGS, "--name=whole"])
-    read, real = [], films.read_frames
+    make_film(folder / "ffmpeg" / "two.mkv")
+    (folder / "ffmpeg" / "two.srt").write_text(srt(SAID))
+    data.main(["video", "--videos=ffmpeg", *FLAGS, "--name=whole"])
+    read, real = [], ffmpeg.read_frames
 
     def counted(path, fps):
         read.append(path.name)
@@ -137,18 +136,18 @@ def test_a_killed_run_reads_no_film_twice(folder, monkeypatch):
 
     import sources.video
 
-    monkeypatch.setattr(films, "read_frames", counted)
+    monkeypatch.setattr(ffmpeg, "read_frames", counted)
     monkeypatch.setattr(sources.video, "on_all_cores", lambda work, jobs, together: map(work, jobs))
     with pytest.raises(KeyboardInterrupt):
-        data.main(["video", "--videos=films", *FLAGS])
-    data.main(["video", "--videos=films", *FLAGS])
+        data.main(["video", "--videos=ffmpeg", *FLAGS])
+    data.main(["video", "--videos=ffmpeg", *FLAGS])
     assert read == ["one.mkv", "two.mkv", "two.mkv"]
     assert Data("data/video").meta["corpus"] == Data("data/whole").meta["corpus"]
     assert not (folder / "data" / "video" / "reading").exists()
 
 
-def spoil(folder, name):
-    path = folder / "films" / "one.srt"
+def corrupt(folder, name):
+    path = folder / "ffmpeg" / "one.srt"
     if name == "backwards":
         path.write_text(srt([SAID[1], SAID[0]]))
     elif name == "ends before it starts":
@@ -158,12 +157,12 @@ def spoil(folder, name):
     elif name == "a little past, then far":
         path.write_text(srt([*SAID, (21, 22.4, "nearly in"), (50, 51, "late")]))
     elif name == "empty film":
-        (folder / "films" / "one.mkv").write_bytes(b"")
+        (folder / "ffmpeg" / "one.mkv").write_bytes(b"")
     elif name == "no film":
-        (folder / "films" / "one.mkv").write_bytes(b"words, not pictures" * 100)
+        (folder / "ffmpeg" / "one.mkv").write_bytes(b"words, not pictures" * 100)
     elif name == "sound alone":
-        sound = ["-f", "lavfi", "-i", "sine=duration=2", str(folder / "films" / "one.mkv")]
-        subprocess.run([films.find_ffmpeg(), "-v", "error", "-y", *sound], check=True)
+        sound = ["-f", "lavfi", "-i", "sine=duration=2", str(folder / "ffmpeg" / "one.mkv")]
+        subprocess.run([ffmpeg.find_ffmpeg(), "-v", "error", "-y", *sound], check=True)
     elif name == "mixed encodings":
         path.write_bytes(
             srt(SAID).encode() + "\n9\n00:00:21,000 --> 00:00:22,000\né".encode("latin1")
@@ -177,16 +176,16 @@ def spoil(folder, name):
         path.write_text(re.sub(r"--> \S+", end, srt(SAID), count=1))
     elif name == "far in a table":
         path.unlink()
-        (folder / "films" / "one.csv").write_text("start,end,text\n1,100000000,a ball\n")
+        (folder / "ffmpeg" / "one.csv").write_text("start,end,text\n1,100000000,a ball\n")
     elif name == "far in a chat":
         path.unlink()
-        (folder / "films" / "one.cha").write_text("*MOT:\thi . \x150_9000000000000\x15\n")
+        (folder / "ffmpeg" / "one.cha").write_text("*MOT:\thi . \x150_9000000000000\x15\n")
     elif name == "a pipe":
-        os.mkfifo(folder / "films" / "two.mp4")
+        os.mkfifo(folder / "ffmpeg" / "two.mp4")
     elif name == "stranger":
         path.unlink()
         text = "@Participants:\tMOT Mother\n*DAD:\thi . \x150_1000\x15\n"
-        (folder / "films" / "one.cha").write_text(text)
+        (folder / "ffmpeg" / "one.cha").write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -209,37 +208,37 @@ def spoil(folder, name):
         ("stranger", "one.cha:2: DAD is not among @Participants"),
     ],
 )
-def test_spoilt_films_and_transcripts(folder, name, why):
-    spoil(folder, name)
+def test_corrupted_ffmpeg_and_transcripts(folder, name, why):
+    corrupt(folder, name)
     with pytest.raises(UserError) as error:
-        data.main(["video", "--videos=films", *FLAGS])
+        data.main(["video", "--videos=ffmpeg", *FLAGS])
     assert one_line(error) and why in str(error.value)
     assert not (folder / "data" / "video" / "meta.json").exists()
 
 
 def test_an_unknown_speaker_is_named(folder):
-    with pytest.raises(UserError, match="--speakers DAD: not in films"):
-        data.main(["video", "--videos=films", "--speakers=DAD", *FLAGS])
+    with pytest.raises(UserError, match="--speakers DAD: not in ffmpeg"):
+        data.main(["video", "--videos=ffmpeg", "--speakers=DAD", *FLAGS])
 
 
 def test_without_ffmpeg_one_line_says_how_to_get_it(monkeypatch):
     import sys
 
-    monkeypatch.setattr(films.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ffmpeg.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(UserError, match="pip install imageio-ffmpeg"):
-        films.find_ffmpeg()
+        ffmpeg.find_ffmpeg()
 
 
 def test_pictures_come_one_at_a_time(folder):
     """No film is ever held whole: the first frame is there before the last is decoded."""
-    frames = films.read_frames(folder / "films" / "one.mkv", 10)
+    frames = ffmpeg.read_frames(folder / "ffmpeg" / "one.mkv", 10)
     first = next(frames)
     assert first.shape == (36, 64, 3)
     frames.close()  # and the program that decodes is ended
 
 
 def test_meta_tells_the_template(folder):
-    data.main(["video", "--videos=films", *FLAGS, "--template=baby_v1"])
+    data.main(["video", "--videos=ffmpeg", *FLAGS, "--template=baby_v1"])
     meta = json.load(open("data/video/meta.json"))
     assert meta["template"] == {"name": "baby_v1", "system": ""}

@@ -9,9 +9,10 @@ from conftest import one_line
 
 import vision
 from config import UserError
-from towers import CLIP, HUGGING_FACE_VIT, DoesNotFit, read_file, tower_of, vit_like
+from pretrained.convnets import ConvNeXt, ResNeXt
+from pretrained.tower_names import CLIP, HUGGING_FACE_VIT, DoesNotFit, read_file, tower_of, vit_like
+from pretrained.towers import load_tower
 from vision import ViT
-from weights import load_tower
 
 
 def tower(seed=0, **shape):
@@ -82,7 +83,7 @@ def test_a_hugging_face_tower_gives_their_codes_output(kind, rename):
             y = theirs(x, **more).last_hidden_state
             y = torch.cat([y[:, :1], y[:, 1 + registers :]], 1)
             assert (ours(x) - y).abs().max() < 1e-4
-    again = vision.build(vision.describe(ours))
+    again = vision.build_tower(vision.describe_tower(ours))
     again.load_state_dict(ours.state_dict())
     assert torch.equal(again(x), ours(x))
 
@@ -126,7 +127,7 @@ def test_a_convnext_is_transformers_own(rename):
     ours = tower_of(rename(theirs.state_dict()))
     assert ours.arguments == {"depths": [1, 2, 2, 1], "width": 8, "stem": 4, "eps": 1e-6}
     ours.arguments["eps"] = 1e-12
-    again = vision.build(vision.describe(ours)).eval()  # ConvNextModel's default
+    again = vision.build_tower(vision.describe_tower(ours)).eval()  # ConvNextModel's default
     again.load_state_dict(ours.state_dict())
     for size in (64, 96):
         x = torch.randn(2, 3, size, size)
@@ -141,7 +142,7 @@ def test_a_convnext_is_transformers_own(rename):
 def test_convllavas_fifth_stage(size, tokens):
     """Its published numbers of tokens, and widths 192 to 3072."""
     with torch.device("meta"):
-        net = vision.ConvNeXt((3, 3, 27, 3, 6))
+        net = ConvNeXt((3, 3, 27, 3, 6))
     assert net.num_patches(size) == tokens and net.width == 3072 and not net.fault(size, -1)
     assert net.fault(800, -1) and net.fault(768, -2)
 
@@ -213,7 +214,7 @@ def test_the_resnext_is_transformers_resnet_but_for_its_groups():
 
 def test_the_published_resnext():
     """resnext50_32x4d has 25,028,904 parameters, 2,049,000 of them in the classifier."""
-    net = vision.ResNeXt()
+    net = ResNeXt()
     assert sum(p.numel() for p in net.parameters()) == 25_028_904 - 2_049_000
     state = wrapped(net.state_dict(), "module.backbone.")
     state["module.head.mlp.0.bias"] = torch.ones(1)
@@ -316,7 +317,7 @@ def test_our_own_checkpoints_bring_their_tower(recipe):
     net = load_tower(recipe / "phase2.pt")
     assert net.arguments["heads"] == 2
     with pytest.raises(UserError, match="a checkpoint without a tower"):
-        load_tower(recipe / "phase0.pt")
+        load_tower(recipe / "language.pt")
 
 
 def test_the_widest_published_vits_have_heads_wider_than_64():

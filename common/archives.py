@@ -1,0 +1,123 @@
+"""
+Where pictures lie: in folders and zips, each found by its path inside one of them; and all cores,
+to read many.
+"""
+
+import os
+import zipfile
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass
+
+from config import UserError, regular
+
+MOST_BYTES = 1 << 28  # of a picture in a zip
+
+
+@dataclass(frozen=True)
+class ZipEntry:
+    """Where a picture lies in a zip: enough to read it without opening the zip's index again."""
+
+    archive: str
+    name: str
+    offset: int
+    length: int  # packed
+    size: int  # unpacked
+    method: int
+    crc: int
+
+
+def clean(name):
+    """A picture's name as a path with forward slashes and without a leading ./"""
+    return os.path.normpath(name.replace("\\", "/")).replace("\\", "/")
+
+
+class Archives:
+    """Folders and zips that pictures lie in. Raises UserError for a path that is neither."""
+
+    def __init__(self, paths):
+        self.paths = [str(path) for path in paths]
+        self.by_base_name = None  # {base name: [(path in its place, location)]}, when first needed
+        self.zips = {path: self.read_zip(path) for path in self.paths if not os.path.isdir(path)}
+
+    @staticmethod
+    def read_zip(path):
+        try:
+            with zipfile.ZipFile(regular(path)) as archive:
+                infos = archive.infolist()
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise UserError(f"{path}: neither a folder nor a whole zip ({error})") from None
+        return {
+            clean(info.filename): ZipEntry(
+                path,
+                info.filename,
+                info.header_offset,
+                info.compress_size,
+                info.file_size,
+                info.compress_type,
+                info.CRC,
+            )
+            for info in infos
+            if not info.is_dir()
+        }
+
+    def index(self):
+        found = defaultdict(list)
+        for path in self.paths:
+            for name, entry in self.zips.get(path, {}).items():
+                found[name.rpartition("/")[2]].append((name, entry))
+            if path not in self.zips:
+                for folder, _, names in sorted(os.walk(path)):
+                    for name in names:
+                        location = os.path.join(folder, name)
+                        found[name].append((clean(os.path.relpath(location, path)), location))
+        return found
+
+    def find(self, name):
+        """Where a picture is, a path or a ZipEntry: by its whole path in one of the places, else
+        by a path that ends with it. None where there is none.
+
+        Raises UserError where several match: base names alone are not enough to tell apart
+        a/1.jpg and b/1.jpg."""
+        name = clean(name)
+        whole = [entries[name] for entries in self.zips.values() if name in entries]
+        for path in self.paths:
+            location = os.path.join(path, name)
+            if path not in self.zips and os.path.isfile(location):
+                whole.append(location)
+        if not whole:
+            if self.by_base_name is None:
+                self.by_base_name = self.index()
+            candidates = self.by_base_name.get(name.rpartition("/")[2], [])
+            whole = [place for path, place in candidates if path.endswith("/" + name)]
+        whole = list(dict.fromkeys(whole))  # an absolute path is in every place
+        if len(whole) > 1:
+            one, two = (getattr(place, "name", place) for place in whole[:2])
+            raise UserError(
+                f"{name}: {len(whole)} pictures could be meant, {one} and {two} among "
+                "them: write more of the path, or give fewer places"
+            )
+        return whole[0] if whole else None
+
+
+def read_entry(entry):
+    """The bytes of a picture in a zip. Raises UserError when they are damaged, or as many as no
+    picture has: a few kilobytes may unpack to more than there is memory."""
+    if max(entry.size, entry.length) > MOST_BYTES:
+        raise UserError(f"{entry.name}: {entry.size:,} bytes in {entry.archive}: no picture")
+    with open(entry.archive, "rb") as file:
+        file.seek(entry.offset + 26)  # the local header: 30 bytes, of which the last are lengths
+        lengths = file.read(4)  # of the name, and of what else stands before the content
+        name_length, extra_length = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+        file.seek(name_length + extra_length, os.SEEK_CUR)
+        content = file.read(entry.length)
+    if entry.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"{entry.name}: packed in a way not read here; zip it stored or deflated")
+    try:
+        if entry.method == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-15).decompress(content, entry.size + 1)
+    except zlib.error as error:
+        raise UserError(f"{entry.name}: {error}") from None
+    if zlib.crc32(content) != entry.crc:
+        raise UserError(f"{entry.name}: damaged in {entry.archive} (its checksum differs)")
+    return content

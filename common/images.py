@@ -1,0 +1,242 @@
+"""
+From a picture file to a tower's input: reading it, making it square or cutting it into tiles,
+normalising it.
+
+What becomes of a picture is said by an ImageFormat, which a prepared corpus and every checkpoint
+carry, so that it means the same in preparing, training, sampling and evaluation.
+Letters: N images, S image side in pixels.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from common import tiles
+from common.archives import ZipEntry, read_entry
+from common.cores import on_all_cores
+from config import UserError, regular
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every DINO release's
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+NORMS = {  # mean and deviation of the pixels that a tower was trained on
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # SigLIP's
+}
+Image.MAX_IMAGE_PIXELS = None  # check_size() decides, before anything is unpacked
+FITS = ("squash", "pad", "crop", "centre")
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "reduced": Image.Resampling.BILINEAR,  # after a JPEG's own reduction, see load_picture()
+}
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How pictures become frames of size x size pixels, and frames a tower's input.
+
+    fit: squash changes the aspect; pad puts the picture in the middle of a square of the mean
+    colour (LLaVA-1.5's); crop keeps the middle square; centre does so after resizing (CLIP's).
+    resample: the filter; reduced is bilinear of JPEGs that are decoded small, see load_picture().
+    canvases: (width, height) in pixels, several; a picture is then cut into tiles besides (see
+    tiles.py), which are interpolated down to `max_tiles` of them where that is not 0."""
+
+    size: int
+    fit: str = "squash"
+    resample: str = "bilinear"
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+    canvases: tuple = ()
+    max_tiles: int = 0
+
+    def __post_init__(self):
+        check_format(self, FITS, RESAMPLING)
+
+    @property
+    def reduced(self):
+        return self.size if self.resample == "reduced" else 0
+
+    @classmethod
+    def parse(cls, fields):
+        """The ImageFormat of a dict that went through JSON or a checkpoint."""
+        fields = dict(fields)
+        for name in ("mean", "std", "canvases"):
+            fields[name] = tuple(fields.get(name, ()))
+        fields["canvases"] = tuple(tuple(canvas) for canvas in fields["canvases"])
+        return cls(**fields)
+
+
+def check_format(image_format, fits, filters):
+    """Raise ValueError where no picture can be made in an images.ImageFormat."""
+    size, mean, std = image_format.size, image_format.mean, image_format.std
+    if type(size) is not int or not 0 < size <= 1 << 14:
+        raise ValueError(f"frames of {size!r} pixels")
+    if image_format.fit not in fits or image_format.resample not in filters:
+        raise ValueError(f"made square by {image_format.fit!r}, {image_format.resample!r}")
+    if any(type(number) not in (int, float) for number in (*mean, *std)):
+        raise ValueError(f"normalised by {mean!r}, {std!r}, which are no numbers")
+    # a comparison with NaN is false, and so is refused here
+    is_usual = all(abs(number) < 1e6 for number in mean) and all(0 < number < 1e6 for number in std)
+    if len(mean) != 3 or len(std) != 3 or not is_usual:
+        raise ValueError(f"normalised by {mean!r}, {std!r}")
+    if image_format.canvases and image_format.resample == "reduced":
+        raise ValueError("tiles of a reduced picture, which would show no more than the whole")
+    for sides in image_format.canvases:
+        if len(sides) != 2 or any(type(side) is not int or side < size for side in sides):
+            raise ValueError(f"tiles on a canvas of {sides!r} pixels")
+    if type(image_format.max_tiles) is not int or image_format.max_tiles < 0:
+        raise ValueError(f"at most {image_format.max_tiles!r} tiles")
+
+
+@dataclass
+class Picture:
+    """A picture as the tower sees it: frames (1 + tiles, S, S, 3) uint8, the whole first; rows and
+    columns of tiles (0, 0: none); and its own size in pixels."""
+
+    frames: np.ndarray
+    rows: int
+    columns: int
+    width: int
+    height: int
+
+    @property
+    def grid(self):
+        return self.rows, self.columns, self.width, self.height
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading it
+
+
+def check_size(name, width, height):
+    """Refuse a picture that would take more memory than pictures do: what makes it square may
+    make a square of its longer side, or a strip as long as its sides differ."""
+    longer, shorter = max(width, height), min(width, height)
+    if longer > 1 << 14 or width * height > 10**8 or longer > 200 * shorter:
+        raise UserError(
+            f"{name}: {width} x {height} pixels: want at most 16,384 a side, a hundred million "
+            "in all, and no side over 200 times the other"
+        )
+
+
+def load_picture(location, reduced=0):
+    """A picture file or ZipEntry as an upright PIL image, of whatever mode. Raises UserError when
+    there is no whole picture to read.
+
+    A JPEG whose sides are all at least 2, 4 or 8 times `reduced` pixels is decoded at that part of
+    its size: faster, because what resizing would throw away is not even computed."""
+    name = location.name if isinstance(location, ZipEntry) else location
+    try:
+        in_zip = isinstance(location, ZipEntry)
+        source = io.BytesIO(read_entry(location)) if in_zip else regular(location)
+        with Image.open(source) as image:
+            check_size(name, *image.size)
+            if reduced:
+                image.draft(None, (reduced, reduced))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
+    except (FileNotFoundError, NotADirectoryError):  # the latter: a name within a zip
+        raise UserError(f"{name}: no such image") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name}: not a picture that Pillow can read") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{name}: cannot be read whole ({error})") from None
+
+
+def open_picture(location, reduced=0):
+    """A picture file or ZipEntry as an upright RGB PIL image: 16-bit, grey, palette and CMYK all
+    become RGB, and transparency white; `reduced` as in load_picture(). Raises UserError."""
+    image = load_picture(location, reduced)
+    if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip at 255, not scale
+        high_byte = np.asarray(image, np.int32) >> 8
+        image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
+
+
+def middle(image, width, height):
+    """The middle of a PIL image, of this size."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_square(image, image_format):
+    """A PIL image as one of size x size pixels."""
+    size, (width, height) = image_format.size, image.size
+    resample, side = RESAMPLING[image_format.resample], max(width, height)
+    if image_format.fit == "pad" and width != height:
+        square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in image_format.mean))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    elif image_format.fit == "crop" and width != height:
+        image = middle(image, min(width, height), min(width, height))
+    elif image_format.fit == "centre":
+        longer = int(size * side / min(width, height))
+        new = (size, longer) if width <= height else (longer, size)
+        return middle(image.resize(new, resample), size, size)
+    return image.resize((size, size), resample)
+
+
+def to_picture(image, image_format):
+    """A PIL image as a Picture, with tiles where the format has canvases."""
+    views, rows, columns = [to_square(image, image_format)], 0, 0
+    if image_format.canvases:
+        canvas = tiles.choose_canvas(*image.size, image_format.canvases)
+        columns, rows = canvas[0] // image_format.size, canvas[1] // image_format.size
+        resample = RESAMPLING[image_format.resample]
+        views += tiles.cut(image, canvas, image_format.size, resample)
+    return Picture(np.stack([np.array(view) for view in views]), rows, columns, *image.size)
+
+
+def read_picture(location, image_format):
+    """A picture file or ZipEntry as a Picture. Raises UserError."""
+    return to_picture(open_picture(location, image_format.reduced), image_format)
+
+
+def read_image(location, image_format):
+    """A picture file or ZipEntry, whole, as a frame (S, S, 3) uint8. Raises UserError."""
+    return np.array(to_square(open_picture(location, image_format.reduced), image_format))
+
+
+def read_job(job):
+    """A Picture, or a line that says why there is none."""
+    try:
+        return read_picture(*job)
+    except UserError as error:
+        return str(error)
+
+
+def read_all(locations, image_format, window=512):
+    """Yield read_job's result for each location, in order, read on all cores.
+
+    At most `window` pictures are in memory at a time."""
+    return on_all_cores(read_job, [(place, image_format) for place in locations], window)
+
+
+# ---------------------------------------------------------------------------------------------
+# A tower's input
+
+
+def normalise(pixels, image_format):
+    """(N, 3, S, S) in 0..1 -> the format's zero mean and unit variance."""
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1)
+        for values in (image_format.mean, image_format.std)
+    )
+    return (pixels - mean) / std
+
+
+def to_pixels(frames, image_format, device="cpu"):
+    """Frames (N, S, S, 3) uint8 -> a tower's input (N, 3, S, S): the one way in, in training,
+    feature extraction and sampling alike."""
+    if not isinstance(frames, torch.Tensor):
+        frames = torch.as_tensor(np.array(frames))
+    frames = frames.to(device)
+    return normalise(frames.permute(0, 3, 1, 2) / 255, image_format)

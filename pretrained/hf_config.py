@@ -1,0 +1,301 @@
+"""
+What the settings in a Hugging Face folder say: sizes, tower, pictures, tokenizer, template. What
+they do not say has transformers' default, here as there; what is not understood is refused.
+"""
+
+import json
+import math
+import re
+from itertools import pairwise
+
+import vision
+from common import files
+from common.images import NORMS, ImageFormat
+from config import UserError
+from model import GPTConfig
+from pretrained.convnets import ConvNeXt
+from pretrained.tokenizer_json import JsonTokenizer
+from pretrained.tower_names import CLIP, HUGGING_FACE_CONVNEXT, HUGGING_FACE_VIT
+from tokenizer import TEMPLATES
+
+# What transformers assumes where a config.json is silent.
+LLAVA = {
+    "llava": {"layer": -2, "strategy": "default", "image_token": 32000, "tower": "clip"},
+    "llava_next": {"layer": -2, "strategy": "default", "image_token": 32000, "tower": "clip"},
+    "llava_onevision": {"layer": -1, "strategy": "full", "image_token": 151646, "tower": "siglip"},
+}
+ALL_TEXT = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+TEXT = {
+    "llama": {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2048},
+    "mistral": {
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "intermediate_size": 22016,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+    },
+}
+ALL_TOWERS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+}
+TOWER_DEFAULTS = {
+    "clip": {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "siglip": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "vit": {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+    "dinov2": {"patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6},
+    "convnext": {"patch_size": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+}
+NO_CONFIG_CLIP = {  # LLaVA's tower where vision_config is left out: CLIP ViT-L/14 at 336
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+# ---------------------------------------------------------------------------------------------
+# Configurations
+
+
+def read_json(path, default=None):
+    """The dict in a JSON file; `default` where there is no file and one is given."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        content = files.read_json(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not an object")
+    return content
+
+
+def refuse(folder, what, value, why="is not taken here"):
+    raise UserError(f"{folder}/config.json: {what} {value!r} {why}")
+
+
+def positive(folder, config, name):
+    """A number above 0 in a config. Raises UserError."""
+    value = config[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        refuse(folder, name, value, "is no number above 0")
+    return value
+
+
+def rope_of(folder, text):
+    """(theta, scaling) of a text config; see model.rotary_frequencies."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or text.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        length = rope["original_max_position_embeddings"]
+        return theta, (*(rope[name] for name in names), length)
+    if kind not in ("default", "linear"):
+        refuse(folder, "rope_type", kind)
+    return theta, (rope["factor"],) if kind == "linear" else ()
+
+
+def gpt_config(folder, text, tied):
+    """The GPTConfig of a text config."""
+    kind = text.get("model_type", "llama")
+    if kind not in TEXT:
+        refuse(folder, "text model", kind)
+    text = ALL_TEXT | TEXT[kind] | text
+    heads, width = text["num_attention_heads"], text["hidden_size"]
+    if text["hidden_act"] != "silu":
+        refuse(folder, "hidden_act", text["hidden_act"])
+    for name in ("attention_bias", "mlp_bias"):
+        if text.get(name):
+            refuse(folder, name, True)
+    if (text.get("head_dim") or width // heads) * heads != width:
+        refuse(folder, "head_dim", text["head_dim"])
+    block_size, window = text["max_position_embeddings"], text.get("sliding_window")
+    if window and text.get("use_sliding_window", kind == "mistral"):
+        block_size = min(block_size, window)  # within the window it changes nothing
+    theta, scaling = rope_of(folder, text)
+    return GPTConfig(
+        vocab_size=text["vocab_size"],
+        block_size=block_size,
+        n_layer=text["num_hidden_layers"],
+        n_head=heads,
+        n_embd=width,
+        n_kv_head=text.get("num_key_value_heads") or heads,
+        n_hidden=text["intermediate_size"],
+        rope_theta=float(theta),
+        rope_scaling=scaling,
+        norm_eps=positive(folder, text, "rms_norm_eps"),
+        qkv_bias=kind == "qwen2",
+        tied=tied,
+    )
+
+
+def tower_kind(folder, seen):
+    kind = seen.get("model_type", "clip").removesuffix("_vision_model")
+    if kind not in TOWER_DEFAULTS:
+        refuse(folder, "tower", kind)
+    return kind
+
+
+def make_tower(folder, seen, alone=False):
+    """(tower with random weights, the rules for its names) of a vision config. `alone`: with its
+    own output, after the final norm; a LLaVA reads what is before it."""
+    kind = tower_kind(folder, seen)
+    seen = ALL_TOWERS | TOWER_DEFAULTS[kind] | seen
+    if kind == "convnext":
+        depths, widths = seen.get("depths", [3, 3, 9, 3]), seen.get("hidden_sizes")
+        widths = widths or [96, 192, 384, 768]
+        if any(b != 2 * a for a, b in pairwise(widths)):
+            refuse(folder, "hidden_sizes", widths)
+        if seen["hidden_act"] != "gelu":
+            refuse(folder, "hidden_act", seen["hidden_act"])
+        tower = ConvNeXt(depths, widths[0], seen["patch_size"])
+        return tower, HUGGING_FACE_CONVNEXT
+    if seen["hidden_act"] not in ACTIVATIONS:
+        refuse(folder, "hidden_act", seen["hidden_act"])
+    arguments = {
+        "size": seen["image_size"],
+        "patch": seen["patch_size"],
+        "width": seen["hidden_size"],
+        "depth": seen["num_hidden_layers"],
+        "heads": seen["num_attention_heads"],
+        "hidden": seen["intermediate_size"],
+        "activation": ACTIVATIONS[seen["hidden_act"]],
+        "eps": positive(folder, seen, "layer_norm_eps"),
+        "offset": 0.0,
+        "final_norm": alone and kind in ("vit", "dinov2"),
+    }
+    if kind == "clip":
+        arguments |= {"patch_bias": False, "first_norm": True}
+    elif kind == "siglip":
+        arguments["cls"] = False
+    elif kind == "dinov2":
+        if seen.get("use_swiglu_ffn"):
+            refuse(folder, "use_swiglu_ffn", True)
+        arguments |= {"scaled": True, "hidden": int(seen.get("mlp_ratio", 4) * seen["hidden_size"])}
+    elif not seen.get("qkv_bias", True):
+        refuse(folder, "qkv_bias", False)
+    rules = CLIP if kind in ("clip", "siglip") else HUGGING_FACE_VIT
+    if not arguments["final_norm"]:
+        rules = [(r"^layernorm\..*|^embeddings\.mask_token$", ""), *rules]
+    return vision.ViT(**arguments), rules
+
+
+def image_format(folder, settings, size):
+    """How the folder's processor makes a tower's input of a picture."""
+    found = read_json(folder / "processor_config.json", {}).get("image_processor")
+    found = found or read_json(folder / "preprocessor_config.json")
+    sizes, kind = found.get("crop_size") or found.get("size") or {}, settings["model_type"]
+    wanted = sizes if isinstance(sizes, int) else sizes.get("shortest_edge", sizes.get("height"))
+    if wanted != size and found.get("do_resize", True):
+        raise UserError(f"{folder}: pictures of {wanted} pixels for a tower of {size}")
+    tiled = kind in ("llava_next", "llava_onevision")
+    fit = "centre" if found.get("do_center_crop", "crop_size" in found) else "squash"
+    if kind == "llava" and found.get("do_pad"):
+        fit = "pad"
+    pinpoints = settings.get("image_grid_pinpoints") or found.get("image_grid_pinpoints")
+    if tiled and not pinpoints:
+        pinpoints = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+    most = re.search(r"\d+", settings.get("vision_aspect_ratio") or "anyres_max_9")
+    resample = {2: "bilinear", 3: "bicubic"}.get(found.get("resample", 3))
+    if resample is None:
+        raise UserError(
+            f"{folder}: pictures resized by filter {found['resample']}: 2 and 3 are taken"
+        )
+    mean, std = NORMS["clip"]
+    return ImageFormat(
+        size,
+        "squash" if tiled else fit,
+        resample,
+        tuple(found.get("image_mean", mean)),
+        tuple(found.get("image_std", std)),
+        tuple((w, h) for h, w in pinpoints) if tiled else (),
+        int(most[0]) if kind == "llava_onevision" and most else 0,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def token_id(specials, entry):
+    """The id of a token as tokenizer_config.json has it: its text, or an object with its text."""
+    return specials.get(entry["content"] if isinstance(entry, dict) else entry)
+
+
+def adds_bos(content, settings):
+    """Whether the folder's tokenizer puts its bos before each text."""
+    if "add_bos_token" in settings:
+        return settings["add_bos_token"]
+    processor = content.get("post_processor") or {}
+    for step in processor.get("processors", [processor]):
+        if step.get("type") == "TemplateProcessing" and step["single"]:
+            return "SpecialToken" in step["single"][0]
+    return False
+
+
+def read_tokenizer(folder, text, image_token):
+    """The JsonTokenizer of a folder."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: there is none; a tokenizer.model alone is not read here")
+    content, settings = read_json(path), read_json(folder / "tokenizer_config.json", {})
+    specials = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+    specials = content.get("model", {}).get("vocab", {}) | specials
+    stops = read_json(folder / "generation_config.json", {}).get("eos_token_id")
+    stops = stops if stops is not None else text.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [stops]
+    eos = token_id(specials, settings.get("eos_token"))
+    stops = [token for token in [*stops, eos] if token is not None]
+    if not stops:
+        raise UserError(
+            f"{folder}: neither generation_config.json nor the others name an eos token"
+        )
+    bos = token_id(specials, settings.get("bos_token"))
+    pad = token_id(specials, settings.get("pad_token"))
+    roles = {
+        "eos": stops[0],
+        "stops": sorted(set(stops)),
+        "bos": bos if adds_bos(content, settings) else None,
+        "pad": stops[0] if pad is None else pad,
+        "image": image_token,
+        "vocab_size": text["vocab_size"],
+    }
+    return JsonTokenizer(content, roles)
+
+
+def find_template(folder, kind):
+    """The name of the template that the folder's own chat template writes, else what language
+    models of this kind were mostly trained with."""
+    written = ""
+    for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json"):
+        written += json.dumps(read_json(folder / name, {}).get("chat_template", ""))
+    if (folder / "chat_template.jinja").exists():
+        written += files.read_text(folder / "chat_template.jinja")
+    for name, template in TEMPLATES.items():
+        if template.sign and template.sign in written:
+            return name
+    return next((name for name, template in TEMPLATES.items() if kind in template.models), "v1")

@@ -1,0 +1,123 @@
+"""
+Curation without a second model: is an utterance likelier with its own picture than with others of
+the same corpus? What is not is left out.
+
+    python data.py saycam --frames ... --name filtered --filter out/saycam/phase2.pt --min_gain 0.05
+
+The gain of an utterance is how many nats a token it loses, on average over some other pictures,
+when its own is taken away. It works between reading and finishing, on whatever a source wrote.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import inference
+from checkpoint import choose_device
+from common.files import write_json
+from common.images import to_picture
+from config import UserError
+from data import bin_shape
+
+WINDOW = 512  # samples judged together: their pictures are each other's others
+
+
+def partial(part, kind):
+    """A bin of a data.SplitWriter that is still being written, as an array."""
+    part.bins[kind].file.flush()
+    dtype, row = bin_shape(kind, part.writer.meta)
+    return np.memmap(part.path(f"{kind}.partial"), dtype, "r").reshape(-1, *row)
+
+
+def gains(loaded, clips, words, others, rng):
+    """How much likelier, in nats a token, each of the words (n tokens lists) is after its own clip,
+    a list of embeddings, than after `others` clips of other words: float64 (n,)."""
+    tokenizer, n = loaded.tokenizer, len(words)
+
+    def nll(order):
+        embeds = [clips[i] for i in order]
+        prompts = [tokenizer.start + [tokenizer.image] * sum(map(len, embed)) for embed in embeds]
+        return inference.nll_after(loaded, prompts, embeds, words, 64)
+
+    own, foreign = nll(range(n)), np.zeros(n)
+    for _ in range(others):
+        foreign += nll((np.arange(n) + rng.randint(1, n, n)) % n)
+    return foreign / others - own
+
+
+def judge(part, loaded, others, seed):
+    """The gain of each sample of a split that shows pictures and says one thing, and NaN for what
+    is not judged: text alone, moments in turn."""
+    samples, tokens = np.array(partial(part, "samples")), partial(part, "tokens")
+    loss_mask, shown = partial(part, "loss_mask"), partial(part, "image_ids")
+    frames, images = partial(part, "frames"), partial(part, "images")
+    tokenizer, found = part.writer.tokenizer, np.full(len(samples), np.nan)
+    judged = []
+    for i, (first, length, _, pictures) in enumerate(samples.astype(np.int64).tolist()):
+        changes = np.count_nonzero(np.diff(loss_mask[first : first + length]))
+        if pictures and changes == 1:
+            judged.append(i)
+    rng = np.random.RandomState(seed)
+    judged = rng.permutation(judged)
+    blocks = np.array_split(judged, max(1, round(len(judged) / WINDOW)))
+    for block in tqdm(blocks, f"{part.name} gains", unit_scale=WINDOW, unit="sample"):
+        if len(block) < 2:
+            continue
+        clips, words = [], []
+        for first, length, begin, count in samples[block].astype(np.int64).tolist():
+            own = slice(first, first + length)
+            text = tokenizer.decode(tokens[own][loss_mask[own] == 1]).strip()
+            words.append(loaded.tokenizer.encode(text) or [loaded.tokenizer.eos])
+            pictures = [Image.fromarray(frames[images[k][0]]) for k in shown[begin : begin + count]]
+            clips.append([to_picture(picture, loaded.image_format) for picture in pictures])
+        embeds = inference.embed_pictures(loaded, [picture for clip in clips for picture in clip])
+        clips = [[embeds.pop(0) for _ in clip] for clip in clips]
+        found[block] = gains(loaded, clips, words, others, rng)
+    return found
+
+
+def rewrite(part, keep):
+    """Leave only the samples of a split for which keep is true; pictures stay."""
+    samples = np.array(partial(part, "samples")).astype(np.int64)
+    old = {kind: np.array(partial(part, kind)) for kind in ("tokens", "loss_mask", "image_ids")}
+    for kind in ("samples", *old):
+        part.bins.pop(kind).close()
+    for kind in ("samples", *old):
+        part.path(f"{kind}.partial").unlink()
+    for first, length, begin, count in samples[keep].tolist():
+        own, images = slice(first, first + length), old["image_ids"][begin : begin + count]
+        part.sample(old["tokens"][own].tolist(), old["loss_mask"][own].tolist(), images.tolist())
+
+
+def open_filter(settings):
+    """apply(writer), which filters what a source has written by the model that --filter names; the
+    model is opened before anything is prepared. Raises UserError."""
+    loaded = inference.open_model(settings.filter, choose_device(""))
+    if loaded.model.projector is None:
+        raise UserError(f"--filter {settings.filter}: it cannot see; give one of phase 2")
+    return lambda writer: filter_samples(writer, settings, loaded)
+
+
+def filter_samples(writer, settings, loaded):
+    """Leave out of all that a source has written for training what a model finds less than
+    --min_gain likelier with its own picture; validation stays as it is."""
+    part = writer.splits.get("train")
+    if part is None or "image_ids" not in part.bins:
+        raise UserError("--filter: there are no pictures to judge utterances by")
+    with torch.no_grad():
+        found = judge(part, loaded, settings.others, seed=0)
+    keep = ~(found < settings.min_gain)  # what was not judged stays
+    if not keep.any():
+        raise UserError(f"--min_gain {settings.min_gain:g}: nothing is left, of {len(found)} pairs")
+    rewrite(part, keep)
+    writer.meta["curated"] = {"by": loaded.checkpoint.get("digest"), "min_gain": settings.min_gain}
+    listed = [None if np.isnan(gain) else round(float(gain), 4) for gain in found]
+    write_json(Path(writer.directory) / "gains.json", listed)
+    judged = found[np.isfinite(found)]
+    print(
+        f"{keep.sum():,} of {len(found):,} samples kept; gains {np.median(judged):.3f} in the "
+        f"middle, from {judged.min():.3f} to {judged.max():.3f}: {writer.directory}/gains.json"
+    )

@@ -1,0 +1,72 @@
+"""
+The wording of the ten tests of the DevCV Toolbox: prompts and answers. How they are scored:
+tasks/toolbox.py; how the toy world draws them: toy_items.py.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Test:
+    """prompt: # is a picture, {} what is asked for; of Memory, the later rounds'. answers: what may
+    be said. query: the first picture is asked about, the others are to choose from."""
+
+    prompt: str
+    answers: tuple
+    query: bool = False
+    ours: bool = False  # a fairer variant, which the original has not
+
+    @property
+    def chance(self):
+        return 1 / len(self.answers)
+
+
+LETTERS = ("A", "B", "C", "D")
+SIDES = ("left", "right")
+# Round the clock, so that neighbours are adjacent
+DIRECTIONS = ("up", "up right", "right", "down right", "down", "down left", "left", "up left")
+SAME = "# Which of the following is the same as this? (A) # (B) # (C) #"
+NEW = "Touch the new image. "
+LATER = "Let's try more. " + NEW + "(A) # (B) #"
+
+TESTS = {
+    "picture_vocabulary": Test("Touch the image of '{}' (A)# (B)# (C)# (D)#", LETTERS),
+    "localization": Test(
+        "# Point at the {}. Is it in the (A) top left or (B) top right or (C) bottom left or "
+        "(D) bottom right of the image?",
+        LETTERS,
+    ),
+    "left_right": Test(SAME, LETTERS[:3], query=True),
+    "left_right_fair": Test(SAME, LETTERS[:3], query=True, ours=True),
+    "spatial_details": Test(
+        "# Which of the following contains exactly this object? (A) # (B) # (C) #. Pay attention "
+        "to details and give only a letter A-C.",
+        LETTERS[:3],
+        query=True,
+    ),
+    "delayed_response": Test(
+        "# does the {} leave the frame through the right side of the frame or the left side of "
+        "the frame? respond ONLY with 'right' or 'left'.",
+        SIDES,
+    ),
+    # in our words: the original's are not public
+    "delayed_response_open": Test(
+        "# in which direction does the {} leave the frame? respond ONLY with the direction.",
+        DIRECTIONS,
+    ),
+    "memory": Test(LATER, LETTERS[:2]),
+    "memory_fair": Test(LATER, LETTERS[:2], ours=True),
+    "more_synthetic": Test("Which image has more {}? Answer (A) # (B) #", LETTERS[:2]),
+    "more_natural": Test("Which image has more {}? Answer (A) # (B) #", LETTERS[:2]),
+    "subitizing": Test("# How many of {} do you see?", ("1", "2", "3")),
+    "object_counting": Test("# How many {} do you see?", tuple(map(str, range(1, 13)))),
+    "looking_while_listening": Test("", ()),  # two pictures and two phrases: which belong together?
+}
+ROUNDS, LEARNT = 15, 5  # of a Memory dialogue; rounds 1 to 5 show a new thing each
+
+
+def write(test, pictures, word=""):
+    """The human's words of a test about so many pictures; a clip is a run of <image>."""
+    prompt = TESTS[test].prompt.replace("{}", word)
+    clip = "<image>" * (pictures + 1 - prompt.count("#"))  # what the first # stands for
+    return prompt.replace("#", clip, 1).replace("#", "<image>")

@@ -1,0 +1,233 @@
+"""
+The tests of a trained model. A new test is a file in this folder with its rule, and an entry in
+TASKS below.
+
+    python eval.py --checkpoint out/toy/phase2.pt --task vtwt
+
+A rule is a function rule(rows, subject, ties) -> {measure: result}, with results as
+tasks/scores.py's accuracy() makes them. It is called with all rows of the test, and again with the
+rows of each subset; Subject remembers what it has computed.
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import inference
+from common.archives import Archives
+from common.files import about, read_csv
+from common.images import read_picture
+from config import UserError
+from sources.toolbox_prompts import TESTS
+from tasks import babyvlm, choice, devbench, toolbox
+
+
+@dataclass(frozen=True)
+class Task:
+    """A test.
+
+    columns: those that its CSV must have; pictures: those that name pictures. read: read(path) ->
+    rows, for a file that is not such a CSV; suffix: of its file. published: one of BabyVLM's four,
+    printed beside the paper's table. speaks: its answers go onto the contact sheet, beside the
+    column `text`. example: example(rows, subject) -> (frames, question, right answer, answer), for
+    a sheet of examples."""
+
+    columns: tuple
+    pictures: tuple
+    rule: object
+    published: bool = False
+    speaks: bool = False
+    read: object = None
+    suffix: str = "csv"
+    example: object = None
+
+    def read_rows(self, path):
+        """The rows of a file, a dict each, numbered under "number"."""
+        rows = self.read(path) if self.read else read_csv(path, self.columns)
+        return [row | {"number": number} for number, row in enumerate(rows)]
+
+    def pictures_in(self, row):
+        """The names of a row's pictures; a column may hold a list."""
+        cells = [row[column] for column in self.pictures]
+        return [name for cell in cells for name in (cell if isinstance(cell, list) else [cell])]
+
+
+TASKS = {
+    "labeled_s": Task(
+        ("trial_id", "target_category", "real_category", "image"),
+        ("image",),
+        babyvlm.labeled_s,
+        published=True,
+    ),
+    "vtwt": Task(
+        ("image", "positive_phrase", "negative_phrase"), ("image",), babyvlm.vtwt, published=True
+    ),
+    "baby_winoground": Task(
+        ("instance_id", "positive_phrase", "negative_phrase", "image", "image_tag"),
+        ("image",),
+        babyvlm.baby_winoground,
+        published=True,
+    ),
+    "caption": Task(("image", "text"), ("image",), babyvlm.captions, published=True, speaks=True),
+    "two_by_one": Task(
+        ("image", "foil_image", "phrase"), ("image", "foil_image"), babyvlm.two_by_one
+    ),
+    "two_by_two": Task(
+        ("image", "foil_image", "phrase", "foil_phrase"),
+        ("image", "foil_image"),
+        babyvlm.two_by_two,
+    ),
+    "machine_devbench": Task(
+        ("task", "bin", "image1", "image2", "text1"),
+        ("image1", "image2"),
+        devbench.machine_devbench,
+        read=devbench.read_machine_devbench,
+    ),
+    "devbench": Task(
+        ("image1", "text1"), ("images",), devbench.devbench, read=devbench.read_manifest
+    ),
+    "choice": Task(
+        ("image", "conversations", "choices", "answer"),
+        ("image",),
+        choice.choice,
+        read=choice.read_questions,
+        suffix="json",
+    ),
+}
+for name in TESTS:
+    TASKS[name] = Task(
+        ("image", "conversations"),
+        ("image",),
+        toolbox.make_rule(name),
+        read=partial(toolbox.read_items, name),
+        suffix="json",
+        example=None if name == "looking_while_listening" else toolbox.example,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Running a test
+
+
+class Subject:
+    """A model that is tested on the pictures of a test.
+
+    Every picture is embedded once; likelihoods, captions and answers are remembered, because each
+    subset asks for them again. rows: all rows of the test; archive of the pictures: locations, in
+    the order of names. shuffle: each name stands for another, random picture."""
+
+    def __init__(self, loaded, rows, names, locations, settings):
+        self.loaded, self.rows, self.settings = loaded, rows, settings
+        self.index = {name: i for i, name in enumerate(names)}
+        if settings.shuffle:
+            self.index = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
+        self.locations, self.picture_embeds = locations, []  # (tokens, C) each
+        for start in tqdm(range(0, len(names), 64), "pictures", unit_scale=64, unit="image"):
+            pictures = self.read_pictures(locations[start : start + 64])
+            embeds = inference.embed_pictures(loaded, pictures)
+            self.picture_embeds += [embed.cpu() for embed in embeds]
+        self.forget()
+
+    def forget(self):
+        """Drop all results: {(name, phrase): NLL}, {name: caption}, {key: [one for each row]}."""
+        self.scores, self.captions, self.of_rows = {}, {}, {}
+
+    def blinded(self):
+        """The same model, which is shown the mean of all pictures (with as many tokens) instead of
+        each picture."""
+        means = {}
+        for length in {len(embed) for embed in self.picture_embeds}:
+            same = [embed for embed in self.picture_embeds if len(embed) == length]
+            means[length] = torch.stack(same).float().mean(0).to(same[0].dtype)
+        other = copy.copy(self)
+        other.picture_embeds = [means[len(embed)] for embed in self.picture_embeds]
+        other.forget()
+        return other
+
+    def once(self, key, rows, make):
+        """The entries of `rows` in make(all rows of the test), a list that is made once."""
+        if key not in self.of_rows:
+            self.of_rows[key] = make(self.rows)
+        return [self.of_rows[key][row["number"]] for row in rows]
+
+    def read_pictures(self, locations):
+        return [read_picture(location, self.loaded.image_format) for location in locations]
+
+    def frames(self, names):
+        """The pictures of these names as whole frames: (n, S, S, 3) uint8."""
+        pictures = self.read_pictures([self.locations[self.index[name]] for name in names])
+        return np.stack([picture.frames[0] for picture in pictures])
+
+    def embeds(self, names):
+        return [self.picture_embeds[self.index[name]] for name in names]
+
+    def nll(self, names, phrases):
+        """Mean NLL per token of each phrase after each picture, float64 (n,)."""
+        pairs = list(zip(names, phrases))
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.scores]
+        if new:
+            embeds, texts = self.embeds([name for name, _ in new]), [phrase for _, phrase in new]
+            scores = phrase_nll(self.loaded, embeds, texts, self.settings.batch)
+            self.scores |= dict(zip(new, scores))
+        return np.array([self.scores[pair] for pair in pairs])
+
+    def caption(self, names):
+        """A greedy caption of each picture, of 25 tokens at most."""
+        new = [name for name in dict.fromkeys(names) if name not in self.captions]
+        if new:
+            captions = inference.caption_pictures(self.loaded, self.embeds(new), 25)
+            self.captions |= dict(zip(new, captions))
+        return [self.captions[name] for name in names]
+
+
+def phrase_nll(loaded, embeds, phrases, batch=256):
+    """Mean NLL per token of phrases[i] after picture embeds[i]: float64 (n,). embeds None: words
+    alone, after an <eos>. No <eos> is scored. Raises UserError as inference.nll_after does."""
+    tokenizer = loaded.tokenizer
+    prompts = [tokenizer.start or [tokenizer.eos]] * len(phrases)
+    of_rows = None
+    if embeds is not None:
+        prompts = [tokenizer.start + [tokenizer.image] * len(embed) for embed in embeds]
+        of_rows = [[embed] for embed in embeds]
+    words = [tokenizer.encode(phrase) for phrase in phrases]
+    return inference.nll_after(loaded, prompts, of_rows, words, batch)
+
+
+def run_task(name, path, images, loaded, settings):
+    """({subset: {measure: result}} of the test `name` on the file at `path`, entries of a contact
+    sheet, [] or an example). images: folders and zips of its pictures. Raises UserError."""
+    task = TASKS[name]
+    rows = task.read_rows(path)
+    archives = Archives(images)
+    names = sorted({picture for row in rows for picture in task.pictures_in(row)})
+    locations = [archives.find(picture) for picture in names]
+    if None in locations:
+        missing = names[locations.index(None)]
+        raise UserError(
+            f"{' and '.join(archives.paths)}: no {missing}, which {name} asks for in "
+            f"{path}; --images takes several folders or zips"
+        )
+    subject = Subject(loaded, rows, names, locations, settings)
+    with about(path):
+        results = {"all": task.rule(rows, subject, settings.ties)}
+    subsets = sorted({row["subset"] for row in rows if row.get("subset")})
+    if len(subsets) > 1:
+        for subset in subsets:
+            chosen = [row for row in rows if row["subset"] == subset]
+            results[subset] = task.rule(chosen, subject, settings.ties)
+    entries = contact_entries(rows, subject) if task.speaks else []
+    examples = [(name, *task.example(rows, subject))] if task.example else []
+    return results, entries, examples
+
+
+def contact_entries(rows, subject, most=36):
+    """(frame, text, caption) of some rows, evenly spread."""
+    spread = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
+    chosen = [rows[i] for i in spread]
+    names = [row["image"] for row in chosen]
+    texts = [row["text"] for row in chosen]
+    return list(zip(subject.frames(names), texts, subject.caption(names)))

@@ -1,0 +1,185 @@
+"""
+Machine-DevBench (of EgoBabyVLM) and DevBench.
+
+    python eval.py --task machine_devbench --csv FILE.csv --images DIR
+    python eval.py --task devbench --csv manifest.csv --images DIR [--human human.csv]
+
+Machine-DevBench's CSV has the columns task, bin, image1, image2, text1, text2. An item of the task
+`lexical` has no text2, and is right if text1 is likelier after image1 than after image2. An item of
+a grammatical task is right if s11 + s22 > s12 + s21, with s_ij the log-likelihood of text j after
+image i. The score of a task is the mean over its frequency bins; `overall` is the mean of lexical
+and of the mean of the grammatical tasks.
+
+DevBench's manifest has image1 ... image_k and text1 ... text_m; the first of each is right. A
+human.csv (trial, and image1 ... image_k or text1 ...; several rows a trial for several ages) has
+the fraction of children who chose each. `kl` is the divergence from theirs of the model's choices,
+softmax(beta * score), for the best beta.
+"""
+
+import re
+from collections import defaultdict
+
+import numpy as np
+
+from common.files import read_csv
+from config import UserError
+from tasks.scores import accuracy, lowest, wilson
+
+LEXICAL = "lexical"
+
+
+def read_machine_devbench(path):
+    """The rows of Machine-DevBench's CSV."""
+    rows = read_csv(path, ("task", "bin", "image1", "image2", "text1"))
+    for row in rows:
+        if (row["task"] == LEXICAL) == bool(row.get("text2")):
+            raise UserError(
+                f"{path}:{row['line']}: {row['task']} with{'' if row.get('text2') else 'out'} a "
+                f"text2: {LEXICAL} has one text, the others two"
+            )
+    return rows
+
+
+def machine_devbench(rows, subject, ties):
+    """{"lexical", one measure for each grammatical task, "grammatical", "overall"}."""
+    hits, bins = defaultdict(list), defaultdict(lambda: defaultdict(list))
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        first, second = ([row[f"image{i}"] for row in own] for i in (1, 2))
+        texts = [row["text1"] for row in own]
+        left, right = subject.nll(first, texts), subject.nll(second, texts)
+        if task != LEXICAL:  # NLLs: lower is better
+            foils = [row["text2"] for row in own]
+            left = left + subject.nll(second, foils)
+            right = right + subject.nll(first, foils)
+        for row, pair in zip(own, zip(left, right)):
+            hit = lowest(np.array(pair), 0, ties)
+            hits[task].append(hit)
+            bins[task][row["bin"]].append(hit)
+    results = {}
+    for task, own in hits.items():
+        mean = float(np.mean([np.mean(one) for one in bins[task].values()]))
+        # the effective sample size of a mean over bins of different sizes (Kish 1965)
+        effective = len(bins[task]) ** 2 / sum(1 / len(one) for one in bins[task].values())
+        results[task] = accuracy(own, 0.5) | {
+            "score": round(mean, 4),
+            "ci95": wilson(mean * effective, effective),
+        }
+    grammatical = [results[task]["score"] for task in results if task != LEXICAL]
+    means = {"grammatical": grammatical}
+    if grammatical and LEXICAL in results:
+        means["overall"] = [results[LEXICAL]["score"], float(np.mean(grammatical))]
+    for name, parts in means.items():
+        if parts:
+            score = round(float(np.mean(parts)), 4)
+            results[name] = {"score": score, "n": len(parts), "chance": 0.5, "ci95": None}
+    return results
+
+
+# ---------------------------------------------------------------------------------------------
+# DevBench
+
+
+def columns_of(row, kind):
+    """The values of a row's columns image1, image2 ..., in order."""
+    found = {}
+    for name, value in row.items():
+        number = re.fullmatch(kind + r"(\d+)", str(name))
+        if number and value:
+            found[int(number.group(1))] = value
+    return [found[number] for number in sorted(found)]
+
+
+def read_manifest(path):
+    """The rows of a manifest.csv, with their `images` and `texts`."""
+    rows = read_csv(path, ("image1", "text1"))
+    for number, row in enumerate(rows, 1):
+        row["images"], row["texts"] = columns_of(row, "image"), columns_of(row, "text")
+        row["trial"] = row.get("trial") or str(number)
+        if len(row["images"]) < 2 and len(row["texts"]) < 2:
+            raise UserError(f"{path}:{row['line']}: one picture and one text: nothing to choose")
+    return rows
+
+
+def scores_of(rows, subject):
+    """A table (images, texts) of mean log-probabilities per token for each row."""
+    images = [image for row in rows for image in row["images"] for _ in row["texts"]]
+    texts = [text for row in rows for _ in row["images"] for text in row["texts"]]
+    flat, tables = -subject.nll(images, texts), []
+    for row in rows:
+        shape = len(row["images"]), len(row["texts"])
+        tables.append(flat[: shape[0] * shape[1]].reshape(shape))
+        flat = flat[shape[0] * shape[1] :]
+    return tables
+
+
+def choices(table):
+    """The scores to choose from: of the pictures with the first text, or of the texts if there is
+    one picture."""
+    return table[:, 0] if table.shape[0] > 1 else table[0]
+
+
+def devbench(rows, subject, ties):
+    """{"accuracy"}; with --human also {"kl", "beta"}; for trials of two pictures and two texts also
+    {"group"}: each picture likelier with its own text, each text with its own picture."""
+    tables = scores_of(rows, subject)
+    hits = [lowest(-choices(table), 0, ties) for table in tables]
+    chance = float(np.mean([1 / len(choices(table)) for table in tables]))
+    results = {"accuracy": accuracy(hits, round(chance, 4))}
+    square = [table for table in tables if table.shape == (2, 2)]
+    if square:
+        own = [min(t[0, 0], t[1, 1]) > max(t[0, 1], t[1, 0]) for t in square]
+        results["group"] = accuracy(own, round(1 / 6, 4))
+    if subject.settings.human:
+        results |= beside_children(rows, tables, read_human(subject.settings.human, subject.rows))
+    return results
+
+
+def read_human(path, rows):
+    """{trial: [fractions of each age bin]} of a human.csv, each summing to 1. Raises UserError."""
+    known, shares = {row["trial"]: row for row in rows}, defaultdict(list)
+    for row in read_csv(path, ("trial",)):
+        where = f"{path}:{row['line']}"
+        values = columns_of(row, "image") or columns_of(row, "text")
+        try:
+            own = np.array([float(value) for value in values])
+        except ValueError:
+            raise UserError(f"{where}: shares of choices must be numbers") from None
+        if row["trial"] not in known:
+            continue  # a trial that is not in the manifest
+        wanted = len(known[row["trial"]]["images"])
+        wanted = wanted if wanted > 1 else len(known[row["trial"]]["texts"])
+        if len(own) != wanted or not (own >= 0).all() or not 0 < own.sum() < np.inf:
+            raise UserError(f"{where}: want {wanted} shares of choices, not negative")
+        shares[row["trial"]].append(own / own.sum())
+    if not shares:
+        raise UserError(f"{path}: none of its trials is in the manifest")
+    return shares
+
+
+def divergence(human, scores, beta):
+    """KL(human || softmax(beta * scores)), in nats."""
+    logits = beta * (scores - scores.max())
+    log_model = logits - np.log(np.exp(logits).sum())
+    seen = human > 0
+    return float((human[seen] * (np.log(human[seen]) - log_model[seen])).sum())
+
+
+def beside_children(rows, tables, human):
+    """{"kl", "beta"}: the smallest mean divergence over beta in [0.025, 40]."""
+    pairs = [
+        (own, choices(table))
+        for row, table in zip(rows, tables)
+        for own in human.get(row["trial"], [])
+    ]
+    if not pairs:  # no trial of this subset was shown to children
+        return {}
+    mean = lambda beta: float(np.mean([divergence(own, scores, beta) for own, scores in pairs]))
+    low, high = np.log(0.025), np.log(40.0)
+    for _ in range(6):  # the mean is convex in beta: search on ever finer grids around the best
+        grid = np.linspace(low, high, 41)
+        best = int(np.argmin([mean(np.exp(b)) for b in grid]))
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, 40)]
+    beta = float(np.exp(grid[best]))
+    none = {"n": len(pairs), "chance": None, "ci95": None}
+    return {"kl": {"score": round(mean(beta), 4)} | none, "beta": {"score": round(beta, 4)} | none}

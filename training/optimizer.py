@@ -1,0 +1,82 @@
+"""
+Which parameters are trained, at which rate, and by which optimizer.
+
+Another optimizer is a change of make_optimizers() alone: train.py's loop steps every optimizer in
+the list that it returns, and a checkpoint stores their states in its order.
+"""
+
+import math
+
+import torch
+
+from config import UserError
+from training import lora
+
+
+def parse_part(entry, lr):
+    """(part, rate) of "tower" or "tower=2e-4". Raises UserError."""
+    part, has_rate, rate = entry.partition("=")
+    try:
+        rate = float(rate) if has_rate else lr
+    except ValueError:
+        rate = math.nan
+    if not part or not (math.isfinite(rate) and rate >= 0):
+        raise UserError(f"learn {entry!r}: want a part, or part=rate")
+    return part, rate
+
+
+def find_parameters(model, part):
+    """{name: parameter} of the parameters of a part of a model that can be trained.
+
+    A part is the name of a module ("gpt", "tower.blocks.3") or a prefix of names. The image newline
+    belongs to the projector. Of a GPT with LoRA only the factors are trained."""
+    found = {n: p for n, p in model.named_parameters() if (n + ".").startswith(part + ".")}
+    if part == "projector" and getattr(model, "tiled", False):
+        found["image_newline"] = model.image_newline
+    if lora.has_lora(model):
+        found = {n: p for n, p in found.items() if lora.is_factor(n) or not n.startswith("gpt.")}
+    return found
+
+
+def set_trainable(model, parts, lr):
+    """Make the named parts trainable and freeze all else. Returns [(parameters, rate)].
+
+    parts: entries as parse_part() takes them. What is frozen is in eval mode: no dropout there.
+    Raises UserError for a part that does not exist, overlaps another, or has nothing to train."""
+    model.requires_grad_(False).eval()
+    modules, groups = dict(model.named_modules()), []
+    for entry in parts:
+        part, rate = parse_part(entry, lr)
+        found = find_parameters(model, part)
+        if part not in modules and not found:
+            known = ", ".join(name for name in modules if name and name.count(".") < 2)
+            raise UserError(f"learn {entry!r}: no such part; one of {known}")
+        if not found and lora.has_lora(model):
+            raise UserError(f"learn {entry!r}: with lora_rank nothing of it is trained")
+        if any(parameter.requires_grad for parameter in found.values()):
+            raise UserError(f"learn {entry!r}: it is part of another that is trained already")
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        if part in modules:
+            modules[part].train()
+        groups.append((list(found.values()), rate))
+    return groups
+
+
+def make_optimizers(settings, groups, device):
+    """The optimizers of groups [(parameters, rate)]: one AdamW, with weight decay for matrices and
+    without for vectors. [] if there is nothing to train (an identity projector).
+
+    Each param group has its highest learning rate as "highest_lr"."""
+    params = []
+    for parameters, rate in groups:
+        matrices = [p for p in parameters if p.ndim >= 2]
+        vectors = [p for p in parameters if p.ndim < 2]
+        for some, decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
+            if some:
+                group = {"params": some, "weight_decay": decay, "highest_lr": rate, "lr": rate}
+                params.append(group)
+    if not params:
+        return []
+    betas = (0.9, settings.beta2)
+    return [torch.optim.AdamW(params, betas=betas, fused=device.type != "mps")]

@@ -1,0 +1,250 @@
+"""
+A phase: what a row of train.py's table says, how a run of it is set up, and how it is saved.
+
+No function here asks for the name of a phase: what differs between phases is a field of Phase.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import checkpoint
+from batches import SampleBatches
+from config import UserError
+from training import features, lora, models, resume
+from training.optimizer import make_optimizers, set_trainable
+from training.processes import Processes
+
+# Options that concern phases 2 and 3
+LATER_OPTIONS = ("dropout", "init", "lora_rank", "lora_alpha")
+# Options that concern every phase
+EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A row of the table PHASES in train.py. The options NAME_steps, NAME_lr and NAME_batch, and
+    optionally NAME_learn, belong to the phase called NAME."""
+
+    learns: tuple  # the parts that are trained, as optimizer.parse_part() takes them
+    batches: type  # what it reads, see batches.py
+    splits: tuple  # to train on, and optionally to validate on
+    make: object  # make(settings, dataset, parents): its model, see models.py
+    validate: object  # validate(run): {measure: value} for the log, see validation.py
+    starts_from: tuple = ()  # the phases before
+    inherited: tuple = ()  # options that decide the model and hold for all later phases
+    options: tuple = ()  # other options that concern it
+    weights_option: str = ""  # the option that replaces training by weights from elsewhere
+    load_weights: object = None  # load_weights(path, dataset): a BabyLLaVA of that part alone
+    fixes_images: bool = True  # later phases need images of the same format
+    saves_template: bool = False  # it learns conversations in the template of the data
+    unit: str = "tokens/s"
+
+    def own_options(self, name):
+        """The options that must not change when this phase is resumed."""
+        rates = tuple(f"{name}_{quantity}" for quantity in ("steps", "lr", "batch"))
+        return self.inherited + self.options + rates + EVERY_PHASE
+
+    @property
+    def validates_on(self):
+        """{"split", "batches"} that eval.py computes the validation loss on; None for a tower."""
+        if len(self.splits) < 2:
+            return None
+        return {"split": self.splits[1], "batches": self.batches.__name__}
+
+
+@dataclass
+class Run:
+    """A phase that is set up: all that the loop needs."""
+
+    settings: object  # train.Config
+    name: str
+    phase: Phase
+    dataset: object  # data.Data
+    processes: Processes
+    parents: dict
+    inherited: dict  # {option: value} that later phases inherit
+    raw_model: torch.nn.Module  # to save and evaluate; `model` is it under compile and DDP
+    model: torch.nn.Module
+    optimizers: list
+    train_batches: object
+    val_batches: object
+    start: int
+    steps: int
+    batch: int
+    skipped: int = 0  # steps whose gradient was not finite
+
+    @property
+    def path(self):
+        return Path(self.settings.out) / f"{self.name}.pt"
+
+    @property
+    def trained_parameters(self):
+        return [p for p in self.raw_model.parameters() if p.requires_grad]
+
+    def autocast(self):
+        dtype = compute_dtype(self.settings, self.processes.device)
+        return torch.autocast(self.processes.device.type, dtype, enabled=dtype != torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Setting up
+
+
+def set_up(settings, name, phases, dataset, processes):
+    """The Run of a phase, from its parents or from where it stopped; None if it is done already.
+    phases: train.py's table."""
+    phase, device = phases[name], processes.device
+    steps, lr, batch = (getattr(settings, f"{name}_{what}") for what in ("steps", "lr", "batch"))
+    if batch % (processes.world * settings.grad_accum):
+        raise UserError(
+            f"{name}_batch {batch} does not divide into {processes.world} processes x "
+            f"grad_accum {settings.grad_accum}"
+        )
+    parents = resume.find_parents(settings, name, phases, dataset, processes.print)
+    inherited = resume.inherit(settings, parents)
+    inherited |= {own: getattr(settings, own) for own in phase.inherited}
+    saved = resume.find_saved(settings, name, phase, dataset, parents, processes.print)
+    if saved and saved["done"]:
+        processes.print(f"{name}: done already, {settings.out}/{name}.pt")
+        return None
+    torch.manual_seed(settings.seed)
+    raw_model = models.make_model(settings, phase, dataset, parents)
+    if saved:
+        models.restore(raw_model, saved)
+    raw_model.to(device)
+    check_backends(settings, raw_model, device)
+
+    parts = getattr(settings, f"{name}_learn", ()) or phase.learns
+    optimizers = make_optimizers(settings, set_trainable(raw_model, parts, lr), device)
+    if not optimizers:
+        processes.print(f"{name}: nothing in it can be trained; it is saved as it is")
+        steps = 0
+    stored = stored_features(settings, dataset, phase.splits, raw_model, device)
+    batches = [
+        phase.batches(dataset, split, batch, settings.seed, raw_model, of_split)
+        for split, of_split in zip(phase.splits, stored)
+    ]
+    if saved:
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    return Run(
+        settings=settings,
+        name=name,
+        phase=phase,
+        dataset=dataset,
+        processes=processes,
+        parents=parents,
+        inherited=inherited,
+        raw_model=raw_model,
+        model=wrap(raw_model, settings, processes, batches[0]) if optimizers else raw_model,
+        optimizers=optimizers,
+        train_batches=batches[0],
+        val_batches=batches[1] if len(batches) > 1 else None,
+        start=saved["step"] if saved else 0,
+        steps=steps,
+        batch=batch,
+        skipped=saved.get("skipped", 0) if saved else 0,
+    )
+
+
+def compute_dtype(settings, device):
+    name = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return getattr(torch, name)
+
+
+def check_backends(settings, model, device):
+    """Raise UserError for kernels that were asked for by name and cannot run here."""
+    if getattr(model, "gpt", None) is not None:
+        try:
+            model.gpt.backends(compute_dtype(settings, device))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def stored_features(settings, dataset, splits, model, device):
+    """The stored features of each split, computed if needed; None for each if the tower runs in
+    every step, because it is trained or because of --features=live."""
+    tower = getattr(model, "tower", None)
+    is_trained = tower is not None and any(p.requires_grad for p in tower.parameters())
+    if tower is None or is_trained or settings.features == "live":
+        return [None] * len(splits)
+    return [
+        features.store(dataset, split, model, device) if dataset.count(split, "frames") else None
+        for split in splits
+    ]
+
+
+class WithGradient(nn.Module):
+    """A model whose loss always has a gradient, of 0 if the batch uses no trained parameter: a
+    batch of texts while only the projector is trained. backward() needs one, and DDP waits for it.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs):
+        logits, loss = self.model(*inputs)
+        if not loss.requires_grad:
+            loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+        return logits, loss
+
+
+def wrap(model, settings, processes, batches):
+    """The model under torch.compile and DDP, as the options ask."""
+    device = processes.device
+    if settings.compile == "on" or (settings.compile == "" and device.type == "cuda"):
+        model = torch.compile(model)
+    model = WithGradient(model)
+    if processes.world > 1:
+        devices = [device.index] if device.type == "cuda" else None
+        # a batch of texts does not use the projector, an early layer not the tower's last blocks
+        unused = isinstance(batches, SampleBatches)
+        model = DDP(model, devices, broadcast_buffers=False, find_unused_parameters=unused)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving
+
+
+def check_weights(run, step):
+    """Raise UserError for weights that are not finite, before they replace a good checkpoint."""
+    if not all(bool(parameter.isfinite().all()) for parameter in run.trained_parameters):
+        raise UserError(f"{run.name} step {step}: a weight is not finite; lower {run.name}_lr")
+
+
+def save(run, step):
+    """Write the checkpoint of a run; checkpoint.py lists what is in it."""
+    if not run.processes.is_first:
+        return
+    check_weights(run, step)
+    model = run.raw_model.result()
+    state, factors = lora.merge(model) if lora.has_lora(model) else (None, None)
+    contents = checkpoint.describe(
+        run.settings,
+        run.name,
+        run.dataset,
+        model,
+        step,
+        done=step == run.steps,
+        parents={name: parent["digest"] for name, parent in run.parents.items()},
+        inherited=run.inherited,
+        validates_on=run.phase.validates_on,
+        state=state,
+    )
+    if run.phase.saves_template:
+        contents["template"] = run.dataset.meta.get("template")
+    if model is not run.raw_model:
+        contents["dino"] = run.raw_model.state_dict()
+    if factors:
+        contents["lora"] = factors
+    if run.optimizers:
+        contents["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
+    if run.skipped:
+        contents["skipped"] = run.skipped
+    checkpoint.save(run.path, contents)

@@ -1,0 +1,105 @@
+"""
+The processes that train together: how they find each other, and how they wait for each other.
+"""
+
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+from common.files import append_log
+from config import UserError
+from fast.memory import keep_memory
+
+
+@dataclass
+class Processes:
+    """This process among those that train together, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    def print(self, line):
+        if self.is_first:
+            tqdm.write(line)
+
+    def record(self, log, **entry):
+        """Append an entry to log.jsonl."""
+        if self.is_first:
+            append_log(log, entry)
+
+    def wait(self):
+        """Wait until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def find_processes(settings):
+    """The Processes of this process: one of torchrun's, or the only one. Raises UserError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = checkpoint.choose_device(settings.device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        keep_memory()
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        patience = timedelta(minutes=settings.patience)
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=patience))
+            own = agree_on_store(store, rank, world, patience)
+            dist.init_process_group(
+                backend, store=own, rank=rank, world_size=world, timeout=patience
+            )
+        except dist.DistError as error:
+            raise UserError(
+                f"rank {rank}: {world} processes did not come together within "
+                f"{settings.patience:g} minutes (--patience): {str(error).splitlines()[0]}"
+            ) from None
+    return Processes(rank, world, device)
+
+
+def agree_on_store(store, rank, world, patience):
+    """A part of torchrun's store, under a key prefix that only this launch uses.
+
+    torchrun's store keeps the addresses of dead processes after a restart, so each launch agrees on
+    a fresh prefix. Every other rank asks under a random key; rank 0 answers each key with the
+    prefix, until each rank has written under the prefix that it is present. Raises DistError."""
+    key = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", key)
+        store.wait([f"answer/{key}"], patience)
+        prefix = store.get(f"answer/{key}").decode()
+        store.set(f"{prefix}/present/{rank}", "")
+        return dist.PrefixStore(prefix, store)
+    prefix, absent = key, set(range(1, world))
+    limit = time.monotonic() + patience.total_seconds()
+    while absent:
+        if time.monotonic() > limit:
+            raise dist.DistStoreError(f"ranks {sorted(absent)} did not come")
+        for other in absent:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", prefix)
+        absent = {other for other in absent if not store.check([f"{prefix}/present/{other}"])}
+        time.sleep(0.02)
+    return dist.PrefixStore(prefix, store)
+
+
+def is_lost_process(error):
+    """Whether an error of a collective means that another process ended or does not answer."""
+    signs = ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

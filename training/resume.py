@@ -1,0 +1,248 @@
+"""
+What a phase starts from: checkpoints of earlier phases, in this run's folder or another's; weights
+from elsewhere; or its own checkpoint, if it was interrupted.
+
+Where a checkpoint of phase NAME is looked for:
+
+    out/NAME.pt exists        there
+    --init is a run's folder  init/NAME.pt, if out/NAME.pt does not exist
+    --init is a model         that model, a .pt or a folder of a LLaVA, replaces all earlier phases
+"""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+
+import checkpoint
+from common.images import ImageFormat
+from config import UserError
+from model import BabyLLaVA
+
+
+def is_run_folder(path):
+    """Whether a path is a folder that train.py wrote to."""
+    return bool(path) and Path(path).is_dir() and not (Path(path) / "config.json").exists()
+
+
+def find_checkpoint(settings, name):
+    """(path of a phase's checkpoint, whether it is in the run that --init names)."""
+    here = Path(settings.out) / f"{name}.pt"
+    there = Path(settings.init) / f"{name}.pt"
+    if is_run_folder(settings.init) and there.exists() and not here.exists():
+        return there, True
+    return here, False
+
+
+def phase_flag(name):
+    """The --phase value that trains a phase: "1" for phase1."""
+    return name.removeprefix("phase")
+
+
+def choose_phases(settings, dataset, phases):
+    """The names of the phases that --phase asks for. "0": those that start from nothing. "1" and
+    later: with the parents that come ready from elsewhere. "all": those that have data and steps.
+
+    phases: train.py's table. Raises UserError."""
+    wanted = settings.phase
+    if wanted == "0":
+        return tuple(name for name, phase in phases.items() if not phase.starts_from)
+    if wanted == "all":
+        return tuple(
+            name
+            for name, phase in phases.items()
+            if all(dataset.count(split, phase.batches.BIN) for split in phase.splits)
+            and getattr(settings, f"{name}_steps")
+            and (phase.starts_from or not find_checkpoint(settings, name)[1])
+        )
+    (name,) = (name for name in phases if phase_flag(name) == wanted)
+    ready = [
+        parent
+        for parent in phases[name].starts_from
+        if phases[parent].weights_option and getattr(settings, phases[parent].weights_option)
+    ]
+    return (*ready, name)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parents
+
+
+def find_parents(settings, name, phases, dataset, report):
+    """{phase: finished checkpoint} that a phase starts from; {"init": ...} for a model that --init
+    names. A parent of 0 steps was left out, and its own parent takes its place.
+
+    report(line): prints. Raises UserError for a missing or unfinished parent, or other data."""
+    wanted = phases[name].starts_from
+    if wanted and settings.init and not is_run_folder(settings.init):
+        found = read_init(settings.init, phases)
+        check_data(settings.init, found, dataset, report, other_images=True)
+        return {"init": found}
+    while len(wanted) == 1 and not getattr(settings, f"{wanted[0]}_steps"):
+        wanted = phases[wanted[0]].starts_from
+    parents = {}
+    for parent in wanted:
+        path, elsewhere = find_checkpoint(settings, parent)
+        found = checkpoint.read(path) if path.exists() else None
+        if not found or not found["done"]:
+            state = f"is at step {found['step']}" if found else "does not exist"
+            how = f"finish it first with --phase {phase_flag(parent)}"
+            raise UserError(f"{path} {state}: {how}")
+        other_images = elsewhere or not phases[parent].fixes_images
+        check_data(path, found, dataset, report, other_images)
+        parents[parent] = found
+    return parents
+
+
+def read_init(path, phases):
+    """The finished checkpoint with a projector in a file or folder that --init names. A folder of a
+    LLaVA fixes all options that phases inherit; those without a meaning for it are None."""
+    if not Path(path).exists():
+        raise UserError(f"--init {path}: there is none; a run's folder, a .pt or a LLaVA's folder")
+    if Path(path).is_dir():
+        from pretrained import huggingface  # not imported without --init
+
+        parent = huggingface.load(path).as_parent()
+        options = [option for phase in phases.values() for option in phase.inherited]
+        return parent | {"inherited": dict.fromkeys(options) | parent["inherited"]}
+    found = checkpoint.read(path)
+    if "projector" not in found["parts"] or not found["done"]:
+        state = f"{found['phase']} at step {found['step']}"
+        raise UserError(f"--init {path}: {state}; give a finished phase 1 or later, or the folder")
+    return found
+
+
+def check_data(path, found, dataset, report, other_images=False):
+    """Raise UserError for data of another vocabulary or image format than a checkpoint was trained
+    on. other_images: another format is allowed if it has the same normalisation."""
+    if checkpoint.has_other_vocabulary(found, dataset):
+        raise UserError(
+            f"{path} has another vocabulary than {dataset.directory}: train --phase language on "
+            "the data you use in later phases, or prepare that data as it was"
+        )
+    before, now = ImageFormat.parse(found["images"]), dataset.image_format
+    if other_images and before != now and (before.mean, before.std) == (now.mean, now.std):
+        report(f"{path} was trained on another image format than {dataset.directory} has")
+    elif before != now:
+        raise UserError(
+            f"{path} was trained on pictures made as {found['images']}, {dataset.directory} has "
+            f"{asdict(dataset.image_format)}: prepare it as it was, or train from phase 0"
+        )
+
+
+def inherit(settings, parents):
+    """Set the options that the parents have fixed; returns them. Raises UserError if one was given
+    with another value."""
+    inherited = {}
+    for parent, found in parents.items():
+        for name, value in found["inherited"].items():
+            wanted = getattr(settings, name)
+            if name == "block_size" and name in settings.given and wanted > (value or 0):
+                value = wanted  # rotary positions have no parameters: a context may grow
+            if name in settings.given and wanted != value:
+                path = settings.init if parent == "init" else f"{settings.out}/{parent}.pt"
+                has = f"which has {value!r}" if value is not None else "which came ready"
+                raise UserError(
+                    f"{settings.given[name]}: {name} {wanted!r} contradicts {path}, {has}: leave "
+                    "it out, or give another --out"
+                )
+            setattr(settings, name, value)
+            inherited[name] = value
+    return inherited
+
+
+# ---------------------------------------------------------------------------------------------
+# Its own checkpoint
+
+
+def find_saved(settings, name, phase, dataset, parents, report):
+    """This phase's own checkpoint, finished or to be resumed; None if there is none, or if it
+    started from other parents. Raises UserError if it was made with other options or data."""
+    path = Path(settings.out) / f"{name}.pt"
+    if not path.exists():
+        return None
+    found = checkpoint.read(path)
+    defaults = type(settings)()  # for options added after this checkpoint was saved
+    for own in phase.own_options(name):
+        before, now = found["settings"].get(own, getattr(defaults, own)), getattr(settings, own)
+        if before != now:
+            raise UserError(
+                f"{path} was made with {own}={before}, now it is {now}: give another --out, or "
+                "delete the file to train it again"
+            )
+    if found["corpus"] != dataset.meta["corpus"]:
+        raise UserError(
+            f"{path} was trained on other data: {dataset.directory} was prepared again since "
+            f"({found['corpus'][:12]}, now {dataset.meta['corpus'][:12]}): give another --out, or "
+            "delete the file to train it again"
+        )
+    if found["parents"] != {parent: p["digest"] for parent, p in parents.items()}:
+        report(
+            f"{name}: {path} started from other checkpoints than there are now: training it again"
+        )
+        return None
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights from elsewhere
+
+
+def import_weights(settings, name, phase, dataset, processes):
+    """Save weights from elsewhere, as the option phase.weights_option names them, as the
+    checkpoint of a phase, unless it has them already. Raises UserError."""
+    option, path = phase.weights_option, Path(settings.out) / f"{name}.pt"
+    source = getattr(settings, option)
+    model = phase.load_weights(source, dataset)
+    parents = {option: digest_of(Path(source))}
+    found = checkpoint.read(path) if path.exists() else None
+    if found and option not in found["parents"]:
+        raise UserError(
+            f"{path} was trained: give another --out, or delete the file to use {source} instead"
+        )
+    if found and found["parents"] == parents and not checkpoint.has_other_images(found, dataset):
+        processes.print(f"{name}: {source} as it is, already in {path}")
+        return
+    if processes.is_first:
+        # the other inherited options did not make this model: None contradicts every value
+        inherited = dict.fromkeys(phase.inherited) | {option: str(source)}
+        contents = checkpoint.describe(
+            settings,
+            name,
+            dataset,
+            model,
+            step=0,
+            done=True,
+            parents=parents,
+            inherited=inherited,
+            validates_on=phase.validates_on,
+        )
+        checkpoint.save(path, contents)
+        processes.print(f"{name}: {source} as it is")
+
+
+def digest_of(path):
+    """A sha256 of a file, or of all weight files in a folder."""
+    whole = hashlib.sha256()
+    for one in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with open(one, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def load_tower(source, dataset):
+    from pretrained.towers import load_tower  # not imported without --vision_weights
+
+    return BabyLLaVA(None, tower=load_tower(source))
+
+
+def load_language_model(source, dataset):
+    """The language model of a folder; the data must be in its tokens."""
+    from pretrained import huggingface  # not imported without --language_weights
+
+    model, tokenizer = huggingface.load_language(source)
+    if tokenizer.dump() != dataset.tokenizer.dump():
+        raise UserError(
+            f"{dataset.directory} is not in the tokens of {source}: prepare it with "
+            f"`python data.py llava --like {source} ...`"
+        )
+    return model
