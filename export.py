@@ -24,10 +24,9 @@ from common.images import RESAMPLING
 from config import UserError
 from pretrained import safetensors, tokenizer_json
 from pretrained.exported import K
-from tasks import report
 from tokenizer import TEMPLATES, end_tokens
 
-LEFT_OUT = ("weights", "optimizer", "dino", "lora", "tokenizer")  # of a checkpoint's dict
+LEFT_OUT = ("weights", "optimizers", "dino", "lora", "tokenizer")  # of a checkpoint's dict
 VIT = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -461,7 +460,7 @@ def export(loaded, folder, scores=None):
     write_json(folder / "generation_config.json", ids)
     with writing(folder / "README.md") as file:
         count = sum(p.numel() for p in model.parameters())
-        file.write(report.model_card(saved, count, scores).encode("utf-8"))
+        file.write(model_card(saved, count, scores).encode("utf-8"))
     safetensors.write(folder / "model.safetensors", weights)
     write_json(folder / "config.json", config)
 

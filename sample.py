@@ -11,8 +11,8 @@ Show a picture, read what the model says.
 
 --checkpoint is a file that train.py wrote or a Hugging Face folder of a LLaVA. Its default is
 out/toy/phase2.pt (with --chat out/toy_llava15/phase3.pt) if that exists, else assets/toy.pt, a
-small model of the toy world that comes with the repository. For chat models the prompt is a question and
-is wrapped in the model's template.
+small model of the toy world that comes with the repository. For chat models the prompt is a
+question and is wrapped in the model's template.
 
     > what is this ?
     a red ball .

@@ -85,9 +85,7 @@ class Config(config.Options):
     phase1_steps: int = option(100, low=1)  # projector
     phase1_lr: float = option(3e-3, low=0.0)  # highest learning rate
     phase1_batch: int = option(32, low=1, high=1 << 20)  # samples
-    phase1_learn: tuple[
-        str, ...
-    ] = ()  # parts to train: projector gpt tower=2e-4; empty: see PHASES
+    phase1_learn: tuple[str, ...] = ()  # parts: projector gpt tower=2e-4; empty: see PHASES
     phase2_steps: int = option(2300, low=0)  # projector and GPT; 0: skip this phase
     phase2_lr: float = option(2e-3, low=0.0)  # highest learning rate
     phase2_batch: int = option(16, low=1, high=1 << 20)  # samples

@@ -1,7 +1,7 @@
 """
-Does filtering help? 40 % of the utterances of the toy world are assigned to wrong pictures; a model trained
-on all of it judges which (curate.py). How many does it find, and what is a model worth that is
-trained on all, on what it kept, and on the true pairs alone?
+Does filtering help? 40 % of the utterances of the toy world are assigned to wrong pictures; a model
+trained on all of it judges which (sources/filtering.py). How many does it find, and what is a model
+worth that is trained on all, on what it kept, and on the true pairs alone?
 
     python train.py configs/toy.py                # its tower is taken, and its tests
     python benchmarks/curation.py                 # about 10 minutes on 2 cores

@@ -7,8 +7,8 @@ its plain form.
 
 Eager, fp32, two threads. One process; the variants take turns, a step each a round, so that
 whatever else the machine does slows all alike. Work: a step of phase language (shape L of
-peers.py), of phase 2 (shapes S and B), a DINO step, and 64 tokens generated after a picture (shape S). A gain
-of 1.05 says that the step takes 1.05 times as long without this operation.
+peers.py), of phase 2 (shapes S and B), a DINO step, and 64 tokens generated after a picture (shape
+S). A gain of 1.05 says that the step takes 1.05 times as long without this operation.
 """
 
 import dataclasses

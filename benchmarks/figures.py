@@ -76,7 +76,7 @@ def recipe(theme):
     x = 10 + 178 * 4
     parts.append(arrow(x - 20, x, 24 - 5, soft))
     parts.append(text(x + 75, 24, "tests", ink, 16, weight="600"))
-    for row, words in enumerate(("which picture is “ball”?", "“red ball” or “blue ball”?")):
+    for row, words in enumerate(("which picture is 'ball'?", "'red ball' or 'blue ball'?")):
         parts.append(text(x + 82, 78 + 24 * row, words, soft, 12))
     parts.append(box(24, 226, 80, "trained", trained, ink, line))
     parts.append(box(114, 226, 80, "frozen", frozen, ink, soft))

@@ -103,7 +103,12 @@ class Peer(torch.nn.Module):
         return SimpleNamespace(
             device=next(self.net.parameters()).device,
             config=SimpleNamespace(block_size=self.length),
+            head=lambda hidden: hidden,
         )
+
+    def hidden_states(self, tokens, image_embeds=None, positions=None, first=0):
+        """Its logits, which head() leaves as they are."""
+        return self(tokens, positions=positions)[0]
 
     def inputs(self, batch, image_format, seed, step):
         return batch.to(self.gpt.device, image_format)

@@ -6,9 +6,9 @@ Conversations about pictures in LLaVA's JSON form, for phase 3; or captions, for
     python data.py llava --json chat.json --images DIR --like DIR2             # for a LLaVA folder
 
 A JSON is a list of {"image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": "human", "value":
-"<image>\\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}, ...]}: any number of turns, with one
-<image> in the questions for each picture; pictures are optional. --like takes vocabulary, template
-and image format from a model (a .pt or a folder) or from prepared data.
+"<image>\\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}, ...]}: any number of turns, with
+one <image> in the questions for each picture; pictures are optional. --like takes vocabulary,
+template and image format from a model (a .pt or a folder) or from prepared data.
 """
 
 from dataclasses import dataclass, replace
@@ -127,7 +127,8 @@ def prepare(settings, writer):
         parts = hold_out(dialogues, key=lambda d: tuple(d.locations) or d.label)
     if not parts["val"]:
         raise UserError(
-            f"llava: {len(dialogues)} conversations about fewer than 10 pictures; want more, or --val"
+            f"llava: {len(dialogues)} conversations about fewer than 10 pictures; want more, "
+            "or --val"
         )
     template, like, tokenizer = {"name": "baby_v1", "system": ""}, None, None
     if settings.like:

@@ -31,9 +31,7 @@ class Config(Filtered):
     resample: str = option("bilinear", choices=tuple(RESAMPLING))  # how it is resized
     vocab_size: int = option(6000, low=260, high=1 << 20)  # BPE tokens, specials included
     vocab: str = ""  # a {"word": id} JSON: word-level tokens of these words instead of BPE
-    max_skipped: float = option(
-        0.01, low=0.0, high=1.0
-    )  # tolerated fraction of unreadable pictures
+    max_skipped: float = option(0.01, low=0.0, high=1.0)  # tolerated fraction of unreadable ones
 
 
 def read_lines(path):

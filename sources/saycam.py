@@ -173,7 +173,7 @@ def read_all_annotations(settings):
 
 
 def with_validation(utterances, key=None):
-    """{split: Utterances}, with a tenth of the training ones held out if none are for validation."""
+    """{split: Utterances}, with a tenth of the training ones held out if there is no other."""
     if utterances["train"] and not utterances["val"]:
         return utterances | hold_out(utterances["train"], key)
     return utterances

@@ -129,7 +129,9 @@ def draw_rows(rows):
     page = Image.new("RGB", ((side + 4) * max(map(len, rows)), (side + 4) * len(rows)), "white")
     for y, frames in enumerate(rows):
         for x, frame in enumerate(frames):
-            page.paste(Image.fromarray(frame).resize((side, side)), (x * (side + 4), y * (side + 4)))
+            page.paste(
+                Image.fromarray(frame).resize((side, side)), (x * (side + 4), y * (side + 4))
+            )
     return page
 
 

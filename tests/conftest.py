@@ -87,8 +87,13 @@ def furthest(a, b):
     return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
 
 
+def logits_after(model, tokens, image_embeds):
+    """Logits (B, T, V) of tokens (B, T), the images being embedded already (M, C)."""
+    return model.gpt.head(model.hidden_states(tokens, image_embeds))
+
+
 def make_corpus(folder, splits, size=16):
-    """A corpus written sample by sample. splits: {split: [(tokens, learn, number of images)]};
+    """A corpus written sample by sample. splits: {split: [(words, number of images)]};
     tokens may be ids, or words for a caption. Pictures are noise."""
     from common.images import ImageFormat
     from data import Writer

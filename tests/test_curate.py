@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import logits_after, one_line
 from PIL import Image
 
 import checkpoint
@@ -54,7 +54,7 @@ def test_gains_by_a_slow_loop(recipe):
         for token in words[i]:
             stream = torch.tensor([[loaded.tokenizer.image] * 4 + tokens])
             with torch.no_grad():
-                logits, _ = loaded.model(stream, images=clips[k][0])
+                logits = logits_after(loaded.model, stream, clips[k][0])
             total -= float(logits[0, -1].double().log_softmax(-1)[token])
             tokens.append(token)
         return total / len(words[i])
@@ -122,10 +122,10 @@ def test_clips_are_judged_as_one_and_moments_are_not(recipe, tmp_path):
     assert np.isfinite(found).tolist() == [True, True, False, True]
 
 
-def test_sifting_wants_a_model(folder):
+def test_filtering_wants_a_model(folder):
     """Else --min_gain would leave all in, and say nothing."""
     for flag in ("--min_gain=0.1", "--others=2"):
-        with pytest.raises(UserError, match="without --filter") as error:
+        with pytest.raises(UserError, match="is for --filter FILE, which is missing") as error:
             data.main(["pairs", *FLAGS, "--name=idle", flag])
         assert one_line(error)
     assert not (folder / "data/idle").exists() or not (folder / "data/idle/meta.json").exists()

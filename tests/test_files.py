@@ -63,7 +63,7 @@ def test_the_system_says_which_file_it_cannot_write(tmp_path):
 @pytest.mark.parametrize("read", [files.read_text, files.read_json, regular])
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe: a folder, a pipe or a device, and not a file"):
+    with pytest.raises(UserError, match="pipe: not a file, but a folder, a pipe or a device"):
         read(tmp_path / "pipe")
     with pytest.raises(UserError, match="a folder"):
         read(tmp_path)

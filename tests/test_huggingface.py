@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, one_line, same, shell
+from conftest import ROOT, SMALL, logits_after, one_line, same, shell
 from PIL import Image
 
 import checkpoint
@@ -65,8 +65,8 @@ def ask_both(model, processor, loaded, pictures):
     tokens = torch.tensor([tokens])
     with torch.no_grad():
         theirs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **inputs).logits
-        ours = loaded.model(tokens, images=torch.cat(embeds))[0]
-        other = loaded.model(tokens, images=torch.cat(embeds).flip(0))[0]
+        ours = logits_after(loaded.model, tokens, torch.cat(embeds))
+        other = logits_after(loaded.model, tokens, torch.cat(embeds).flip(0))
     assert (ours - other).abs().max() > 0.1  # pictures matter
     return theirs, ours
 
@@ -109,7 +109,7 @@ def test_several_pictures_of_onevision_have_no_tiles(tmp_path):
     tokens = torch.tensor([[5] + [699] * len(embeds[0]) + [6] + [699] * len(embeds[1]) + [7]])
     with torch.no_grad():
         theirs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **inputs).logits
-        ours = loaded.model(tokens, images=torch.cat(embeds))[0]
+        ours = logits_after(loaded.model, tokens, torch.cat(embeds))
     assert (theirs - ours).abs().max() < 1e-4
 
 
@@ -128,7 +128,7 @@ def test_padding_on_the_left_or_right_changes_nothing(tmp_path):
     right = torch.tensor([rows[0], rows[1] + [0] * 3])
     with torch.no_grad():
         theirs = model(input_ids=left, attention_mask=(left != 0).long(), **inputs).logits
-        ours = loaded.model(right, images=embeds)[0]
+        ours = logits_after(loaded.model, right, embeds)
     assert (theirs[0] - ours[0]).abs().max() < 1e-4
     assert (theirs[1, 3:] - ours[1, :-3]).abs().max() < 1e-4
 
@@ -239,12 +239,12 @@ def test_a_folder_is_asked_in_its_own_template(folder, capsys):
     embeds = inference.embed_pictures(
         loaded, inference.read_pictures(loaded, [str(folder / "a.png")])
     )
-    tokens = sample.begin(loaded, embeds, "what is this ?", "v1")
+    tokens = inference.make_prompt(loaded, embeds, "what is this ?", "v1")
     said = loaded.model.generate(torch.tensor([tokens]), embeds[0], 5, stop=loaded.tokenizer.stops)
     words = loaded.tokenizer.decode([int(token) for token in said])
     assert words in asked
     sample.main([*flags, "--prompt=what is this ?", "--template=mistral"])
-    assert sample.begin(loaded, embeds, "what is this ?", "mistral") != tokens
+    assert inference.make_prompt(loaded, embeds, "what is this ?", "mistral") != tokens
     sample.main([*flags, "--template=plain"])
     capsys.readouterr()
     sample.main([*flags, "--prompt=<image>\nwhat is this ?"])  # as LLaVA's users write it
@@ -356,7 +356,7 @@ def agree(source, folder, picture):
     tokens = torch.tensor([[loaded.tokenizer.image] * len(embeds[0])])
     assert inputs["input_ids"].tolist() == tokens.tolist()
     with torch.no_grad():
-        theirs, ours = model(**inputs).logits, loaded.model(tokens, images=embeds[0])[0]
+        theirs, ours = model(**inputs).logits, logits_after(loaded.model, tokens, embeds[0])
     assert (theirs - ours).abs().max() < 1e-4
     said = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, tokens.shape[1] :]
     stop = loaded.tokenizer.stops
@@ -474,7 +474,7 @@ def test_chat_from_the_command_line(folder):
         input=lines,
     )
     assert done.returncode == 0 and done.stderr == ""
-    assert "none.png: no such image" in done.stdout and "/reset forgets" in done.stdout
+    assert "none.png: no such image" in done.stdout and "/reset starts again" in done.stdout
     assert done.stdout.count("stopped at the limit") + done.stdout.count("\n") > 6
 
 
@@ -491,14 +491,14 @@ def test_a_long_conversation_stays_within_the_context_or_says_so(folder):
         except UserError as error:
             full = str(error)
             break
-        assert len(talk.written) <= 512
+        assert len(talk.cached) <= 512
     assert turn > 5 and "the context is full" in full and "/reset" in full
     talk.reset()
     assert list(talk.ask("what ?", max_new_tokens=5))
 
 
 def test_a_model_without_conversations_says_so(recipe):
-    with pytest.raises(UserError, match="learnt no conversations"):
+    with pytest.raises(UserError, match="trained on no conversations"):
         sample.main([f"--checkpoint={recipe}/phase2.pt", "--chat"])
 
 

@@ -6,7 +6,7 @@ import fake_llava
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, furthest, one_line, same, weights
+from conftest import SMALL, furthest, logits_after, one_line, same, weights
 from PIL import Image
 
 import checkpoint
@@ -68,8 +68,8 @@ def prepare(items, *flags, name="llava", size="--size=16"):
 def test_conversations_are_samples_with_their_pictures(place):
     dataset = prepare(many(40))
     assert dataset.meta["template"] == {"name": "baby_v1", "system": ""}
-    samples, shown = dataset.open("chat_train", "samples"), dataset.open("chat_train", "shown")
-    tokens, learn = dataset.open("chat_train", "tokens"), dataset.open("chat_train", "learn")
+    samples, shown = dataset.open("chat_train", "samples"), dataset.open("chat_train", "image_ids")
+    tokens, learn = dataset.open("chat_train", "tokens"), dataset.open("chat_train", "loss_mask")
     assert len(samples) + dataset.count("chat_val", "samples") == 40
     for first, length, first_shown, images in samples.astype(int).tolist():
         own = tokens[first : first + length].tolist()
@@ -100,7 +100,7 @@ def test_plain_is_captions(place):
         (item([]), "item 3: 1 <image> for 0 pictures"),
         (item(said=TALK[:1]), "item 3: want human and gpt in turn"),
         (item(said=TALK[::-1]), "item 3: want human and gpt in turn"),
-        (item(said=[]), "item 3: a conversation in which nothing is said"),
+        (item(said=[]), "item 3: a conversation without turns"),
         (item(said=[TALK[0], {"from": "gpt", "value": " "}]), "item 3: an answer is empty"),
         (item(said=[TALK[0], {"from": "cat", "value": "meow"}]), "nobody is called 'cat'"),
         (item(said=[TALK[0], {"from": "gpt", "value": "<image>"}]), "an <image> in an answer"),
@@ -177,7 +177,7 @@ def test_a_given_flag_changes_the_form_that_a_model_has(place, recipe):
     tiled = prepare(many(40), like, "--canvases=32x16", size="--norm=half").image_format
     assert tiled.size == 16 and tiled.canvases == ((32, 16),)
     for flag in ("--resample=reduced", "--size=64"):  # not with the tiles that the other has
-        with pytest.raises(UserError, match="no picture can be made so") as error:
+        with pytest.raises(UserError, match="no such image format") as error:
             prepare(many(40), "--like=data/llava", size=flag)
         assert one_line(error)
 
@@ -262,7 +262,7 @@ def test_lora_in_a_part_of_the_gpt_leaves_its_weights_alone(trained, recipe):
     before, after = weights(recipe / "phase2.pt"), weights("out/part/phase3.pt")
     moved = {n for n in before if n[:4] == "gpt." and not torch.equal(before[n], after[n])}
     assert moved and all(n.startswith("gpt.layers.1.") and "norm" not in n for n in moved)
-    with pytest.raises(UserError, match="nothing of it learns"):
+    with pytest.raises(UserError, match="nothing of it is trained"):
         train.main([*lora[:-1], "--out=out/none", "--phase3_learn", "gpt.norm"])
 
 
@@ -416,14 +416,14 @@ def test_what_learnt_conversations_is_exported_with_its_template(trained, recipe
     theirs, processor = opened("there")
     loaded = checkpoint.load(source)
     embeds = inference.embed_pictures(loaded, inference.read_pictures(loaded, ["pictures/3.png"]))
-    tokens = torch.tensor([sample.begin(loaded, embeds, "what is it ?", "baby_v1")])
+    tokens = torch.tensor([inference.make_prompt(loaded, embeds, "what is it ?", "baby_v1")])
     content = [{"type": "image"}, {"type": "text", "text": "what is it ?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}])
     picture = Image.open("pictures/3.png").convert("RGB")
     inputs = processor(images=picture, text=text, return_tensors="pt")
     assert inputs["input_ids"].tolist() == tokens.tolist()
     with torch.no_grad():
-        ours = loaded.model(tokens, images=embeds[0])[0]
+        ours = logits_after(loaded.model, tokens, embeds[0])
         assert (theirs(**inputs).logits - ours).abs().max() < 1e-4
     back = inference.open_model("there")
     assert same(back.model.state_dict(), loaded.model.state_dict())

@@ -26,7 +26,7 @@ def write_pictures(count, captions=1, order=None):
 
 def samples(dataset, split):
     """[(shade of the picture, caption)] read back."""
-    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "shown")
+    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "image_ids")
     frames, images = dataset.open(split, "frames"), dataset.open(split, "images")
     found = []
     for first, length, image, _ in dataset.open(split, "samples").tolist():

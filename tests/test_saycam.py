@@ -55,7 +55,7 @@ def bins(name):
 
 def rows(dataset, split):
     """[(frame, clip, caption)] of a split's samples, read back."""
-    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "shown")
+    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "image_ids")
     frames, clips = dataset.open(split, "frames"), dataset.open(split, "clips")
     first_frame = dataset.open(split, "images")[:, 0]
     found = []
@@ -225,7 +225,7 @@ def test_another_size_starts_anew(fake):
         ("{", "train.json: not JSON"),
         ("{}", "item 0 is no utterance"),
         ("[1]", "item 0 is no utterance"),
-        ('[{"image": "a.jpg", "conversations": []}]', "item 0: a conversation in which nothing"),
+        ('[{"image": "a.jpg", "conversations": []}]', "item 0: a conversation without turns"),
         ('[{"utterance": "a", "frame_filenames": ["x", "y"], "similarity": [1]}]', "not as many"),
         ('[{"utterance": "a", "frame_filenames": []}]', "item 0: it has no pictures"),
         ('["hello", "baby"]', "one for training must have frames"),
@@ -378,11 +378,12 @@ def test_v2s_three_forms(fake):
         assert dataset.count(split, "frames") < sum(shown)
     assert sorted(set(kinds)) == [1, 2, 4] and kinds.count(4) == kinds.count(2) == kinds.count(1)
     from batches import PairBatches, SampleBatches
-    from model import GPT, BabyLLaVA, GPTConfig
+    from model import GPT, BabyLLaVA, GPTConfig, make_projector
 
     tower = vision.ViT(32, 16, 16, 1, 2)
     gpt = GPT(GPTConfig(dataset.tokenizer.vocab_size, 128, 1, 2, 16))
-    model = BabyLLaVA(gpt, None, tower, dataset.tokenizer.image)
+    projector = make_projector("identity", tower.width, tower.width)
+    model = BabyLLaVA(gpt, projector, tower, dataset.tokenizer.image)
     model.tiled = False
     every = SampleBatches(dataset, "train", 4, 0, model)
     single = PairBatches(dataset, "train", 4, 0, model)

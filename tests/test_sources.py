@@ -45,7 +45,7 @@ def beat(name):
             file.write(".")
         time.sleep(0.02)
 
-kept = [sources.begin(beat, name) for name in ("one", "two")]
+kept = [cores.begin(beat, name) for name in ("one", "two")]
 while not all(map(os.path.exists, ("one", "two"))):
     time.sleep(0.02)
 try:

@@ -579,7 +579,8 @@ def trained(made):
 
     folder, before = made.parent.parent, os.getcwd()
     sizes = (
-        "--patch=4 --image_pool=2 --vision_width=16 --vision_depth=1 --select_layer=-1 --vision_heads=2 "
+        "--patch=4 --image_pool=2 --vision_width=16 --vision_depth=1 --vision_heads=2 "
+        "--select_layer=-1 "
         "--prototypes=16 --n_layer=1 --n_head=2 --n_embd=16 --block_size=700 --vision_steps=2 "
         "--language_steps=2 --phase1_steps=2 --phase2_steps=2 --phase3_steps=2 --vision_batch=4 "
         "--language_batch=2 --phase1_batch=4 --phase2_batch=4 --phase3_batch=4 --device=cpu"
@@ -635,7 +636,7 @@ def test_a_context_that_is_full_counts_as_unread(made, trained, capsys):
     rows = toolbox.read_items("memory", made / "eval" / "memory.json")[:2]
     said = toolbox.ask(rows, subject)
     assert [len(own) for own in said] == [ROUNDS] * 2 and said[0][-1] == ""
-    assert "rounds did not fit into the context of 300 tokens" in capsys.readouterr().out
+    assert "rounds did not fit into 300 tokens" in capsys.readouterr().out
     loaded.model.gpt.config.block_size = 8
     with pytest.raises(UserError, match="this model holds 8"):
         toolbox.ask(rows, subject)

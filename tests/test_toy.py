@@ -10,8 +10,8 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-import sources
 import tasks
+from common import cores
 from common.files import read_csv
 from sources import toy
 
@@ -29,13 +29,13 @@ def test_the_toy_world_is_the_same_bytes_everywhere():
 @pytest.mark.parametrize(
     "source, flags, wanted",
     [
-        ("toy", "--scenes=20 --clip_frames=3 --lines=100 --trials=0.05", "b9108a0bea9b3faa"),
-        ("toy_chat", "--talks=30 --lines=100 --questions=1", "a65c4bcd5087a75b"),
+        ("toy", "--scenes=20 --clip_frames=3 --lines=100 --trials=0.05", "bb91da96fc194f4f"),
+        ("toy_chat", "--talks=30 --lines=100 --questions=1", "11d9d232c0ab9f01"),
         (
             "toy_v2",
             "--scenes=12 --clips=12 --moments=12 --lines=100 --items=48 --games=62 "
             "--replay=12 --questions=10",
-            "ddbc0e9d6ddfad0c",
+            "a0c4e693e3194427",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_a_process_aside_fails_of_is_told_by_the_one_that_waits():
         raise SystemExit(1)
 
     with pytest.raises(OSError, match="No space left on device: 'data/x/eval'"):
-        sources.end(sources.begin(full), "data/x/eval")
+        cores.end(cores.begin(full), "data/x/eval")
     with pytest.raises(RuntimeError, match="ended with 1"):  # not errno 1
-        sources.end(sources.begin(wrong), "data/x/eval")
-    sources.end(sources.begin(int), "data/x/eval")
+        cores.end(cores.begin(wrong), "data/x/eval")
+    cores.end(cores.begin(int), "data/x/eval")

@@ -23,7 +23,6 @@ import config
 import data
 import inference
 import kernels
-import sample
 import train
 import vision
 from batches import SampleBatches
@@ -31,7 +30,7 @@ from common.files import read_log
 from config import UserError
 from training import features, phases
 from training.prefetch import in_advance
-from training.processes import Processes
+from training.processes import Processes, is_lost_process
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes  # noqa: E402
@@ -307,7 +306,8 @@ def test_every_sample_is_seen_once_a_pass_however_many_share_it(recipe, home, ra
                 processes=Processes(rank, sharing, torch.device("cpu")),
                 settings=SimpleNamespace(grad_accum=pieces),
             )
-            rows, _, pieces_of = train.make_batches(run, step)
+            plan, pieces_of = train.read_batch(run, step)
+            rows = plan.rows
             assert len(rows) == 8 and len(pieces_of) == pieces
             seen += [int(row) for piece in pieces_of for row in piece]
     times = np.bincount(seen, minlength=batches.rows)
@@ -316,8 +316,8 @@ def test_every_sample_is_seen_once_a_pass_however_many_share_it(recipe, home, ra
 
 def test_what_a_lost_process_leaves_its_peers_is_told_from_mistakes_of_ours():
     words = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:21094"
-    assert phases.is_lost_process(RuntimeError(words))
-    assert not phases.is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_lost_process(RuntimeError(words))
+    assert not is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_process_that_dies_ends_the_others_and_its_job(recipe, home):
@@ -613,11 +613,11 @@ def corrupted(recipe, home):
         features.find_path(dataset, "train", model),
         "float16",
         "r+",
-        shape=features.shape(dataset, "train", model),
+        shape=features.find_shape(dataset, "train", model),
     )
     stored[5] = np.inf
     stored.flush()
-    samples, shown = dataset.open("train", "samples"), dataset.open("train", "shown")
+    samples, shown = dataset.open("train", "samples"), dataset.open("train", "image_ids")
     return {row for row, sample in enumerate(samples.tolist()) if shown[sample[2]] == 5}
 
 
@@ -749,7 +749,7 @@ def test_a_tower_of_another_size_sees_the_frames_as_they_are(home):
     Image.fromarray(frames[0]).save("frame0.png")
     embeds = inference.embed_pictures(loaded, inference.read_pictures(loaded, ["frame0.png"]))
     assert embeds[0].shape == (4, loaded.model.gpt.config.n_embd)
-    assert sample.begin(loaded, embeds, "") == [loaded.tokenizer.image] * 4
+    assert inference.make_prompt(loaded, embeds, "") == [loaded.tokenizer.image] * 4
 
 
 def test_two_towers_on_one_corpus_keep_to_their_own_features(recipe, home):

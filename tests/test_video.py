@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 
 def samples_of(dataset, split):
     """[(words, shades of the pictures shown)]."""
-    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "shown")
+    tokens, shown = dataset.open(split, "tokens"), dataset.open(split, "image_ids")
     frames, images = dataset.open(split, "frames"), dataset.open(split, "images")
     for first, length, begin, count in dataset.open(split, "samples").astype(int).tolist():
         own = [frames[images[number][0]] for number in shown[begin : begin + count]]
@@ -204,7 +204,7 @@ def corrupt(folder, name):
         ("far", "one.srt:2: 99999999999999999999:00:02,000 is past 100 hours"),
         ("far in a table", "one.csv:2: 100000000 is past 100 hours"),
         ("far in a chat", "one.cha:1: 9000000000000 ms is past 100 hours"),
-        ("a pipe", "two.mp4: a folder, a pipe or a device"),
+        ("a pipe", "two.mp4: not a file, but a folder, a pipe"),
         ("stranger", "one.cha:2: DAD is not among @Participants"),
     ],
 )
