@@ -91,7 +91,7 @@ def round_up(n, parts=8, least=8):
 
 class Order:
     """The numbers 0 .. n - 1 as an endless deck of cards: each pass is a fresh permutation of all.
-    The first `curriculum` numbers are dealt once, at the start and in order, and then left out."""
+    The first `curriculum` numbers come once, at the start and in order, and then never again."""
 
     def __init__(self, n, seed, curriculum=0):
         self.n, self.seed, self.curriculum = n - curriculum, seed, curriculum

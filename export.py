@@ -1,14 +1,14 @@
 """
-A checkpoint of ours as a folder that Hugging Face's transformers opens, and that huggingface.py
-opens again to the same bits.
+A checkpoint as a Hugging Face folder, which transformers opens, and which opens here again as the
+same checkpoint, to the bit.
 
     python export.py out/toy/phase2.pt DIR
     AutoModelForImageTextToText.from_pretrained("DIR")     # then, with transformers
 
-The GPT becomes a Llama (a Qwen2, where it has biases), the tower a ViT, CLIP or SigLIP. One thing
-that transformers has no room for is written in what it has: our last layer is taken after the
-tower's final norm, a LLaVA of theirs before it (see norm_as_layer). What cannot be written is
-refused. Letters: E vision width, C model width.
+The GPT becomes a Llama (a Qwen2, if it has biases), the tower a ViT, CLIP or SigLIP. With
+select_layer -1 our features are taken after the tower's final norm, those of transformers' LLaVA
+before it: norm_as_layer() writes the norm as one more block. What cannot be expressed is refused.
+Letters: E vision width, C model width.
 """
 
 import json
@@ -26,7 +26,7 @@ from pretrained import safetensors, tokenizer_json
 from pretrained.exported import K
 from tokenizer import TEMPLATES, end_tokens
 
-LEFT_OUT = ("weights", "optimizers", "dino", "lora", "tokenizer")  # of a checkpoint's dict
+LEFT_OUT = ("weights", "optimizers", "dino", "lora", "tokenizer")  # not in config.json
 VIT = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -66,7 +66,7 @@ CLIP_BLOCK = {
 
 
 def unscaled(tower):
-    """The state dict of a ViT with DINOv2's layer scales taken into the linears before them."""
+    """The state dict of a ViT with DINOv2's layer scales merged into the linear layers before."""
     state = dict(tower.state_dict())
     for name in [name for name in state if name.endswith(".gamma")]:
         gamma = state.pop(name)
@@ -77,11 +77,11 @@ def unscaled(tower):
 
 
 def norm_as_layer(tower, state, depth):
-    """One more block, {our name: weight}, that adds K times the final norm's output to its input x.
+    """One more block, {our name: weight}, that adds K times the final norm of its input x to x.
 
-    Its attention says nothing; its MLP is fc2(gelu(fc1(norm(x)))) with fc1 = [I; -I; 0] and fc2 =
-    K [I, -I, 0], and gelu(a) - gelu(-a) = a. A projector that is given x and x + K norm(x) side by
-    side and whose first matrix is [-W, W] / K then computes W norm(x)."""
+    Its attention is 0. Its MLP is fc2(gelu(fc1(norm(x)))) with fc1 = [I; -I; 0] and fc2 = K [I, -I,
+    0], and gelu(a) - gelu(-a) = a. A projector whose input is x and x + K norm(x) side by side, and
+    whose first matrix is [-W, W] / K, then computes W norm(x)."""
     E, hidden = tower.width, tower.blocks[0].mlp.fc1.out_features
     eye, block = torch.eye(E), f"blocks.{depth}."
     more = {
@@ -106,19 +106,19 @@ def tower_files(model, image_format):
     tower = model.tower
     if type(tower).__name__ != "ViT":
         raise UserError(
-            f"a {type(tower).__name__} is no tower that a LLaVA of transformers can have: only a "
-            "model with a ViT is exported"
+            f"transformers' LLaVA has no {type(tower).__name__} tower: only a model with a ViT is "
+            "exported"
         )
     arguments, state, depth = tower.arguments, unscaled(tower), len(tower.blocks)
     if arguments["registers"]:
-        raise UserError("a tower with registers is none that transformers' ViT can hold")
+        raise UserError("transformers' ViT has no registers")
     side = image_format.size // tower.patch
     with torch.no_grad():
         state["pos_embed"] = tower.position_embeddings(side, side).clone()
     after_norm = model.select_layer == -1 and arguments["final_norm"]
     is_clip = arguments["first_norm"] or not arguments["cls"]
     if after_norm and is_clip:
-        raise UserError("a CLIP tower with a final norm is none that transformers has")
+        raise UserError("transformers' CLIP has no final norm for patches")
     if after_norm:
         state |= norm_as_layer(tower, state, depth)
         depth += 1
@@ -148,7 +148,7 @@ def tower_files(model, image_format):
 
 
 def vision_config(tower, image_format, depth):
-    """The settings of a ViT of `depth` blocks, in transformers' words."""
+    """The config of a ViT of `depth` blocks, for transformers."""
     arguments, kind = tower.arguments, "vit"
     if arguments["first_norm"] or not arguments["cls"]:
         kind = "clip_vision_model" if arguments["cls"] else "siglip_vision_model"
@@ -177,7 +177,7 @@ def with_qkv_apart(state):
 
 
 def clip_shapes(written, prefix, tower):
-    """What CLIP and SigLIP have in another shape, and a norm of the pooled vector, unused here."""
+    """Weights that CLIP and SigLIP have in another shape, and their unused pooling norm."""
     E = tower.width
     more = {
         f"{prefix}embeddings.position_embedding.weight": written[
@@ -294,9 +294,9 @@ def write_tokenizer(loaded, folder, template):
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def chat_template(template, learnt, settings):
-    """A template of ours in the language of transformers' chat templates. learnt: the system text
-    that a conversation begins with when it brings none."""
+def chat_template(template, default_system, settings):
+    """A Template as a Jinja chat template. default_system: the system text of a conversation that
+    has none."""
     marks = {"{bos}": settings.get("bos_token", ""), "{eos}": settings["eos_token"]}
 
     def quoted(text):
@@ -314,8 +314,8 @@ def chat_template(template, learnt, settings):
     words = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     words += parts + "{% endif %}"
     default = ""
-    if learnt:
-        own = quoted(template.system.replace("{}", learnt))
+    if default_system:
+        own = quoted(template.system.replace("{}", default_system))
         default = "{% if messages[0]['role'] != 'system' %}" + own + "{% endif %}"
     return (
         quoted(template.begin)
@@ -380,21 +380,21 @@ def processor_settings(loaded, kind, strategy):
 
 
 def parts_as_written(parts, image_format):
-    """The parts of a checkpoint, the tower's scales folded and its positions interpolated."""
+    """The parts of a checkpoint, with the tower's scales merged and positions interpolated."""
     tower = parts["tower"]
     arguments = tower["arguments"] | {"scaled": False, "size": image_format.size}
     return parts | {"tower": tower | {"arguments": arguments}}
 
 
-def check(loaded):
-    """Refuse what there is no way to write."""
+def check_exportable(loaded):
+    """Raise UserError for a model that transformers cannot express."""
     model, saved = loaded.model, loaded.checkpoint
     if model.projector is None:
-        raise UserError(
-            "only a model that sees and speaks is exported: give one of phase 1 or later"
-        )
+        raise UserError("only a model with a projector is exported: give one of phase 1 or later")
     if model.keep_cls and not model.tower.arguments.get("cls"):
-        raise UserError("keep_cls: the mean that stands for a CLS is none that transformers has")
+        raise UserError(
+            "keep_cls: this tower has no CLS token, and transformers has no mean instead"
+        )
     if model.image_pool > 1:
         raise UserError("image_pool: transformers' LLaVA takes each patch as a token")
     if model.image_attention != "causal":
@@ -411,10 +411,10 @@ def check(loaded):
 
 def export(loaded, folder, scores=None):
     """Write the folder of a checkpoint.Loaded. scores: eval.py's results, for the model card."""
-    check(loaded)
+    check_exportable(loaded)
     folder, model, saved = Path(folder), loaded.model, loaded.checkpoint
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: there is something in it; give a folder that is new or empty")
+        raise UserError(f"{folder}: not empty; give a new or empty folder")
     kind = "llava_next" if model.tiled else "llava"
     seen, weights, after_norm = tower_files(model, loaded.image_format)
     text, language = language_files(model.gpt, loaded.tokenizer)
@@ -466,8 +466,8 @@ def export(loaded, folder, scores=None):
 
 
 def model_card(saved, count, scores):
-    """README.md of an exported model of `count` parameters as text: what it was trained on (saved,
-    a checkpoint's dict) and its scores (eval.py's results, or None)."""
+    """The README.md of an exported model of `count` parameters as text. saved: its checkpoint's
+    dict; scores: eval.py's results, or None."""
     world = "the toy world, drawn pictures and a grammar: nothing of SAYCam"
     source = world if saved["source"].startswith("toy") else f"data of the kind `{saved['source']}`"
     lines = [

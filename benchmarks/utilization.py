@@ -65,8 +65,7 @@ def rate(dtype, device, side):
 
 
 def count_flops(run):
-    """Those of what run() does, which must be in fp64: fused.py, whose operations the counter does
-    not know, leaves that to PyTorch."""
+    """The FLOPs of run(), which must be in fp64: then all products are PyTorch's, and counted."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

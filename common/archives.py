@@ -1,6 +1,5 @@
 """
-Where pictures lie: in folders and zips, each found by its path inside one of them; and all cores,
-to read many.
+Archives of pictures: folders and zips. A picture is found by its path inside one of them.
 """
 
 import os
@@ -11,12 +10,12 @@ from dataclasses import dataclass
 
 from config import UserError, regular
 
-MOST_BYTES = 1 << 28  # of a picture in a zip
+MOST_BYTES = 1 << 28  # the largest picture in a zip
 
 
 @dataclass(frozen=True)
 class ZipEntry:
-    """Where a picture lies in a zip: enough to read it without opening the zip's index again."""
+    """The position of a picture in a zip: enough to read it without the zip's index."""
 
     archive: str
     name: str
@@ -33,11 +32,11 @@ def clean(name):
 
 
 class Archives:
-    """Folders and zips that pictures lie in. Raises UserError for a path that is neither."""
+    """Several folders and zips of pictures. Raises UserError for a path that is neither."""
 
     def __init__(self, paths):
         self.paths = [str(path) for path in paths]
-        self.by_base_name = None  # {base name: [(path in its place, location)]}, when first needed
+        self.by_base_name = None  # {base name: [(path inside, location)]}, made when needed
         self.zips = {path: self.read_zip(path) for path in self.paths if not os.path.isdir(path)}
 
     @staticmethod
@@ -74,11 +73,10 @@ class Archives:
         return found
 
     def find(self, name):
-        """Where a picture is, a path or a ZipEntry: by its whole path in one of the places, else
-        by a path that ends with it. None where there is none.
+        """The location of a picture, a path or a ZipEntry; None if there is none. `name` is its
+        whole path in one of the archives, else the end of its path.
 
-        Raises UserError where several match: base names alone are not enough to tell apart
-        a/1.jpg and b/1.jpg."""
+        Raises UserError if several match: "1.jpg" could be a/1.jpg or b/1.jpg."""
         name = clean(name)
         whole = [entries[name] for entries in self.zips.values() if name in entries]
         for path in self.paths:
@@ -89,35 +87,35 @@ class Archives:
             if self.by_base_name is None:
                 self.by_base_name = self.index()
             candidates = self.by_base_name.get(name.rpartition("/")[2], [])
-            whole = [place for path, place in candidates if path.endswith("/" + name)]
-        whole = list(dict.fromkeys(whole))  # an absolute path is in every place
+            whole = [location for path, location in candidates if path.endswith("/" + name)]
+        whole = list(dict.fromkeys(whole))  # an absolute path is in every archive
         if len(whole) > 1:
-            one, two = (getattr(place, "name", place) for place in whole[:2])
+            one, two = (getattr(location, "name", location) for location in whole[:2])
             raise UserError(
                 f"{name}: {len(whole)} pictures could be meant, {one} and {two} among "
-                "them: write more of the path, or give fewer places"
+                "them: write more of the path, or give fewer archives"
             )
         return whole[0] if whole else None
 
 
 def read_entry(entry):
-    """The bytes of a picture in a zip. Raises UserError when they are damaged, or as many as no
-    picture has: a few kilobytes may unpack to more than there is memory."""
+    """The bytes of a picture in a zip. Raises UserError if they are corrupted or too many: a few
+    kilobytes may unpack to more than the memory."""
     if max(entry.size, entry.length) > MOST_BYTES:
         raise UserError(f"{entry.name}: {entry.size:,} bytes in {entry.archive}: no picture")
     with open(entry.archive, "rb") as file:
-        file.seek(entry.offset + 26)  # the local header: 30 bytes, of which the last are lengths
-        lengths = file.read(4)  # of the name, and of what else stands before the content
+        file.seek(entry.offset + 26)  # the local header has 30 bytes and ends with two lengths
+        lengths = file.read(4)  # of the name and of the extra field before the content
         name_length, extra_length = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
         file.seek(name_length + extra_length, os.SEEK_CUR)
         content = file.read(entry.length)
     if entry.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{entry.name}: packed in a way not read here; zip it stored or deflated")
+        raise UserError(f"{entry.name}: an unsupported compression; zip it stored or deflated")
     try:
         if entry.method == zipfile.ZIP_DEFLATED:
             content = zlib.decompressobj(-15).decompress(content, entry.size + 1)
     except zlib.error as error:
         raise UserError(f"{entry.name}: {error}") from None
     if zlib.crc32(content) != entry.crc:
-        raise UserError(f"{entry.name}: damaged in {entry.archive} (its checksum differs)")
+        raise UserError(f"{entry.name}: corrupted in {entry.archive} (its checksum differs)")
     return content

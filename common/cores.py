@@ -1,5 +1,5 @@
 """
-All cores: work that is shared by a pool of processes, and work beside this process.
+Several processes: a pool of workers on all cores, and one process beside this one.
 """
 
 import collections
@@ -12,7 +12,7 @@ import threading
 
 
 def begin_worker():
-    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+    """In a worker: ignore Ctrl-C, which the parent handles, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -27,9 +27,8 @@ def work_all(work, jobs):
 
 
 def on_all_cores(work, jobs, window=512, together=16):
-    """Yield work(job) for each job, in order, worked on by all cores, `together` at a time.
-
-    At most `window` results are in memory at a time."""
+    """Yield work(job) for each job, in order, computed on all cores, `together` jobs at a time. At
+    most `window` results are in memory."""
     workers = concurrent.futures.ProcessPoolExecutor(
         os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
         initializer=begin_worker,
@@ -42,7 +41,7 @@ def on_all_cores(work, jobs, window=512, together=16):
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
-    finally:  # Ctrl-C, or whoever asked has enough: what nobody has begun is not begun any more
+    finally:  # after Ctrl-C or an early end, cancel the jobs that have not started
         workers.shutdown(cancel_futures=True)
 
 
@@ -51,21 +50,21 @@ def on_all_cores(work, jobs, window=512, together=16):
 
 
 def begin(work, *arguments):
-    """Begin work(*arguments) in a process of its own, beside what this one does; it is killed with
-    this one, or it would go on writing into what the next run writes."""
+    """Start work(*arguments) in another process and return it. It is killed with this process;
+    else it would write into the files of the next run."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.Process(
         target=work_aside, args=(ours, theirs, work, *arguments), daemon=True
     )
     process.start()
     theirs.close()
-    process.lifeline = ours  # open as long as this process lives, and has it
+    process.lifeline = ours  # open as long as this process lives
     return process
 
 
 def work_aside(ours, theirs, work, *arguments):
-    """What the system complains of is this process's exit code, and 100, for end() to tell. Of
-    Ctrl-C it hears through the process that began it."""
+    """Run work(*arguments) in the new process. The exit code of an OSError is 100 + errno; end()
+    turns it back into an OSError. Ctrl-C is handled by the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ours.close()
     threading.Thread(target=die_with, args=(theirs,), daemon=True).start()
@@ -76,14 +75,14 @@ def work_aside(ours, theirs, work, *arguments):
 
 
 def die_with(lifeline):
-    """Nothing is ever said on it, but it closes where the process at its other end dies."""
+    """End this process when the pipe closes, which it does when the parent dies."""
     lifeline.poll(None)
     os._exit(1)
 
 
 def end(process, path):
-    """Wait for a process that writes to a path. Raises OSError where it could not, RuntimeError
-    where it ended otherwise: it has shown its traceback."""
+    """Wait for a process of begin() that writes to a path. Raises OSError if it could not write,
+    RuntimeError if it failed otherwise, after its own traceback."""
     process.join()
     if process.exitcode > 100:
         raise OSError(process.exitcode - 100, os.strerror(process.exitcode - 100), path)

@@ -1,5 +1,5 @@
 """
-Files that appear whole or not at all, tables, logs, and a lock on a folder.
+Files: written completely or not at all; text, JSON and CSV tables; logs; locks.
 """
 
 import csv
@@ -21,12 +21,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-HOST = re.sub(r"[^\w-]", "-", platform.node())  # which of the machines that share a disk
+HOST = re.sub(r"[^\w-]", "-", platform.node())  # in names of temporary files on shared disks
 
 
 @contextmanager
 def named(path):
-    """Say which file, where the system complains of one that is open: of a full disk, say."""
+    """Add the file name to an OSError that has none, of a full disk for example."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def named(path):
 
 @contextmanager
 def about(path):
-    """Say which file, where a UserError does not."""
+    """Add the file name to a UserError that does not contain it."""
     try:
         yield
     except UserError as error:
@@ -48,7 +48,7 @@ def about(path):
 
 @contextmanager
 def writing(path):
-    """A binary file that appears at `path` whole or not at all, also when the power fails."""
+    """A binary file that appears at `path` complete or not at all, even if the power fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{HOST}.{os.getpid()}.tmp")
@@ -63,14 +63,14 @@ def writing(path):
 
 
 def write_json(path, value):
-    """The value as a JSON file, whole or not at all."""
+    """Write a value as a JSON file."""
     with writing(path) as file:
         file.write(json.dumps(value, indent=1).encode("utf-8"))
 
 
 def read_text(path):
-    """The text in a file in UTF-8, or UTF-16 where it says so. Raises OSError, and UserError with
-    the line where it is not."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises OSError, and UserError
+    with the line for another encoding."""
     content = Path(regular(path)).read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -83,13 +83,13 @@ def read_text(path):
 
 
 def read_json(path):
-    """What a JSON file holds. Raises OSError, UserError."""
+    """The content of a JSON file. Raises OSError, UserError."""
     text = read_text(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
-    if r"\ud" in text.lower():  # half of a pair that stands alone is no character
+    if r"\ud" in text.lower():  # half of a surrogate pair is no character
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -98,8 +98,8 @@ def read_json(path):
 
 
 def read_list(path, of):
-    """The list in a JSON file, of at least one. of: what it is a list of, to say where there is
-    none. Raises UserError."""
+    """The list in a JSON file, which must not be empty. of: the name of its items for the error.
+    Raises UserError."""
     items = read_json(path)
     if not isinstance(items, list) or not items:
         raise UserError(f"{path}: want a list of {of}")
@@ -107,7 +107,7 @@ def read_list(path, of):
 
 
 def write_csv(path, header, rows):
-    """A table as a CSV file, whole or not at all."""
+    """Write a table as a CSV file."""
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     with writing(path) as file:
@@ -115,10 +115,10 @@ def write_csv(path, header, rows):
 
 
 def read_csv(path, columns):
-    """[{column: text}] of a CSV file, with each row's line number under "line".
+    """[{column: text}] of a CSV file, with the line number of each row under "line".
 
-    Raises OSError for a missing file, UserError for another encoding (read_text), a missing column,
-    an empty cell in `columns`, or no rows."""
+    Raises OSError for a missing file; UserError for another encoding, a missing column, an empty
+    cell in `columns`, or no rows."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         header = reader.fieldnames or []
@@ -140,29 +140,29 @@ def read_csv(path, columns):
 
 @contextmanager
 def locked(path, wait=True):
-    """Hold the lock of a file, which ends with the process however it ends. Without `wait`,
-    raises BlockingIOError where another process holds it. A lock of lockf is not inherited by the
-    workers that this process starts. (Where the system has none, Windows, there is no lock.)"""
+    """Hold the lock of a file, which ends with this process. Without `wait`, raises BlockingIOError
+    if another process holds it. Workers of this process do not inherit it (lockf). On Windows
+    nothing is locked."""
     if fcntl is None:
         yield
         return
     with open(path, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except PermissionError:  # what some systems say where others say BlockingIOError
+        except PermissionError:  # some systems raise this instead of BlockingIOError
             raise BlockingIOError(f"{path}: locked by another process") from None
         yield
 
 
 def open_or_create(path):
-    """A file to read and write anywhere in it, by several processes at a time."""
+    """A file that several processes read and write at the same time."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
 
 
 @contextmanager
 def claimed(file, number, wait):
-    """Hold the lock of one byte of a file, which ends with the process however it ends; yields
-    whether it is held. With `wait`, only once it is. (No locks on Windows: all claim all.)"""
+    """Try to hold the lock of one byte of a file, which ends with this process; yields whether it
+    is held. With `wait`, waits for it. On Windows everything counts as held."""
     if fcntl is None:
         yield True
         return
@@ -178,8 +178,8 @@ def claimed(file, number, wait):
 
 
 def remove_leftovers(folder):
-    """Remove what writing() left in a folder when a run was killed: files of processes that are no
-    more, and on a disk that machines share other machines' of yesterday."""
+    """Delete temporary files that killed runs left in a folder: those of processes that have ended,
+    and, from other machines on a shared disk, those older than a day."""
     for path in (path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.*.*.tmp")):
         host, process = path.name.split(".")[-3:-1]
         is_old = time.time() - path.stat().st_mtime > 24 * 3600
@@ -199,7 +199,8 @@ def is_running(process):
 
 @contextmanager
 def only_one(folder, doing):
-    """Be the only process that is `doing` this in a folder, else raise UserError."""
+    """Hold the lock of a folder while `doing` something there. Raises UserError if another process
+    holds it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -213,14 +214,14 @@ def only_one(folder, doing):
 
 
 class Rows:
-    """The rows of a memory-mapped bin: Rows(bin)[numbers] is bin[numbers], but read from the file,
-    a row at a time. Through the map the system would be asked for each of its pages by itself.
-    Of another array, and where the system cannot read so (Windows), it is bin[numbers]."""
+    """Rows(bin)[numbers] is bin[numbers], read from the file of the memory-mapped bin, a row at a
+    time: through the map each page would be a separate read. For other arrays, and on Windows, it
+    is bin[numbers] itself."""
 
     def __init__(self, array):
         self.array, self.file = array, None
         if isinstance(array, np.memmap) and hasattr(os, "preadv"):
-            self.file = open(array.filename, "rb", buffering=0)  # noqa: SIM115 - as long as this
+            self.file = open(array.filename, "rb", buffering=0)  # noqa: SIM115 - open as long as this object
 
     def __getitem__(self, numbers):
         if self.file is None:
@@ -229,7 +230,7 @@ class Rows:
         for number, row in zip(numbers.tolist(), rows):
             at = self.array.offset + number * row.nbytes
             left = memoryview(row.reshape(-1)).cast("B")
-            while left:  # a read may bring less than it is asked for
+            while left:  # a read may return less than was asked for
                 count = os.preadv(self.file.fileno(), [left], at)
                 if not count:
                     raise UserError(f"{self.array.filename}: ends before row {number}")
@@ -238,8 +239,8 @@ class Rows:
 
 
 def read_log(path):
-    """The entries of a log.jsonl, a dict each; nothing where there is no file. A line that was
-    cut short, by a full disk say, is passed over."""
+    """The entries of a log.jsonl, a dict each; [] if there is no file. Incomplete lines, of a full
+    disk for example, are skipped."""
     entries = []
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
     for line in lines:
@@ -251,14 +252,14 @@ def read_log(path):
 
 
 def append_log(path, entry):
-    """Add an entry, a dict, to a log.jsonl."""
+    """Append an entry, a dict, to a log.jsonl."""
     with named(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def trim_log(path, name, start):
-    """Drop the entries of steps that were lost, or are trained again, and are about to be logged
-    again; and lines that were cut short."""
+    """Delete a phase's entries from step `start` on, which will be logged again, and incomplete
+    lines."""
     kept = [
         entry for entry in read_log(path) if entry.get("phase") != name or entry["step"] < start
     ]

@@ -1,9 +1,8 @@
 """
-From a picture file to a tower's input: reading it, making it square or cutting it into tiles,
-normalising it.
+From a picture file to a tower's input: reading, making square or cutting into tiles, normalising.
 
-What becomes of a picture is said by an ImageFormat, which a prepared corpus and every checkpoint
-carry, so that it means the same in preparing, training, sampling and evaluation.
+An ImageFormat says how. Every prepared corpus and checkpoint contains one, so that preparing,
+training, sampling and evaluation treat pictures alike.
 Letters: N images, S image side in pixels.
 """
 
@@ -19,19 +18,19 @@ from common.archives import ZipEntry, read_entry
 from common.cores import on_all_cores
 from config import UserError, regular
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every DINO release's
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of all DINO releases
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-NORMS = {  # mean and deviation of the pixels that a tower was trained on
+NORMS = {  # mean and standard deviation of a tower's training pixels
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "clip": (CLIP_MEAN, CLIP_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # SigLIP's
 }
-Image.MAX_IMAGE_PIXELS = None  # check_size() decides, before anything is unpacked
+Image.MAX_IMAGE_PIXELS = None  # check_size() refuses large pictures before they are unpacked
 FITS = ("squash", "pad", "crop", "centre")
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
-    "reduced": Image.Resampling.BILINEAR,  # after a JPEG's own reduction, see load_picture()
+    "reduced": Image.Resampling.BILINEAR,  # after decoding at a lower resolution, see load_picture()
 }
 
 
@@ -39,11 +38,11 @@ RESAMPLING = {
 class ImageFormat:
     """How pictures become frames of size x size pixels, and frames a tower's input.
 
-    fit: squash changes the aspect; pad puts the picture in the middle of a square of the mean
-    colour (LLaVA-1.5's); crop keeps the middle square; centre does so after resizing (CLIP's).
-    resample: the filter; reduced is bilinear of JPEGs that are decoded small, see load_picture().
-    canvases: (width, height) in pixels, several; a picture is then cut into tiles besides (see
-    tiles.py), which are interpolated down to `max_tiles` of them where that is not 0."""
+    fit: squash changes the aspect ratio; pad centres the picture on a square of the mean colour
+    (LLaVA-1.5's); crop keeps the middle square; centre does so after resizing (CLIP's).
+    resample: the filter; reduced is bilinear, of JPEGs decoded at a lower resolution.
+    canvases: sizes (width, height) in pixels, for pictures that are also cut into tiles (see
+    tiles.py). max_tiles: interpolate larger maps of tiles down to so many; 0: never."""
 
     size: int
     fit: str = "squash"
@@ -62,7 +61,7 @@ class ImageFormat:
 
     @classmethod
     def parse(cls, fields):
-        """The ImageFormat of a dict that went through JSON or a checkpoint."""
+        """The ImageFormat of a dict from JSON or a checkpoint."""
         fields = dict(fields)
         for name in ("mean", "std", "canvases"):
             fields[name] = tuple(fields.get(name, ()))
@@ -71,7 +70,7 @@ class ImageFormat:
 
 
 def check_format(image_format, fits, filters):
-    """Raise ValueError where no picture can be made in an images.ImageFormat."""
+    """Raise ValueError for an ImageFormat with impossible values."""
     size, mean, std = image_format.size, image_format.mean, image_format.std
     if type(size) is not int or not 0 < size <= 1 << 14:
         raise ValueError(f"frames of {size!r} pixels")
@@ -94,8 +93,8 @@ def check_format(image_format, fits, filters):
 
 @dataclass
 class Picture:
-    """A picture as the tower sees it: frames (1 + tiles, S, S, 3) uint8, the whole first; rows and
-    columns of tiles (0, 0: none); and its own size in pixels."""
+    """A picture as frames (1 + tiles, S, S, 3) uint8, the whole picture first; rows and columns of
+    tiles (0, 0: none); and its original size in pixels."""
 
     frames: np.ndarray
     rows: int
@@ -113,8 +112,8 @@ class Picture:
 
 
 def check_size(name, width, height):
-    """Refuse a picture that would take more memory than pictures do: what makes it square may
-    make a square of its longer side, or a strip as long as its sides differ."""
+    """Raise UserError for a picture that would take too much memory: padding makes a square of its
+    longer side, and resizing a long strip."""
     longer, shorter = max(width, height), min(width, height)
     if longer > 1 << 14 or width * height > 10**8 or longer > 200 * shorter:
         raise UserError(
@@ -124,11 +123,11 @@ def check_size(name, width, height):
 
 
 def load_picture(location, reduced=0):
-    """A picture file or ZipEntry as an upright PIL image, of whatever mode. Raises UserError when
-    there is no whole picture to read.
+    """A picture file or ZipEntry as an upright PIL image of any mode. Raises UserError if it cannot
+    be read completely.
 
-    A JPEG whose sides are all at least 2, 4 or 8 times `reduced` pixels is decoded at that part of
-    its size: faster, because what resizing would throw away is not even computed."""
+    reduced: a JPEG whose sides are at least 2, 4 or 8 times so many pixels is decoded at a half, a
+    quarter or an eighth of its size. That is faster; resizing would drop the pixels anyway."""
     name = location.name if isinstance(location, ZipEntry) else location
     try:
         in_zip = isinstance(location, ZipEntry)
@@ -140,7 +139,7 @@ def load_picture(location, reduced=0):
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return image
-    except (FileNotFoundError, NotADirectoryError):  # the latter: a name within a zip
+    except (FileNotFoundError, NotADirectoryError):  # the latter: a path through a zip
         raise UserError(f"{name}: no such image") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{name}: not a picture that Pillow can read") from None
@@ -149,8 +148,8 @@ def load_picture(location, reduced=0):
 
 
 def open_picture(location, reduced=0):
-    """A picture file or ZipEntry as an upright RGB PIL image: 16-bit, grey, palette and CMYK all
-    become RGB, and transparency white; `reduced` as in load_picture(). Raises UserError."""
+    """A picture file or ZipEntry as an upright RGB PIL image. 16-bit, grey, palette and CMYK become
+    RGB, and transparent pixels white. reduced: see load_picture(). Raises UserError."""
     image = load_picture(location, reduced)
     if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip at 255, not scale
         high_byte = np.asarray(image, np.int32) >> 8
@@ -162,13 +161,13 @@ def open_picture(location, reduced=0):
 
 
 def middle(image, width, height):
-    """The middle of a PIL image, of this size."""
+    """The middle width x height pixels of a PIL image."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def to_square(image, image_format):
-    """A PIL image as one of size x size pixels."""
+    """A PIL image as a square of size x size pixels."""
     size, (width, height) = image_format.size, image.size
     resample, side = RESAMPLING[image_format.resample], max(width, height)
     if image_format.fit == "pad" and width != height:
@@ -185,7 +184,7 @@ def to_square(image, image_format):
 
 
 def to_picture(image, image_format):
-    """A PIL image as a Picture, with tiles where the format has canvases."""
+    """A PIL image as a Picture, with tiles if the format has canvases."""
     views, rows, columns = [to_square(image, image_format)], 0, 0
     if image_format.canvases:
         canvas = tiles.choose_canvas(*image.size, image_format.canvases)
@@ -201,12 +200,12 @@ def read_picture(location, image_format):
 
 
 def read_image(location, image_format):
-    """A picture file or ZipEntry, whole, as a frame (S, S, 3) uint8. Raises UserError."""
+    """A picture file or ZipEntry as one frame (S, S, 3) uint8. Raises UserError."""
     return np.array(to_square(open_picture(location, image_format.reduced), image_format))
 
 
 def read_job(job):
-    """A Picture, or a line that says why there is none."""
+    """The Picture of (location, image_format), or an error message."""
     try:
         return read_picture(*job)
     except UserError as error:
@@ -214,10 +213,9 @@ def read_job(job):
 
 
 def read_all(locations, image_format, window=512):
-    """Yield read_job's result for each location, in order, read on all cores.
-
-    At most `window` pictures are in memory at a time."""
-    return on_all_cores(read_job, [(place, image_format) for place in locations], window)
+    """Yield the Picture of each location, or an error message, in order, read on all cores. At most
+    `window` pictures are in memory."""
+    return on_all_cores(read_job, [(location, image_format) for location in locations], window)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -225,7 +223,7 @@ def read_all(locations, image_format, window=512):
 
 
 def normalise(pixels, image_format):
-    """(N, 3, S, S) in 0..1 -> the format's zero mean and unit variance."""
+    """Pixels (N, 3, S, S) in 0..1, normalised by the format's mean and standard deviation."""
     mean, std = (
         torch.tensor(values, device=pixels.device).view(3, 1, 1)
         for values in (image_format.mean, image_format.std)
@@ -234,8 +232,8 @@ def normalise(pixels, image_format):
 
 
 def to_pixels(frames, image_format, device="cpu"):
-    """Frames (N, S, S, 3) uint8 -> a tower's input (N, 3, S, S): the one way in, in training,
-    feature extraction and sampling alike."""
+    """Frames (N, S, S, 3) uint8 -> a tower's input (N, 3, S, S), in training, feature extraction
+    and sampling alike."""
     if not isinstance(frames, torch.Tensor):
         frames = torch.as_tensor(np.array(frames))
     frames = frames.to(device)

@@ -1,18 +1,16 @@
 """
-Tiles: a large picture as one small whole and sharp pieces of it (LLaVA-NeXT's "anyres").
+Tiles: a large picture as a small whole and full-resolution pieces (LLaVA-NeXT's "anyres").
 
-The picture is fitted into the best of a few canvases, each a rectangle of whole tiles, and shown to
-the tower as the whole, squashed, and then tile by tile. Of what the tower makes of the tiles one
-map is put together, the canvas's empty margins are cut off, and each row is closed by a learnt
-newline vector:
+The picture is fitted into the best of a few canvases, each a rectangle of tiles. The tower encodes
+the whole picture, squashed, and each tile. The features of the tiles are joined to one map, its
+empty margins are cut off, and a learnt newline vector is appended to each row:
 
     +-------+      +---+---+      w w        the whole's P tokens first,
     |       |  ->  | a | b |  ->  a a b b n  then the map's rows, n the newline
     +-------+      +---+---+      a a b b n
 
-All of this is geometry: an arrangement says for each image token which of the tower's outputs
-stands there. Sizes in pixels are (width, height). Letters: S side of a tile in pixels, side of one
-in patches: P = side * side.
+All of this is geometry: an arrangement says which feature each image token is. Sizes in pixels are
+(width, height). Letters: S side of a tile in pixels; `side` of a tile in patches, P = side * side.
 """
 
 from math import ceil, sqrt
@@ -20,7 +18,7 @@ from math import ceil, sqrt
 import numpy as np
 from PIL import Image
 
-NEWLINE = -1  # in an arrangement: the learnt vector instead of the tower's output
+NEWLINE = -1  # in an arrangement: the newline vector instead of a feature
 
 
 # ---------------------------------------------------------------------------------------------
@@ -28,8 +26,8 @@ NEWLINE = -1  # in an arrangement: the learnt vector instead of the tower's outp
 
 
 def choose_canvas(width, height, canvases):
-    """The canvas (width, height) that keeps the most of a picture's pixels; of equals the one that
-    leaves the least of itself empty, and of those the first."""
+    """The canvas (width, height) that keeps the most of a picture's pixels; among equals the one
+    with the least empty area, then the first."""
     best, best_score = None, None
     for canvas in canvases:
         scale = min(canvas[0] / width, canvas[1] / height)
@@ -41,7 +39,7 @@ def choose_canvas(width, height, canvases):
 
 
 def fitted(width, height, canvas):
-    """The size of a picture that fills a canvas in one direction and keeps its aspect."""
+    """The size of a picture scaled to fit a canvas, its aspect ratio kept."""
     by_width, by_height = canvas[0] / width, canvas[1] / height
     if by_width < by_height:
         return canvas[0], min(ceil(height * by_width), canvas[1])
@@ -74,11 +72,11 @@ def without_margins(grid, width, height):
 
 
 def between(old, new):
-    """How `new` points lie among `old` ones: (index of the one before, of the one after, weight of
-    the one after), as bilinear interpolation has it."""
-    place = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0)
-    before = place.astype(np.int64)
-    return before, np.minimum(before + 1, old - 1), place - before
+    """Linear interpolation of `old` points at `new` points: (index before, index after, weight of
+    the one after)."""
+    position = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0)
+    before = position.astype(np.int64)
+    return before, np.minimum(before + 1, old - 1), position - before
 
 
 def shrink(grid, rows, columns):
@@ -91,13 +89,12 @@ def shrink(grid, rows, columns):
 
 
 def arrange(rows, columns, width, height, side, first=0, max_tiles=0):
-    """(index (tokens, k), weight (tokens, k)) of one image: each of its tokens is the weighted sum
-    of k of the tower's outputs, or the NEWLINE.
+    """(index (tokens, k), weight (tokens, k)) of one image: each token is the weighted sum of k
+    features, or NEWLINE.
 
-    rows, columns: of tiles, 0 for a picture that has none; width, height: the picture's; first:
-    which of the tower's images (of P outputs each) its whole is, followed by its tiles. k is 1; or
-    4 where the map would be of more than `max_tiles` tiles and is interpolated down to that
-    (LLaVA-OneVision's anyres_max_9)."""
+    rows, columns: of tiles, 0 without tiles; width, height: of the picture; first: the number of
+    its first frame among those that the tower encodes, P features each. k is 1, or 4 if a map of
+    more than `max_tiles` tiles is interpolated down to so many (LLaVA-OneVision's anyres_max_9)."""
     P = side * side
     whole = first * P + np.arange(P)
     if not rows:
@@ -123,14 +120,14 @@ def arrange(rows, columns, width, height, side, first=0, max_tiles=0):
 
 
 def join(arrangements):
-    """The arrangements of several images as one; each k is that of the widest."""
+    """The arrangements of several images as one; k is the largest of them."""
     k = max(index.shape[1] for index, _ in arrangements)
     parts = [[np.pad(part, ((0, 0), (0, k - part.shape[1]))) for part in a] for a in arrangements]
     return tuple(np.concatenate(part) for part in zip(*parts))
 
 
 def count_tokens(images, side, max_tiles=0):
-    """How many tokens each image takes: images (K, 4) of rows, columns, width, height."""
+    """The number of tokens of each image; images (K, 4): rows, columns, width, height."""
     kinds, which = np.unique(np.asarray(images, np.int64), axis=0, return_inverse=True)
     counts = [len(arrange(*kind, side, max_tiles=max_tiles)[0]) for kind in kinds.tolist()]
     return np.array(counts, np.int64)[which.reshape(-1)]

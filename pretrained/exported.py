@@ -1,5 +1,5 @@
 """
-A folder that export.py wrote, read back into the checkpoint that it was.
+Reading back a folder that export.py wrote, as the checkpoint that it was.
 """
 
 from pretrained import tokenizer_json
@@ -9,8 +9,8 @@ K = 256.0  # see export.norm_as_layer; a power of two, so that dividing by it an
 
 
 def undo(saved, state, content):
-    """The checkpoint's dict of an exported folder: saved, what config.json keeps of it; state, the
-    weights under our names; content, of tokenizer.json."""
+    """The checkpoint's dict of an exported folder. saved: the part of it in config.json; state: the
+    weights under our names; content: of tokenizer.json."""
     parts = saved["parts"]
     E, kind = parts["tower"]["arguments"]["width"], parts["projector"]["kind"]
     depth = parts["tower"]["arguments"]["depth"]
@@ -26,6 +26,6 @@ def undo(saved, state, content):
     for name in ("cls_token", "pos_embed"):
         if f"tower.{name}" in state:
             state[f"tower.{name}"] = state[f"tower.{name}"].reshape(1, -1, E)
-    roles = saved["tokenizer"]  # {"eos": id, ...} of another's vocabulary; None: it is ours
+    roles = saved["tokenizer"]  # {"eos": id, ...} of another vocabulary; None for ours
     written = JsonTokenizer(content, roles) if roles else tokenizer_json.undo(content)
     return saved | {"weights": state, "tokenizer": {"kind": written.kind, "ranks": written.dump()}}

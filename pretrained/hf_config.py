@@ -1,6 +1,6 @@
 """
-What the settings in a Hugging Face folder say: sizes, tower, pictures, tokenizer, template. What
-they do not say has transformers' default, here as there; what is not understood is refused.
+The settings of a Hugging Face folder: sizes, tower, image format, tokenizer, template. A missing
+setting has transformers' default; an unsupported one is refused.
 """
 
 import json
@@ -18,7 +18,7 @@ from pretrained.tokenizer_json import JsonTokenizer
 from pretrained.tower_names import CLIP, HUGGING_FACE_CONVNEXT, HUGGING_FACE_VIT
 from tokenizer import TEMPLATES
 
-# What transformers assumes where a config.json is silent.
+# The defaults of transformers for settings that a config.json leaves out.
 LLAVA = {
     "llava": {"layer": -2, "strategy": "default", "image_token": 32000, "tower": "clip"},
     "llava_next": {"layer": -2, "strategy": "default", "image_token": 32000, "tower": "clip"},
@@ -61,7 +61,7 @@ TOWER_DEFAULTS = {
     "dinov2": {"patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6},
     "convnext": {"patch_size": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
 }
-NO_CONFIG_CLIP = {  # LLaVA's tower where vision_config is left out: CLIP ViT-L/14 at 336
+NO_CONFIG_CLIP = {  # LLaVA's tower without a vision_config: CLIP ViT-L/14 at 336
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -81,7 +81,7 @@ ACTIVATIONS = {
 
 
 def read_json(path, default=None):
-    """The dict in a JSON file; `default` where there is no file and one is given."""
+    """The dict in a JSON file; `default`, if given, for a missing file. Raises UserError."""
     if default is not None and not path.exists():
         return default
     try:
@@ -93,7 +93,7 @@ def read_json(path, default=None):
     return content
 
 
-def refuse(folder, what, value, why="is not taken here"):
+def refuse(folder, what, value, why="is not supported"):
     raise UserError(f"{folder}/config.json: {what} {value!r} {why}")
 
 
@@ -101,7 +101,7 @@ def positive(folder, config, name):
     """A number above 0 in a config. Raises UserError."""
     value = config[name]
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        refuse(folder, name, value, "is no number above 0")
+        refuse(folder, name, value, "is not a number above 0")
     return value
 
 
@@ -135,7 +135,7 @@ def gpt_config(folder, text, tied):
         refuse(folder, "head_dim", text["head_dim"])
     block_size, window = text["max_position_embeddings"], text.get("sliding_window")
     if window and text.get("use_sliding_window", kind == "mistral"):
-        block_size = min(block_size, window)  # within the window it changes nothing
+        block_size = min(block_size, window)  # within the window it has no effect
     theta, scaling = rope_of(folder, text)
     return GPTConfig(
         vocab_size=text["vocab_size"],
@@ -161,8 +161,8 @@ def tower_kind(folder, seen):
 
 
 def make_tower(folder, seen, alone=False):
-    """(tower with random weights, the rules for its names) of a vision config. `alone`: with its
-    own output, after the final norm; a LLaVA reads what is before it."""
+    """(tower with random weights, the rules for its names) of a vision config. alone: with the
+    final norm; a LLaVA reads the features before it."""
     kind = tower_kind(folder, seen)
     seen = ALL_TOWERS | TOWER_DEFAULTS[kind] | seen
     if kind == "convnext":
@@ -205,7 +205,7 @@ def make_tower(folder, seen, alone=False):
 
 
 def image_format(folder, settings, size):
-    """How the folder's processor makes a tower's input of a picture."""
+    """The ImageFormat of a folder's image processor. Raises UserError."""
     found = read_json(folder / "processor_config.json", {}).get("image_processor")
     found = found or read_json(folder / "preprocessor_config.json")
     sizes, kind = found.get("crop_size") or found.get("size") or {}, settings["model_type"]
@@ -242,12 +242,12 @@ def image_format(folder, settings, size):
 
 
 def token_id(specials, entry):
-    """The id of a token as tokenizer_config.json has it: its text, or an object with its text."""
+    """The id of a token in tokenizer_config.json, which is a text or an object with a text."""
     return specials.get(entry["content"] if isinstance(entry, dict) else entry)
 
 
 def adds_bos(content, settings):
-    """Whether the folder's tokenizer puts its bos before each text."""
+    """Whether the folder's tokenizer puts bos before each text."""
     if "add_bos_token" in settings:
         return settings["add_bos_token"]
     processor = content.get("post_processor") or {}
@@ -261,7 +261,7 @@ def read_tokenizer(folder, text, image_token):
     """The JsonTokenizer of a folder."""
     path = folder / "tokenizer.json"
     if not path.exists():
-        raise UserError(f"{path}: there is none; a tokenizer.model alone is not read here")
+        raise UserError(f"{path}: missing; a tokenizer.model alone is not supported")
     content, settings = read_json(path), read_json(folder / "tokenizer_config.json", {})
     specials = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
     specials = content.get("model", {}).get("vocab", {}) | specials
@@ -288,8 +288,8 @@ def read_tokenizer(folder, text, image_token):
 
 
 def find_template(folder, kind):
-    """The name of the template that the folder's own chat template writes, else what language
-    models of this kind were mostly trained with."""
+    """The name of the template that the folder's own chat template resembles, else that of most
+    language models of this kind."""
     written = ""
     for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json"):
         written += json.dumps(read_json(folder / name, {}).get("chat_template", ""))

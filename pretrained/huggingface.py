@@ -1,14 +1,12 @@
 """
-Folders of a LLaVA as Hugging Face's transformers keeps them, opened as models of ours.
+Hugging Face folders of a LLaVA, a language model or a tower, opened as models of ours.
 
     python sample.py --image img.jpg --checkpoint DIR --prompt "What is this?"
 
-Taken are LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision (of single pictures, and several) with language
-models of the Llama, Mistral and Qwen2 kind and towers CLIP, SigLIP, ViT and Dinov2, in safetensors,
-sharded or not, under the names of transformers 4 and 5; and such language models and towers alone.
-What a config.json does not say has transformers' default, here as there. Weights are mapped and
-used where they lie, but for q, k, v and gate, up, which are stacked; whatever does not fit is
-refused.
+Supported are LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision with language models of the Llama, Mistral
+and Qwen2 kind and towers CLIP, SigLIP, ViT and Dinov2, in safetensors, sharded or not, under the
+names of transformers 4 and 5; and such language models and towers alone. Weights are memory-mapped
+and used in place, except q, k, v and gate, up, which are stacked. What does not fit is refused.
 """
 
 import re
@@ -37,7 +35,7 @@ from pretrained.hf_config import (
 from pretrained.safetensors import TensorFile
 from pretrained.tower_names import plan
 
-# transformers' names, old and new -> ours; see towers.py for what the signs mean
+# transformers' names, old and new -> ours; the signs are those of tower_names.py
 LLAVA_RULES = [
     (r".*rotary_emb\.inv_freq$", ""),
     (r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)", ""),
@@ -61,7 +59,7 @@ LLAVA_RULES = [
 
 
 class Weights:
-    """All tensors of a folder by name, mapped, whatever files they are in."""
+    """All tensors of a folder by name, memory-mapped, in one file or several."""
 
     def __init__(self, folder):
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -89,17 +87,17 @@ class Weights:
         return iter(self.home)
 
     def all(self):
-        """{name: tensor}, mapped."""
+        """{name: tensor}, memory-mapped."""
         return {name: file[name] for name, file in self.home.items()}
 
     def shape(self, names):
-        """Of these tensors stacked."""
+        """The shape of these tensors stacked."""
         shapes = [self.home[name].shape(name) for name in names]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
 
     def read(self, names, shape, dtype):
-        """These tensors stacked, in a dtype: the map itself where there is one and nothing to
-        change, else a copy, after which the map's memory is released."""
+        """These tensors stacked, in a dtype: a view of the map for one tensor of this dtype, else a
+        copy, after which the map's memory is released."""
         dtype = dtype or self.home[names[0]][names[0]].dtype
         if len(names) == 1 and self.home[names[0]][names[0]].dtype == dtype:
             return self.home[names[0]][names[0]].view(shape)
@@ -113,9 +111,9 @@ class Weights:
         return whole.view(shape)
 
 
-def fill(folder, model, stacks, weights, dtype):
-    """Give a model on the meta device its weights: {our name: [their names]}. Raises UserError
-    where a name is missing or left over or a shape another."""
+def load_weights(folder, model, stacks, weights, dtype):
+    """Give a model on the meta device its weights. stacks: {our name: [their names]}. Raises
+    UserError with the names that are missing, left over or of another shape."""
     own = dict(model.named_parameters())
     missing, left = sorted(set(own) - set(stacks)), sorted(set(stacks) - set(own))
     wrong = []
@@ -138,7 +136,7 @@ def fill(folder, model, stacks, weights, dtype):
         setattr(model.get_submodule(owner), last, torch.nn.Parameter(tensor))
 
 
-FLATTENED = ("cls_token", "pos_embed")  # have leading dimensions of 1 with us, not with CLIP
+FLATTENED = ("cls_token", "pos_embed")  # with leading dimensions of 1 here, without in CLIP
 
 
 def stacks_of(weights, tower_rules, tied):
@@ -231,7 +229,7 @@ def load(folder, device="cpu", dtype=""):
     if settings["model_type"] not in LLAVA:
         refuse(folder, "model_type", settings["model_type"], f"is none of {', '.join(LLAVA)}")
     weights = Weights(folder)
-    if "nanobabyllava" in settings:  # what export.py wrote, to be what it was
+    if "nanobabyllava" in settings:  # written by export.py: open the checkpoint that it was
         return restore(folder, settings, weights, device, dtype)
     with understood(folder):
         model, stacks, text = make_llava(folder, settings, weights)
@@ -239,7 +237,7 @@ def load(folder, device="cpu", dtype=""):
         tokenizer = read_tokenizer(folder, text, model.image_token)
     embedding = stacks.get("gpt.embed_tokens.weight")
     stored = weights.home[embedding[0]][embedding[0]].dtype if embedding else torch.float32
-    fill(folder, model, stacks, weights, choose_dtype(dtype, stored))
+    load_weights(folder, model, stacks, weights, choose_dtype(dtype, stored))
     model.gpt.set_rotary()
     template = {"name": find_template(folder, text.get("model_type", "llama")), "system": ""}
     facts = checkpoint.describe_folder(folder, model, tokenizer, pictures, template)
@@ -247,8 +245,8 @@ def load(folder, device="cpu", dtype=""):
 
 
 def restore(folder, settings, weights, device, dtype):
-    """The Loaded that export.py wrote a folder of, to the same bits. Raises UserError where its
-    weights are others now."""
+    """The Loaded that export.py exported, to the same bits. Raises UserError if the weights have
+    changed since."""
     ours = settings["nanobabyllava"]
     with understood(folder):
         _, rules = make_tower(folder, settings["vision_config"], alone=True)
@@ -269,16 +267,16 @@ def restore(folder, settings, weights, device, dtype):
 
 @contextmanager
 def understood(folder):
-    """What is missing in a folder's settings, or of another type, becomes one line."""
+    """Turn an exception about missing or mistyped settings of a folder into a UserError."""
     faults = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
     try:
         yield
     except faults as error:
-        raise UserError(f"{folder}: a setting that is not understood ({error!r})") from None
+        raise UserError(f"{folder}: an unknown setting ({error!r})") from None
 
 
 def load_tower(folder):
-    """The tower of a folder, of its own or in a LLaVA."""
+    """The tower of a tower's folder or of a LLaVA's."""
     folder = Path(folder)
     with understood(folder):
         return read_tower(folder, read_config(folder), Weights(folder))
@@ -297,13 +295,13 @@ def read_tower(folder, settings, weights):
         names = {short: name for short, name in names.items() if short != name}
     names = {re.sub(r"^(vit|dinov2|convnext|vision_model)\.", "", k): v for k, v in names.items()}
     stacks = {ours: [names[n] for n in theirs] for ours, theirs in plan(names, rules).items()}
-    fill(folder, tower, stacks, weights, torch.float32)
+    load_weights(folder, tower, stacks, weights, torch.float32)
     return tower.eval()
 
 
 def load_language(folder):
-    """(BabyLLaVA of a GPT alone, its tokenizer) of a language model's folder. It knows no images:
-    the first id behind its vocabulary is theirs."""
+    """(BabyLLaVA of a GPT alone, its tokenizer) of a language model's folder. The first id after its
+    vocabulary becomes the image token."""
     folder, tokenizer = Path(folder), language_tokenizer(folder)
     settings, weights = read_config(folder), Weights(folder)
     tied = is_tied(settings, settings, weights)
@@ -311,7 +309,7 @@ def load_language(folder):
         sizes = gpt_config(folder, settings, tied)
         with torch.device("meta"):
             model = BabyLLaVA(GPT(sizes))
-    fill(folder, model, stacks_of(weights, [], tied), weights, torch.float32)
+    load_weights(folder, model, stacks_of(weights, [], tied), weights, torch.float32)
     model.gpt.set_rotary()
     model.image_token = tokenizer.image
     enlarge(model.gpt, tokenizer.vocab_size)
@@ -319,8 +317,8 @@ def load_language(folder):
 
 
 def language_tokenizer(folder):
-    """The tokenizer that load_language() gives, without its weights. The vocabulary grows to a
-    multiple of 64 where all its ids are taken."""
+    """The tokenizer that load_language() returns, without its weights. If all ids are taken, the
+    vocabulary grows to a multiple of 64."""
     folder = Path(folder)
     with understood(folder):
         settings = read_config(folder)
@@ -335,7 +333,7 @@ def language_tokenizer(folder):
 
 @torch.no_grad()
 def enlarge(gpt, vocab_size):
-    """Give a GPT embeddings for more tokens: each the mean of those there are."""
+    """Add embeddings for new tokens to a GPT: the mean of the old ones."""
     if vocab_size <= gpt.config.vocab_size:
         return
     layers = [gpt.embed_tokens] + ([] if gpt.config.tied else [gpt.lm_head])

@@ -1,8 +1,8 @@
 """
-Tensors in .safetensors files: 8 bytes of header length, JSON, then the numbers.
+.safetensors files: 8 bytes with the length of the header, a JSON header, then the tensors.
 
-Files are mapped into memory, so that a tensor costs nothing until it is used, and nothing twice
-where it is used as it lies there.
+Files are memory-mapped, so a tensor is read only when it is used, and not copied if it can be used in
+place.
 """
 
 import json
@@ -29,8 +29,8 @@ NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 class TensorFile:
-    """A mapped .safetensors file: `names`, and file[name], a view of the map, in which writing
-    changes the memory and not the file. Raises UserError for another file or one cut short."""
+    """A memory-mapped .safetensors file: `names`, and file[name] as a view of the map; writing to
+    it does not change the file. Raises UserError for another or an incomplete file."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -67,14 +67,14 @@ class TensorFile:
         dtype, shape, begin, length = self.entries[name]
         if not length:
             return torch.empty(shape, dtype=dtype)
-        if begin % dtype.itemsize:  # numbers that no processor reads in place
+        if begin % dtype.itemsize:  # not aligned: must be copied
             content = bytearray(self.map[begin : begin + length])
             return torch.frombuffer(content, dtype=dtype).view(shape)
         count = length // dtype.itemsize
         return torch.frombuffer(self.map, dtype=dtype, count=count, offset=begin).view(shape)
 
     def release(self, name):
-        """Give the memory of a tensor that was copied back to the system."""
+        """Return the memory of a tensor that was copied to the system."""
         _, _, begin, length = self.entries[name]
         first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         whole_pages = (begin + length - first) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -83,7 +83,7 @@ class TensorFile:
 
 
 def write(path, tensors):
-    """{name: tensor} as a .safetensors file, whole or not at all."""
+    """Write {name: tensor} as a .safetensors file."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         length = tensor.numel() * tensor.element_size()
@@ -94,7 +94,7 @@ def write(path, tensors):
         }
         offset += length
     text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     with writing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():

@@ -1,9 +1,9 @@
 """
-Other people's vocabularies, as tokenizer.json holds them, and ours written in that form.
+Vocabularies in tokenizer.json files: reading other people's, and writing ours.
 
-Two kinds are read, which all LLaVA language models use: byte-level BPE (Llama 3, Qwen), which
-tiktoken runs, and SentencePiece-style BPE with byte fallback (Llama 2, Vicuna, Mistral), which is
-run here. Both give the ids that the `tokenizers` package gives. Anything else is refused by name.
+Two kinds are read, which cover the language models of LLaVA: byte-level BPE (Llama 3, Qwen), encoded
+by tiktoken, and SentencePiece-style BPE with byte fallback (Llama 2, Vicuna, Mistral), encoded here.
+Both give the ids of the `tokenizers` package. Other kinds are refused by name.
 """
 
 import codecs
@@ -19,13 +19,13 @@ from config import UserError
 from tokenizer import PATTERN, Tokenizer
 
 MARK = "\u2581"  # SentencePiece's sign for a space
-# What a ByteLevel pre-tokenizer splits by when it names no pattern: GPT-2's.
+# The pattern of a ByteLevel pre-tokenizer that names none: GPT-2's.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def byte_letters():
-    """{letter: byte}: how GPT-2 spells the 256 bytes in printable characters. Those that are
-    printable in Latin-1 stand for themselves, the others for U+0100 and on, in order."""
+    """{letter: byte}: GPT-2's spelling of the 256 bytes in printable characters. Bytes that are
+    printable in Latin-1 stand for themselves; the others are U+0100, U+0101, ..., in order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]
@@ -36,7 +36,7 @@ LETTERS = byte_letters()
 
 
 def steps_of(part):
-    """The steps of a normalizer or pre-tokenizer: [] of null, those of a Sequence, or itself."""
+    """The steps of a normalizer or pre-tokenizer: [] for null, those of a Sequence, or itself."""
     if part is None:
         return []
     inner = part.get("normalizers") or part.get("pretokenizers")
@@ -44,13 +44,13 @@ def steps_of(part):
 
 
 def read_merges(model):
-    """[(left, right)]; files have them as "left right" or as pairs."""
+    """The merges [(left, right)], which files have as "left right" or as pairs."""
     merges = model.get("merges", [])
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
 
 
 def refuse(what, part):
-    raise UserError(f"tokenizer.json: {what} {json.dumps(part)[:60]} is none that is read here")
+    raise UserError(f"tokenizer.json: {what} {json.dumps(part)[:60]} is not supported")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def refuse(what, part):
 
 
 class ByteLevel:
-    """Byte-level BPE: bytes, spelt in GPT-2's letters, merged within what a pattern splits off."""
+    """Byte-level BPE: bytes in GPT-2's spelling, merged within the pieces that a pattern splits."""
 
     def __init__(self, content):
         model, pattern = content["model"], None
@@ -76,7 +76,7 @@ class ByteLevel:
         self.ids = {self.to_bytes(token): i for token, i in model["vocab"].items()}
         order = [bytes([byte]) for byte in range(256)]
         order += [self.to_bytes(left + right) for left, right in read_merges(model)]
-        if model.get("ignore_merges"):  # words that no merge makes count as well
+        if model.get("ignore_merges"):  # tokens without a merge count as well
             order += list(self.ids)
         ranks = {token: i for i, token in enumerate(dict.fromkeys(order))}
         missing = [token for token in ranks if token not in self.ids]
@@ -93,7 +93,7 @@ class ByteLevel:
     def to_bytes(token):
         try:
             return bytes(LETTERS[letter] for letter in token)
-        except KeyError:  # a special token among the others
+        except KeyError:  # a special token in the vocabulary
             return token.encode("utf-8")
 
     def encode(self, text, after):
@@ -103,14 +103,14 @@ class ByteLevel:
 
 
 class SentencePiece:
-    """BPE over characters, spaces written as U+2581; what is in no token is spelt in bytes."""
+    """BPE over characters, spaces written as U+2581; unknown characters are spelt in bytes."""
 
     def __init__(self, content):
         model = content["model"]
         self.ids, self.prepends = model["vocab"], "never"
         for step in steps_of(content.get("normalizer")):
             if step["type"] == "Prepend" and step["prepend"] == MARK:
-                self.prepends = "each"  # before every stretch, whatever it begins with
+                self.prepends = "each"  # before every segment, even one that starts with a space
             elif step["type"] != "Replace" or step["content"] != MARK:
                 refuse("the normalizer", step)
         self.splits = False
@@ -143,8 +143,8 @@ class SentencePiece:
         return [i for word in words if word for i in self.encode_word(word)]
 
     def encode_word(self, word):
-        """Merge the neighbours whose merge was learnt first, until there are none. A heap holds
-        the candidates; those whose neighbours have changed since are passed over."""
+        """Merge the neighbours with the earliest merge, again and again. A heap holds the
+        candidates; one whose neighbours have changed since is skipped."""
         pieces = list(word)
         after, before = list(range(1, len(pieces) + 1)), list(range(-1, len(pieces) - 1))
         heap = []
@@ -178,7 +178,7 @@ class SentencePiece:
 
 
 # ---------------------------------------------------------------------------------------------
-# What the rest of the code knows
+# The tokenizer
 
 
 def special_token(name, i):
@@ -188,11 +188,10 @@ def special_token(name, i):
 
 
 class JsonTokenizer(Tokenizer):
-    """A Tokenizer of a tokenizer.json's content, a dict.
+    """A Tokenizer from the content of a tokenizer.json, a dict.
 
-    roles: {"eos", "bos", "pad", "image"}: ids, of which bos may be None, as the folder's other
-    files name them; "stops": all ids that end an answer; "vocab_size": how many embeddings there
-    are."""
+    roles: the ids "eos", "bos" (may be None), "pad" and "image", from the folder's other files;
+    "stops": all ids that end an answer; "vocab_size": the number of embeddings."""
 
     kind = "json"
 
@@ -214,7 +213,7 @@ class JsonTokenizer(Tokenizer):
             steps = [step["type"] for step in steps_of(content.get("pre_tokenizer"))]
             self.words = ByteLevel(content) if "ByteLevel" in steps else SentencePiece(content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"tokenizer.json: not of the form that is known ({error!r})") from None
+            raise UserError(f"tokenizer.json: an unknown form ({error!r})") from None
         self.vocab_size = roles["vocab_size"]
         self.silent = set(self.specials.values())
 
@@ -247,17 +246,17 @@ class JsonTokenizer(Tokenizer):
 
 
 def parse_tokenizer(text, kind):
-    """The tokenizer whose dump() gave this text."""
+    """The tokenizer whose dump() is `text`, of a Tokenizer's kind or "json"."""
     return JsonTokenizer(*json.loads(text)) if kind == "json" else Tokenizer.parse(text, kind)
 
 
 # ---------------------------------------------------------------------------------------------
-# Ours, in that form
+# Writing ours
 
 
 def split_by_lower_ranks(token, ranks):
-    """The two tokens that were merged into this one: merge its bytes as it was learnt, all but the
-    last time."""
+    """The two tokens that were merged into this one: repeat the merges of its bytes, except for the
+    last."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         merged = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
@@ -267,7 +266,7 @@ def split_by_lower_ranks(token, ranks):
 
 
 def export(tokenizer):
-    """The content of a tokenizer.json that encodes and decodes as our `tokenizer` does."""
+    """The content of a tokenizer.json that encodes and decodes like our `tokenizer`."""
     specials = [special_token(name, i) for name, i in tokenizer.specials.items()]
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": specials}
     if tokenizer.kind == "word":
@@ -283,7 +282,7 @@ def export(tokenizer):
     spell = lambda token: "".join(letters[byte] for byte in token)
     by_rank = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     merges = [split_by_lower_ranks(t, tokenizer.ranks) for t in by_rank if len(t) > 1]
-    # U+200C and U+200D are letters for tiktoken's regex and not for that package's
+    # U+200C and U+200D are letters for tiktoken's regex, but not for the tokenizers package
     pattern = PATTERN.replace(r"[^\W\d_]+", r"(?:[^\W\d_]|[\x{200c}\x{200d}])+")
     pattern = pattern.replace(r"[^\s\w]+", r"[^\s\w\x{200c}\x{200d}]+")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
@@ -316,7 +315,7 @@ def export(tokenizer):
 
 
 def undo(content):
-    """The tokenizer of ours whose export() gave this content."""
+    """The tokenizer of ours whose export() returned this content."""
     model = content["model"]
     if model["type"] == "WordLevel":
         ranks = {word.encode("utf-8"): i for word, i in model["vocab"].items()}

@@ -1,11 +1,11 @@
 """
-Other people's towers: which architecture a state dict is of, and its names in ours.
+State dicts of published towers: their architecture, and their names in ours.
 
-Taken are the backbones and full checkpoints of facebookresearch/dino and of eminorhan's SAYCam
-models (ViT, ResNeXt-50), DINOv2 with and without registers, CLIP, SigLIP and ConvNeXt, and Hugging
-Face's ViT, Dinov2, Dinov2WithRegisters, CLIP, SigLIP and ConvNext, old names and new. The
-architecture is read off names and shapes; whatever does not fit is named, and nothing is half
-loaded.
+Supported are the backbones and full checkpoints of facebookresearch/dino and of eminorhan's SAYCam
+models (ViT, ResNeXt-50), DINOv2 with and without registers, CLIP, SigLIP and ConvNeXt; and Hugging
+Face's ViT, Dinov2, Dinov2WithRegisters, CLIP, SigLIP and ConvNext, with old and new names. The
+architecture is read off names and shapes. What does not fit is named in the error, and nothing is
+loaded in part.
 """
 
 import argparse
@@ -21,21 +21,21 @@ from pretrained.safetensors import TensorFile
 
 
 class DoesNotFit(Exception):
-    """Why a state dict is no model of ours, in one line."""
+    """The reason why a state dict does not fit, in one line."""
 
 
 def read_file(path):
-    """What torch.save or safetensors put there. Raises UserError."""
+    """The content of a torch.save or safetensors file. Raises UserError."""
     if str(path).endswith(".safetensors"):
         file = TensorFile(path)
         return {name: file[name] for name in file.names}
-    # DINO's training checkpoints hold the command line that made them, which is no code
+    # DINO's training checkpoints contain their command line, an argparse.Namespace
     return checkpoint.read_torch(path, safe=[argparse.Namespace])
 
 
 # ---------------------------------------------------------------------------------------------
-# Names. A rule is a pattern and what it becomes. Two signs have a meaning in what a name becomes:
-# "@1" says that it is part 1 of a stack (q, k, v), and an empty name that nothing here needs it.
+# Names. A rule is a pattern and its replacement. "@1" in a replacement means part 1 of a stacked
+# tensor (q, k, v); an empty name means that the tensor is not needed.
 
 HUGGING_FACE_VIT = [
     (r"^(vit|dinov2(_with_registers)?)\.", ""),
@@ -58,7 +58,7 @@ HUGGING_FACE_VIT = [
 CLIP = [  # and SigLIP
     (r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias).*", ""),
     (r"^vision_model\.", ""),
-    (r"^(post_layernorm|head)\..*|^embeddings\.position_ids$", ""),  # of the pooled vector alone
+    (r"^(post_layernorm|head)\..*|^embeddings\.position_ids$", ""),  # for the pooled vector alone
     (r"^embeddings\.class_embedding", "cls_token"),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
     (r"^embeddings\.position_embedding\.weight", "pos_embed"),
@@ -72,7 +72,7 @@ CLIP = [  # and SigLIP
 ]
 HUGGING_FACE_CONVNEXT = [
     (r"^convnext\.", ""),
-    (r"^(layernorm|classifier)\..*", ""),  # of the pooled vector
+    (r"^(layernorm|classifier)\..*", ""),  # for the pooled vector
     (r"^embeddings\.patch_embeddings\.", "stem.0."),
     (r"^embeddings\.layernorm\.", "stem.1."),
     (r"^encoder\.", ""),
@@ -83,7 +83,7 @@ HUGGING_FACE_CONVNEXT = [
     (r"\.pwconv(\d)\.", r".mlp.fc\1."),
     (r"\.layer_scale_parameter$", ".gamma"),
 ]
-CONVNEXT = [  # facebookresearch's and timm's, whose names ours are
+CONVNEXT = [  # facebookresearch's and timm's; our names are timm's
     (r"^(visual\.)?(trunk\.)?", ""),
     (r"^(norm|head)\..*", ""),
     (r"^downsample_layers\.0\.", "stem."),
@@ -117,7 +117,7 @@ def renamed(state, rules):
 
 
 def find_rules(state):
-    """Whose names these are: the rules that turn them into ours; None where there are none."""
+    """The rules for the names of a state dict; None if they are ours already."""
     has = lambda part: any(part in key for key in state)
     if has("embeddings.patch_embedding.weight"):
         return CLIP
@@ -129,9 +129,9 @@ def find_rules(state):
 
 
 def unwrap(state):
-    """(the backbone's own state dict under our names, the rules that renamed it): a training
-    checkpoint's teacher, prefixes off the start of its keys; heads, and the mask token that only
-    training uses, left out."""
+    """(the state dict of the backbone under our names, the rules that renamed it). Of a training
+    checkpoint the teacher; prefixes of its keys are removed, and heads and the mask token of
+    training are left out."""
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state, dict):
             state = state.get(key, state)
@@ -152,21 +152,21 @@ def unwrap(state):
 # Architectures
 
 
-# {width: heads} of DINO's, DINOv2's, CLIP's and SigLIP's ViTs: 64 wide each, but in the largest
+# {width: heads} of the ViTs of DINO, DINOv2, CLIP and SigLIP: 64 wide each, except in the largest
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 
 
 def vit_like(state, heads, rules):
-    """A ViT with random weights, of the shapes in `state`.
+    """A ViT with random weights and the shapes in `state`.
 
-    Nothing in a state dict tells the number of heads. heads 0: what the published ones of this
-    width have (HEADS); for any other width that would be a guess."""
+    No weight shows the number of heads. heads 0: that of the published ViTs of this width (HEADS);
+    for any other width it would be a guess, and DoesNotFit is raised."""
     width, patch = state["pos_embed"].shape[2], state["patch_embed.proj.weight"].shape[2]
     heads = heads or HEADS.get(width)
     if not heads or (width > 1024 and rules is HUGGING_FACE_VIT and width != 1536):
         raise DoesNotFit(
-            f"a ViT {width} wide, which none is that is known: its weights do not say how "
-            "many heads it has; give a folder with its config.json, or a vision.pt of ours"
+            f"a ViT {width} wide, unlike the published ones: its weights do not show how many "
+            "heads it has; give a folder with its config.json, or a vision.pt of ours"
         )
     has_cls = "cls_token" in state
     blocks = [re.match(r"blocks\.(\d+)\.", key) for key in state]
@@ -197,7 +197,7 @@ def vit_like(state, heads, rules):
 
 
 def resnext_like(state):
-    """A ResNeXt with random weights, of the shapes in `state`."""
+    """A ResNeXt with random weights and the shapes in `state`."""
     depths = []
     for i in range(1, 5):
         convolution = re.compile(rf"layer{i}\.\d+\.conv2\.weight")
@@ -207,7 +207,7 @@ def resnext_like(state):
 
 
 def convnext_like(state):
-    """A ConvNeXt with random weights, of the shapes in `state`."""
+    """A ConvNeXt with random weights and the shapes in `state`."""
     depths = []
     while any(key.startswith(f"stages.{len(depths)}.") for key in state):
         block = re.compile(rf"stages\.{len(depths)}\.blocks\.\d+\.gamma")
@@ -216,10 +216,10 @@ def convnext_like(state):
     return ConvNeXt(depths, width, stem)
 
 
-def fill(tower, state):
-    """Load `state` into a tower, strictly. Raises DoesNotFit, naming the keys that are missing,
-    left over or misshapen."""
-    counter = "num_batches_tracked"  # BatchNorm's, no weight; some files have it, some do not
+def load_strictly(tower, state):
+    """Load `state` into a tower, strictly. Raises DoesNotFit with the keys that are missing, left
+    over or of another shape."""
+    counter = "num_batches_tracked"  # BatchNorm's, not a weight; some files have it
     own = {key: value for key, value in tower.state_dict().items() if not key.endswith(counter)}
     state = {key: value for key, value in state.items() if not key.endswith(counter)}
     misshapen = [
@@ -241,7 +241,7 @@ def fill(tower, state):
 
 
 def tower_of(state, heads=0):
-    """A tower in eval mode, strictly filled from a dict. Raises DoesNotFit."""
+    """The tower of a published state dict, in eval mode. Raises DoesNotFit."""
     state, rules = unwrap(state)
     try:
         if "pos_embed" in state and "patch_embed.proj.weight" in state:
@@ -253,7 +253,7 @@ def tower_of(state, heads=0):
         else:
             keys = ", ".join(list(state)[:5])
             raise DoesNotFit(f"no ViT, ResNeXt or ConvNeXt: its keys are {keys} ...")
-    except (IndexError, ValueError, KeyError) as error:  # shapes of no such network
+    except (IndexError, ValueError, KeyError) as error:  # shapes that no such network has
         raise DoesNotFit(str(error)) from None
-    fill(tower, state)
+    load_strictly(tower, state)
     return tower.eval()

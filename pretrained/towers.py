@@ -1,5 +1,5 @@
 """
-The tower of a published file or folder, or of any checkpoint of ours.
+Opening a published tower: a file, a Hugging Face folder, or any checkpoint of ours.
 
     python train.py configs/phase0.py --vision_weights dino_deitsmall16_pretrain.pth
 """
@@ -13,7 +13,7 @@ from pretrained.tower_names import DoesNotFit, read_file, tower_of
 
 
 def load_tower(path):
-    """The tower of a published file or folder, or of any checkpoint of ours. Raises UserError."""
+    """Opening a published tower: a file, a Hugging Face folder, or any checkpoint of ours. Raises UserError."""
     if not Path(path).exists():
         raise UserError(
             f"no {path}: fetch that checkpoint, name another with --vision_weights, or train a "

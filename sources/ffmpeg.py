@@ -1,6 +1,6 @@
 """
-Frames of a film, at the times asked for, by ffmpeg: any file that it decodes. It is called as a
-program, the one on PATH or the one that the package imageio-ffmpeg carries.
+Frames of a film at given times, decoded by the program ffmpeg: the one on PATH, or the one in the
+package imageio-ffmpeg.
 """
 
 import os
@@ -15,7 +15,7 @@ from config import UserError
 
 
 def find_ffmpeg():
-    """The path of ffmpeg. Raises UserError, which says how to get it."""
+    """The path of ffmpeg. Raises UserError with how to get it."""
     found = shutil.which("ffmpeg")
     if found:
         return found
@@ -25,12 +25,12 @@ def find_ffmpeg():
         return get_ffmpeg_exe()
     except (ImportError, RuntimeError):
         raise UserError(
-            "no ffmpeg: install it, or `pip install imageio-ffmpeg`, which carries one"
+            "no ffmpeg: install it, or `pip install imageio-ffmpeg`, which contains one"
         ) from None
 
 
 def read_exactly(pipe, count):
-    """`count` bytes of a pipe, or fewer where it ends."""
+    """`count` bytes of a pipe, or fewer at its end."""
     content = bytearray()
     while len(content) < count:
         block = pipe.read(count - len(content))
@@ -41,7 +41,7 @@ def read_exactly(pipe, count):
 
 
 def read_header(pipe):
-    """(width, height) of the next picture of a stream of PPMs, or None where it ends."""
+    """(width, height) of the next picture in a stream of PPMs; None at its end."""
     fields = []
     while len(fields) < 4:  # P6, width, height, 255
         line = pipe.readline()
@@ -52,15 +52,15 @@ def read_header(pipe):
 
 
 def read_frames(path, fps):
-    """Yield the pictures (height, width, 3) uint8 that are on the screen at 0, 1 / fps, 2 / fps ...
-    seconds of a film, one at a time. Raises UserError where there is none, or ffmpeg complains."""
-    # round=up: a picture counts from the first of these times that is not before its own, so that
-    # at n / fps there is what is seen then. Pixels that are not square are made so.
+    """Yield the pictures (height, width, 3) uint8 on the screen at 0, 1 / fps, 2 / fps ... seconds
+    of a film. Raises UserError if there are none, or with ffmpeg's error message."""
+    # round=up: each time gets the picture that is on the screen then, not the nearest one. The
+    # scale makes non-square pixels square.
     chain = f"fps={fps}:round=up:start_time=0,scale=iw*sar:ih"
     command = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path), "-map", "0:v:0"]
     command += ["-vf", chain, "-f", "image2pipe", "-c:v", "ppm", "-"]
-    with tempfile.TemporaryFile() as complaints:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints)
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages)
         try:
             count = 0
             for size in iter(lambda: read_header(process.stdout), None):
@@ -74,12 +74,12 @@ def read_frames(path, fps):
             process.kill()
             process.wait()
             process.stdout.close()
-        complaints.seek(0)
-        lines = complaints.read().decode("utf-8", "replace").splitlines()
-    why = re.sub(r"^\[[^\]]*\]\s*", "", lines[0]) if lines else "it holds no picture"
+        messages.seek(0)
+        lines = messages.read().decode("utf-8", "replace").splitlines()
+    why = re.sub(r"^\[[^\]]*\]\s*", "", lines[0]) if lines else "it has no pictures"
     if failed or not count:
         if any("matches no streams" in line for line in lines):
-            why = "it has sound or text alone"
+            why = "it has only sound or text"
         if os.path.getsize(path) == 0:
             why = "it is empty"
-        raise UserError(f"{path}: no film that ffmpeg can show ({why})")
+        raise UserError(f"{path}: not a film that ffmpeg can decode ({why})")

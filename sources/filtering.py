@@ -1,11 +1,11 @@
 """
-Curation without a second model: is an utterance likelier with its own picture than with others of
-the same corpus? What is not is left out.
+Filtering utterances by a trained model: keep those that are likelier with their own picture than
+with other pictures of the corpus. No second model is needed.
 
     python data.py saycam --frames ... --name filtered --filter out/saycam/phase2.pt --min_gain 0.05
 
-The gain of an utterance is how many nats a token it loses, on average over some other pictures,
-when its own is taken away. It works between reading and finishing, on whatever a source wrote.
+The gain of an utterance is its NLL per token with other pictures, averaged over --others of them,
+minus that with its own picture. The filter runs on what a source has written, before it is finished.
 """
 
 from pathlib import Path
@@ -22,19 +22,19 @@ from common.images import to_picture
 from config import UserError
 from data import bin_shape
 
-WINDOW = 512  # samples judged together: their pictures are each other's others
+WINDOW = 512  # samples scored together: each is compared with pictures of the others
 
 
-def partial(part, kind):
-    """A bin of a data.SplitWriter that is still being written, as an array."""
+def unfinished_bin(part, kind):
+    """A bin of a data.SplitWriter that is not finished yet, as an array."""
     part.bins[kind].file.flush()
     dtype, row = bin_shape(kind, part.writer.meta)
     return np.memmap(part.path(f"{kind}.partial"), dtype, "r").reshape(-1, *row)
 
 
 def gains(loaded, clips, words, others, rng):
-    """How much likelier, in nats a token, each of the words (n tokens lists) is after its own clip,
-    a list of embeddings, than after `others` clips of other words: float64 (n,)."""
+    """The gain of each of n phrases (lists of tokens), float64 (n,). clips: the picture embeddings of
+    each phrase; others: how many clips of other phrases to compare with."""
     tokenizer, n = loaded.tokenizer, len(words)
 
     def nll(order):
@@ -42,27 +42,27 @@ def gains(loaded, clips, words, others, rng):
         prompts = [tokenizer.start + [tokenizer.image] * sum(map(len, embed)) for embed in embeds]
         return inference.nll_after(loaded, prompts, embeds, words, 64)
 
-    own, foreign = nll(range(n)), np.zeros(n)
+    own, with_others = nll(range(n)), np.zeros(n)
     for _ in range(others):
-        foreign += nll((np.arange(n) + rng.randint(1, n, n)) % n)
-    return foreign / others - own
+        with_others += nll((np.arange(n) + rng.randint(1, n, n)) % n)
+    return with_others / others - own
 
 
-def judge(part, loaded, others, seed):
-    """The gain of each sample of a split that shows pictures and says one thing, and NaN for what
-    is not judged: text alone, moments in turn."""
-    samples, tokens = np.array(partial(part, "samples")), partial(part, "tokens")
-    loss_mask, shown = partial(part, "loss_mask"), partial(part, "image_ids")
-    frames, images = partial(part, "frames"), partial(part, "images")
+def find_gains(part, loaded, others, seed):
+    """The gain of each sample of a split that has pictures and one utterance; NaN for the others
+    (text alone, interleaved moments)."""
+    samples, tokens = np.array(unfinished_bin(part, "samples")), unfinished_bin(part, "tokens")
+    loss_mask, image_ids = unfinished_bin(part, "loss_mask"), unfinished_bin(part, "image_ids")
+    frames, images = unfinished_bin(part, "frames"), unfinished_bin(part, "images")
     tokenizer, found = part.writer.tokenizer, np.full(len(samples), np.nan)
-    judged = []
+    rows = []
     for i, (first, length, _, pictures) in enumerate(samples.astype(np.int64).tolist()):
         changes = np.count_nonzero(np.diff(loss_mask[first : first + length]))
         if pictures and changes == 1:
-            judged.append(i)
+            rows.append(i)
     rng = np.random.RandomState(seed)
-    judged = rng.permutation(judged)
-    blocks = np.array_split(judged, max(1, round(len(judged) / WINDOW)))
+    rows = rng.permutation(rows)
+    blocks = np.array_split(rows, max(1, round(len(rows) / WINDOW)))
     for block in tqdm(blocks, f"{part.name} gains", unit_scale=WINDOW, unit="sample"):
         if len(block) < 2:
             continue
@@ -71,7 +71,9 @@ def judge(part, loaded, others, seed):
             own = slice(first, first + length)
             text = tokenizer.decode(tokens[own][loss_mask[own] == 1]).strip()
             words.append(loaded.tokenizer.encode(text) or [loaded.tokenizer.eos])
-            pictures = [Image.fromarray(frames[images[k][0]]) for k in shown[begin : begin + count]]
+            pictures = [
+                Image.fromarray(frames[images[k][0]]) for k in image_ids[begin : begin + count]
+            ]
             clips.append([to_picture(picture, loaded.image_format) for picture in pictures])
         embeds = inference.embed_pictures(loaded, [picture for clip in clips for picture in clip])
         clips = [[embeds.pop(0) for _ in clip] for clip in clips]
@@ -80,9 +82,11 @@ def judge(part, loaded, others, seed):
 
 
 def rewrite(part, keep):
-    """Leave only the samples of a split for which keep is true; pictures stay."""
-    samples = np.array(partial(part, "samples")).astype(np.int64)
-    old = {kind: np.array(partial(part, kind)) for kind in ("tokens", "loss_mask", "image_ids")}
+    """Write a split again with only the samples for which keep is true; pictures stay."""
+    samples = np.array(unfinished_bin(part, "samples")).astype(np.int64)
+    old = {
+        kind: np.array(unfinished_bin(part, kind)) for kind in ("tokens", "loss_mask", "image_ids")
+    }
     for kind in ("samples", *old):
         part.bins.pop(kind).close()
     for kind in ("samples", *old):
@@ -93,8 +97,8 @@ def rewrite(part, keep):
 
 
 def open_filter(settings):
-    """apply(writer), which filters what a source has written by the model that --filter names; the
-    model is opened before anything is prepared. Raises UserError."""
+    """apply(writer), which filters what a source has written by the model of --filter. The model is
+    opened now, before anything is prepared. Raises UserError."""
     loaded = inference.open_model(settings.filter, choose_device(""))
     if loaded.model.projector is None:
         raise UserError(f"--filter {settings.filter}: it cannot see; give one of phase 2")
@@ -102,14 +106,14 @@ def open_filter(settings):
 
 
 def filter_samples(writer, settings, loaded):
-    """Leave out of all that a source has written for training what a model finds less than
-    --min_gain likelier with its own picture; validation stays as it is."""
+    """Remove the training samples of a source whose gain is below --min_gain. Validation samples
+    stay. Raises UserError."""
     part = writer.splits.get("train")
     if part is None or "image_ids" not in part.bins:
-        raise UserError("--filter: there are no pictures to judge utterances by")
+        raise UserError("--filter: there are no pictures to compare utterances with")
     with torch.no_grad():
-        found = judge(part, loaded, settings.others, seed=0)
-    keep = ~(found < settings.min_gain)  # what was not judged stays
+        found = find_gains(part, loaded, settings.others, seed=0)
+    keep = ~(found < settings.min_gain)  # samples without a gain stay
     if not keep.any():
         raise UserError(f"--min_gain {settings.min_gain:g}: nothing is left, of {len(found)} pairs")
     rewrite(part, keep)

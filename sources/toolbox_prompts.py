@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Test:
-    """prompt: # is a picture, {} what is asked for; of Memory, the later rounds'. answers: what may
-    be said. query: the first picture is asked about, the others are to choose from."""
+    """prompt: # is a picture, {} the thing asked for; for Memory that of the later rounds. answers:
+    the possible ones. query: the first picture is the question, the others are the choices."""
 
     prompt: str
     answers: tuple
     query: bool = False
-    ours: bool = False  # a fairer variant, which the original has not
+    ours: bool = False  # a fair form, which the original does not have
 
     @property
     def chance(self):
@@ -23,7 +23,7 @@ class Test:
 
 LETTERS = ("A", "B", "C", "D")
 SIDES = ("left", "right")
-# Round the clock, so that neighbours are adjacent
+# In circular order, so that neighbours are adjacent
 DIRECTIONS = ("up", "up right", "right", "down right", "down", "down left", "left", "up left")
 SAME = "# Which of the following is the same as this? (A) # (B) # (C) #"
 NEW = "Touch the new image. "
@@ -60,13 +60,13 @@ TESTS = {
     "more_natural": Test("Which image has more {}? Answer (A) # (B) #", LETTERS[:2]),
     "subitizing": Test("# How many of {} do you see?", ("1", "2", "3")),
     "object_counting": Test("# How many {} do you see?", tuple(map(str, range(1, 13)))),
-    "looking_while_listening": Test("", ()),  # two pictures and two phrases: which belong together?
+    "looking_while_listening": Test("", ()),  # two pictures and two phrases, not a question
 }
-ROUNDS, LEARNT = 15, 5  # of a Memory dialogue; rounds 1 to 5 show a new thing each
+ROUNDS, LEARNT = 15, 5  # of Memory; rounds 1 to 5 show one new thing each
 
 
 def write(test, pictures, word=""):
-    """The human's words of a test about so many pictures; a clip is a run of <image>."""
+    """A test's question about so many pictures; a clip is several <image> in a row."""
     prompt = TESTS[test].prompt.replace("{}", word)
-    clip = "<image>" * (pictures + 1 - prompt.count("#"))  # what the first # stands for
+    clip = "<image>" * (pictures + 1 - prompt.count("#"))  # for the first #
     return prompt.replace("#", clip, 1).replace("#", "<image>")

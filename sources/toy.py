@@ -1,14 +1,14 @@
 """
-A toy nursery that anybody can run: frames drawn with Pillow, what a grown-up says about them, and
-evaluation trials in the four BabyVLM forms. Nothing is downloaded, nothing here is SAYCam.
+The toy world: a nursery drawn with Pillow, what a grown-up says about it, and test trials in the
+form of BabyVLM's four tests. Nothing is downloaded, and nothing here is SAYCam.
 
     python data.py toy                      # draw the world below into data/toy
-    python data.py toy --name photos --sprites DIR    # furnished with your transparent PNGs
+    python data.py toy --name photos --sprites DIR    # with your transparent PNGs as things
 
 A scene is a room, one to three things, and how they stand to each other; a clip films one scene
 several times while the things and the camera move a little, as they do before an infant's eyes.
-All randomness is numpy's RandomState, whose stream is frozen for ever (NEP 19), and all drawing is
-flat integer polygons, so that a seed gives the same bytes on every machine.
+All random numbers are from numpy's RandomState, whose stream never changes (NEP 19), and all shapes
+are integer polygons, so a seed gives the same bytes on every machine.
 """
 
 import re
@@ -35,15 +35,17 @@ class Config(config.Options):
     size: int = option(64, low=8, high=2048)  # S: frames are S x S pixels
     vocab_size: int = option(512, low=260, high=1 << 20)  # BPE tokens, specials included
     seed: int = option(1, low=0, high=2**32 - 1)  # the same seed draws the same bytes everywhere
-    scenes: int = option(6000, low=1, high=10**8)  # to train on; validation films a tenth as many
+    scenes: int = option(6000, low=1, high=10**8)  # for training; validation has a tenth as many
     clip_frames: int = option(2, low=1, high=1000)  # frames filmed of each scene
-    lines: int = option(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
+    lines: int = option(
+        20000, low=10, high=10**8
+    )  # utterances without pictures, for the language model
     trials: float = option(1.0, low=0.01, high=1000.0)  # 1: 320 Labeled-S trials, 560 VTWT, ...
     sprites: str = ""  # a folder of transparent PNGs to draw instead of the drawn things
 
 
 # ---------------------------------------------------------------------------------------------
-# What there is and what is said of it
+# Things, and what is said about them
 
 # fmt: off
 COLOURS = {"red": (214, 45, 45), "orange": (240, 140, 30), "yellow": (240, 215, 50),
@@ -55,7 +57,7 @@ ROOMS = [((196, 190, 176), (150, 128, 104)), ((176, 190, 198), (132, 136, 140)),
 
 # fmt: on
 def oval(x, y, rx, ry, shade="c"):
-    """An ellipse as a polygon: centre and radii in the thing's unit square, y downwards."""
+    """An ellipse as a polygon: centre and radii in the unit square of the thing, y downwards."""
     return [(x + rx * cos(a * pi / 12), y + ry * sin(a * pi / 12)) for a in range(24)], shade
 
 
@@ -69,7 +71,7 @@ def rect(x0, y0, x1, y1, shade="c"):
 
 
 # fmt: off
-# What a toddler meets: each thing is its silhouette in the one colour that is said, then details.
+# Each thing is a silhouette in the colour that is named, then details.
 THINGS = {
     "ball": [oval(.5, .5, .48, .48), poly("l", .06, .36, .94, .36, .98, .5, .94, .64, .06, .64),
              oval(.5, .5, .12, .12, "d")],
@@ -117,8 +119,8 @@ THINGS = {
               rect(.68, .55, .82, .7, "w")],
 }
 
-# What is said: of one thing, of two, and of nothing that is there. {a} "a red ball", {the} "the
-# red ball" (the colour is said about every other time), {thing} "ball"; 2 is the second thing.
+# Sentences about one thing, two, three, and about nothing in view. {a} is "a red ball", {the} "the
+# red ball" (every other time without the colour), {thing} "ball"; 2 is the second thing.
 NAMING = ["look , {a} !", "that 's {a} .", "it 's {a} .", "here 's {the} .", "see {the} ?",
           "what 's that ? it 's {a} .", "where 's {the} ? there it is .", "oh , {a} !", "{a} .",
           "do you see {the} ? yes , {a} .", "good girl ! you found {the} .",
@@ -141,7 +143,7 @@ ROUTINE = ["are you hungry ?", "good job !", "all done .", "let 's go outside ."
 
 
 # ---------------------------------------------------------------------------------------------
-# Scenes: drawn, filmed, spoken of
+# Scenes: drawing, filming, talking about them
 
 
 @dataclass(frozen=True)
@@ -166,9 +168,9 @@ def pick(rng, options):
 
 
 def held_out(thing):
-    """Whether this colour x thing pair is kept out of all training, pictures and speech alike.
+    """Whether this pair of colour and thing is held out of all training pictures and speech.
 
-    One colour a kind, two kinds a colour: 16 of the 128 pairs. Never true of a sprite."""
+    One colour for each kind, two kinds for each colour: 16 of the 128 pairs. Never for a sprite."""
     if not thing.colour:
         return False
     kind = list(THINGS).index(thing.kind)
@@ -176,7 +178,7 @@ def held_out(thing):
 
 
 def random_thing(rng, kinds, only_held_out=False, but=()):
-    """A thing whose kind is not among `but`: none of the held-out pairs, or only_held_out."""
+    """A thing whose kind is not among `but`: not held out, or with only_held_out one that is."""
     while True:
         kind = pick(rng, list(kinds))
         thing = Thing(kind, pick(rng, list(COLOURS)) if kinds is THINGS else "")
@@ -185,7 +187,7 @@ def random_thing(rng, kinds, only_held_out=False, but=()):
 
 
 def random_scene(rng, kinds, count=None):
-    """One thing (60 %), two (30 %) or three (10 %), of different kinds, somewhere in the house."""
+    """One thing (60 %), two (30 %) or three (10 %) of different kinds, in some room."""
     things = []
     for _ in range(count or pick(rng, (1, 1, 1, 1, 1, 1, 2, 2, 2, 3))):
         things.append(random_thing(rng, kinds, but=[t.kind for t in things]))
@@ -194,9 +196,9 @@ def random_scene(rng, kinds, count=None):
 
 
 def film(scene, rng, size, kinds):
-    """One frame of a scene, (size, size, 3) uint8: the layout is the scene's, while positions,
-    sizes, tilts, the camera, a passing hand, blur and noise are drawn anew."""
-    big = 2 * size  # drawn twice as large, then averaged: smooth edges from integer polygons
+    """One frame of a scene, (size, size, 3) uint8, with the layout of the scene and random
+    positions, sizes, tilts, camera, a hand, blur and noise."""
+    big = 2 * size  # drawn twice as large, then averaged, for smooth edges
     image = draw_room(scene.room, rng, big)
     centres = {1: ((0.5, 0.5),), 2: ((0.29, 0.54), (0.71, 0.54))}
     places = centres.get(len(scene.things), ((0.2, 0.6), (0.52, 0.42), (0.82, 0.6)))
@@ -269,7 +271,7 @@ def draw_thing(image, thing, kinds, centre, side, tilt, mirrored):
 
 
 def fill_in(line, scene, rng=None):
-    """A line of the grammar, filled in; given an rng, every other colour is left unsaid."""
+    """A sentence pattern, filled in; with an rng every other colour is left out."""
     words = {"where": scene.where}
     for suffix, thing in zip(("", "2", "3"), scene.things):
         name = thing.name if rng is None or rng.randint(2) else thing.kind
@@ -281,9 +283,8 @@ def fill_in(line, scene, rng=None):
 
 
 def utterance(scene, rng, routine=12):
-    """What is said over a scene: one line of lower-case words, spaced like CVCL's transcripts.
-
-    In `routine` of a hundred cases the words name nothing that is in view."""
+    """A sentence about a scene, in lower case and spaced like CVCL's transcripts; in `routine` of a
+    hundred cases one that names nothing in view."""
     if rng.randint(100) < routine:
         return pick(rng, ROUTINE)
     one = COLOUR if scene.things[0].colour and rng.randint(4) == 0 else NAMING
@@ -304,26 +305,26 @@ COLUMNS = {
 
 
 class Trials:
-    """Rows of each task's CSV, and the pictures they name.
+    """The rows of each test's CSV, and the pictures that they name.
 
-    The columns are BabyVLM's own, and `subset`, by which eval.py reports apart: "seen" pairs of
-    colour and thing, "held_out" ones and, in Winoground, "binding" (whose colour is which) and
-    "place" (what is on what)."""
+    The columns are BabyVLM's, plus `subset`, which eval.py reports separately: "seen" and
+    "held_out" pairs of colour and thing and, in Winoground, "binding" (which thing has which
+    colour) and "position" (what is on what)."""
 
     def __init__(self, rng, size, kinds):
         self.rng, self.size, self.kinds = rng, size, kinds
         self.images, self.rows = {}, {name: [] for name in COLUMNS}
 
     def film(self, folder, *things, where=""):
-        """Film things in some room; returns the picture's name."""
+        """Film things in a random room; returns the name of the picture."""
         name = f"{folder.replace(' ', '_')}/img_{len(self.images)}.png"
         scene = Scene(self.rng.randint(len(ROOMS)), things, where)
         self.images[name] = film(scene, self.rng, self.size, self.kinds)
         return name
 
     def foil(self, thing, trial):
-        """A thing, never a held-out one, that differs from this one in colour alone, in odd
-        trials, or in kind alone. Sprites have no colours and always differ in kind."""
+        """A thing, not held out, that differs from this one only in colour (odd trials) or only in
+        kind. Sprites have no colours and always differ in kind."""
         recolour = self.kinds is THINGS and trial % 2 == 1
         other = thing
         while other == thing or held_out(other):
@@ -364,15 +365,15 @@ class Trials:
             images = self.film("winoground", thing), self.film("winoground", other)
             self.winoground(subset, thing.name, other.name, *images)
 
-    def place(self, a, b):
+    def position(self, a, b):
         """Is a on b, or b on a?"""
         on, orders = "the {thing} is on the {thing2} .", ((a, b), (b, a))
         phrases = [fill_in(on, Scene(0, order)) for order in orders]
         images = [self.film("winoground", *order, where="on") for order in orders]
-        self.winoground("place", *phrases, *images)
+        self.winoground("position", *phrases, *images)
 
     def binding(self, a, b):
-        """Which of the two has which colour? None, where exchanging colours makes no trial."""
+        """Which of the two has which colour? No trial if the exchanged colours are held out or equal."""
         c, d = Thing(a.kind, b.colour), Thing(b.kind, a.colour)
         if a.colour == b.colour or held_out(c) or held_out(d):
             return
@@ -395,7 +396,7 @@ class Trials:
 
 
 def make_trials(rng, size, kinds, times=1.0):
-    """All trials, `times` the usual number. Held-out pairs get a third as many as seen ones."""
+    """All trials, `times` the usual number; for held-out pairs a third of those for seen ones."""
     trials = Trials(rng, size, kinds)
     subsets = [("seen", False, 3), ("held_out", True, 1)][: 2 if kinds is THINGS else 1]
     for subset, only_held_out, share in subsets:
@@ -405,7 +406,7 @@ def make_trials(rng, size, kinds, times=1.0):
         trials.captions(subset, only_held_out, ceil(70 * share * times))
     for _ in range(ceil(50 * times)):
         a, b = random_scene(rng, kinds, 2).things
-        trials.place(a, b)
+        trials.position(a, b)
         trials.binding(a, b)
     if kinds is THINGS:
         trials.probe(ceil(2400 * times))
@@ -415,11 +416,11 @@ def make_trials(rng, size, kinds, times=1.0):
 # ---------------------------------------------------------------------------------------------
 # Preparing
 
-SPLITS = {"train": (0, 1), "val": (1, 10)}  # number in the seed; one scene, line in how many
+SPLITS = {"train": (0, 1), "val": (1, 10)}  # number in the seed; fraction 1 / n of scenes and lines
 
 
 def speech(settings, split, kinds):
-    """Yield the utterances of language alone of a split; validation has a tenth as many."""
+    """Yield the utterances without pictures of a split."""
     number, one_in = SPLITS[split]
     rng = np.random.RandomState([settings.seed, number, 0])
     for _ in range(max(1, settings.lines // one_in)):
@@ -438,11 +439,13 @@ def clips(settings, split, kinds):
 
 
 def prepare(settings, writer):
-    """Film the toy world, write down what is said, and draw the trials."""
+    """Draw the toy world, its captions and its trials."""
     kinds = load_kinds(settings.sprites)
     tokenizer = Tokenizer.train(speech(settings, "train", kinds), settings.vocab_size)
     writer.start(tokenizer, ImageFormat(settings.size))
-    trials = begin(draw_trials, settings, writer.directory)  # they share no random numbers
+    trials = begin(
+        draw_trials, settings, writer.directory
+    )  # it shares no random numbers with the rest
     for split, (_, one_in) in SPLITS.items():
         part = writer.split(split)
         part.text(speech(settings, split, kinds))
@@ -458,7 +461,7 @@ def prepare(settings, writer):
 def draw_trials(settings, directory):
     """Write the trials of make_trials into eval/: pictures, and a CSV for each task."""
     shutil.rmtree(directory / "eval", ignore_errors=True)
-    kinds = load_kinds(settings.sprites)  # anew: a process of its own may have its own THINGS
+    kinds = load_kinds(settings.sprites)  # again: another process may have its own THINGS
     rng = np.random.RandomState([settings.seed, 2])
     trials = make_trials(rng, settings.size, kinds, settings.trials)
     for name, frame in trials.images.items():
@@ -474,8 +477,8 @@ def load_kinds(directory):
     """THINGS, or {name: RGBA image} from a directory of transparent PNGs.
 
     The name is the first sentence of the .txt beside the PNG ("A green apple." -> "green apple"),
-    else the file's. Passed over: pictures with no transparency, names of over three words or with
-    other signs than words have."""
+    else that of the file. Skipped: pictures without transparency, names of more than three words or
+    with other characters than letters, digits, ' and -."""
     if not directory:
         return THINGS
     sprites = {}

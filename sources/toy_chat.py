@@ -1,16 +1,15 @@
 """
-The toy world asks and answers: conversations about drawn pictures, small and large, whose grammar
-is the only teacher. Nothing is downloaded, no other model has a say.
+Conversations about drawn pictures, small and large, made by the toy world's grammar. Nothing is
+downloaded, and no other model is used.
 
     python data.py toy_chat                                   # pictures padded to a square
     python data.py toy_chat --name toy_tiles --canvases 128x64 64x128 128x128
 
-What, what colour, how many, where, which of two pictures, is there a ... (and no, there is not),
-and what the little thing in the corner of a large picture is, three turns or more each time. The
-pairs of colour and thing that the toy world holds out are held out here too, in pictures and in
-words. With the seed of data/toy it has that world's tokens, so that what was trained there can go
-on here. Beside conversations it writes captions and speech, for the phases before, and
-eval/choice.json: the same questions and pictures whatever the form of the pictures in training.
+Each has three turns or more: what, what colour, how many, where, which of two pictures, is there a
+..., and what the little thing in the corner of a large picture is. The toy world's held-out pairs of
+colour and thing are held out here too. With the seed of data/toy it has the same tokens, so a model
+trained there can be trained further here. It also writes captions and speech for the earlier phases,
+and eval/choice.json, which is the same for every image format.
 """
 
 import json
@@ -49,8 +48,12 @@ class Config(config.Options):
     template: str = option("bare", choices=tuple(TEMPLATES))  # how conversations are written
     vocab_size: int = option(512, low=260, high=1 << 20)  # BPE tokens, specials included
     seed: int = option(1, low=0, high=2**32 - 1)  # of the world; data/toy has the same
-    talks: int = option(12000, low=1, high=10**8)  # conversations to train on; a tenth to validate
-    lines: int = option(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
+    talks: int = option(
+        12000, low=1, high=10**8
+    )  # conversations for training; a tenth for validation
+    lines: int = option(
+        20000, low=10, high=10**8
+    )  # utterances without pictures, for the language model
     questions: int = option(100, low=1, high=10**6)  # of each kind in eval/choice.json
 
 
@@ -65,7 +68,7 @@ LITTLE = 22  # pixels a side of the little thing in a large picture
 
 @dataclass(frozen=True)
 class View:
-    """What a picture shows: a scene, and in a large picture a little thing besides."""
+    """The content of a picture: a scene, and in a large picture also a little thing."""
 
     scene: Scene
     little: Thing | None = None
@@ -76,7 +79,7 @@ class View:
 
 
 def random_view(rng, large=None):
-    """A large picture of one thing and a little one, every other time, or a scene."""
+    """A large picture of one thing and a little one (every other time), or a scene."""
     if large or (large is None and rng.randint(2) == 0):
         thing = random_thing(rng, THINGS)
         little = random_thing(rng, THINGS, but=[thing.kind])
@@ -186,7 +189,7 @@ def there_is(view, rng):
 
 
 def is_it(view, rng):
-    """Is it of this colour? Half of the time it is not, and the answer puts it right."""
+    """Is it this colour? Half of the time it is not, and the answer corrects it."""
     thing = pick(rng, view.things)
     if rng.randint(2):
         return f"is the {thing.kind} {thing.colour} ?", "yes .", ["no"]
@@ -204,7 +207,7 @@ def false_premise(view, rng):
 
 
 def little(view, rng):
-    """Wants resolution: what is the little thing in the corner?"""
+    """What is the little thing in the corner? This needs resolution."""
     if view.little is None:
         return None
     others = []

@@ -1,10 +1,10 @@
 """
-Games that lead to the ten tests of the Toolbox: yes or no, picture by picture.
+A curriculum of games before the ten tests of the Toolbox: yes or no, picture by picture.
 
-A test that shows several pictures asks at once what a game asks one by one: does this picture go
-with this word, with that picture? Then: so which one? Its letter can be read off the answers, and
-later has to be known without them. A game is drawn through an Album: (pictures, [(question,
-answer)]).
+A test about several pictures asks at once what a game asks one by one: does this picture match this
+word, or that picture? Then the game asks which one matches; its letter can be read off the answers
+so far. A test wants the letter without them. A game is drawn by an Album and is (pictures,
+[(question, answer)]).
 """
 
 from functools import partial
@@ -15,14 +15,14 @@ from sources.toy_chat import article
 from sources.toy_items import MAKE, four_kinds, of_kind, shuffled
 
 IS_IT = ("is it {} ?", "is this the {} ?", "can you see the '{}' ?", "touch the '{}' !")
-SEEN = ("again", "new")  # not no and yes: everywhere else yes is said of a match
+SEEN = ("again", "new")  # instead of no and yes: elsewhere yes means a match
 
 
 def one_by_one(question, rights, names, mark="", words=("no", "yes")):
-    """Turns of one picture each, answered as people do, who say what it is instead: no , a cup .
+    """Turns of one picture each. The answer also names the picture: no , a cup .
 
-    The question stands before the first. words: for a picture that is not right, and one that is.
-    With a mark, as "({})", a letter stands before each, and last it is asked which is right."""
+    question: before the first picture. words: for a wrong and a right picture. mark, as "({})": put
+    a letter before each picture, and ask at the end which one is right."""
     turns, before = [], question
     for letter, right, name in zip(LETTERS, map(int, rights), names):
         answer = f"{words[right]} , {article(name)} ."
@@ -32,7 +32,7 @@ def one_by_one(question, rights, names, mark="", words=("no", "yes")):
 
 
 def is_it(album):
-    """One word, and four pictures, each of it or not."""
+    """One word and four pictures: does each show it?"""
     rng, kind = album.rng, album.thing().kind
     rights = rng.randint(2, size=4).tolist()
     things = [of_kind(kind, rng) if right else album.other([kind]) for right in rights]
@@ -41,7 +41,7 @@ def is_it(album):
 
 
 def touch(album):
-    """Picture Vocabulary, one by one."""
+    """Picture Vocabulary, picture by picture."""
     things = four_kinds(album)
     question = f"Touch the image of '{things[0].kind}' "
     things, right = shuffled(album.rng, things, 0)
@@ -51,7 +51,7 @@ def touch(album):
 
 
 def is_same(album, at_once=False):
-    """One picture, and three others in the words of Left/Right or Spatial Details: which of them is
+    """One picture and three others, in the wording of Left/Right or Spatial Details: which one is
     the same?"""
     rng, target = album.rng, album.thing()
     first = album.portrait(target)
@@ -68,7 +68,7 @@ def is_same(album, at_once=False):
 
 
 def is_new(album):
-    """A picture or two without a word; then Memory, one by one."""
+    """One or two pictures, then Memory, picture by picture."""
     rng = album.rng
     kinds = [str(kind) for kind in rng.permutation(list(THINGS))]
     pictures = [album.portrait(of_kind(kind, rng)) for kind in kinds]
@@ -83,18 +83,18 @@ def is_new(album):
 
 
 def playing(test, **how):
-    """A test's own question as a game."""
+    """A question of a test as a game."""
     return lambda album: MAKE[test](test, album, **how)[:2]
 
 
 def memory_of(learnt):
-    """Memory of so many things, in as many rounds as these make."""
+    """Memory with so many things to remember."""
     return playing("memory", learnt=learnt)
 
 
 VOCABULARY, SAME = playing("picture_vocabulary"), partial(is_same, at_once=True)
-# Stages: so many of 62 games, of these kinds in turn. First what a test is made of, then the test.
-# What was learnt is asked all along: Picture Vocabulary was lost when it was not
+# Stages: (how many of 62 games, the kinds of game, in turn). Parts of a test come before the test.
+# Earlier games are repeated: without that, Picture Vocabulary was forgotten.
 STAGES = (
     (10, is_it),
     (12, touch, VOCABULARY),
@@ -105,6 +105,6 @@ STAGES = (
 
 
 def games_of(games):
-    """How many of so many games each stage has."""
+    """The number of games in each stage, of so many in all."""
     whole = sum(share for share, *_ in STAGES)
     return [games * share // whole for share, *_ in STAGES]

@@ -1,6 +1,6 @@
 """
-Pictures of the toy world for the ten tests of the Toolbox, and the items made of them: each maker
-gives (pictures, [(question, answer)], more fields) and draws through an Album.
+Items of the ten tests of the Toolbox, drawn in the toy world. Each function of MAKE draws by an Album
+and returns (pictures, [(question, answer)], more fields).
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ from sources.toy_chat import article
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing where it stands: centre and side in picture widths, tilt in radians."""
+    """A thing at a position: centre and side in picture widths, tilt in radians."""
 
     thing: Thing
     x: float
@@ -31,8 +31,8 @@ class Placed:
 
 
 def paint(placed, rng, size, room=None, light=1.0):
-    """A frame (size, size, 3) uint8 of things where they stand, the first in front, in a room (a
-    number of toy.ROOMS, and a seed of its looks) or on black."""
+    """A frame (size, size, 3) uint8 of placed things, the first in front, in a room (index of
+    toy.ROOMS, seed of its appearance) or on black."""
     big = 2 * size  # drawn twice as large, then averaged
     page = Image.new("RGB", (big, big))
     if room is not None:
@@ -300,8 +300,8 @@ def delayed_response(test, album):
 
 
 def memory(test, album, learnt=LEARNT):
-    """learnt: so many things are shown in the first rounds, and each is asked about in two others,
-    beside one that is new then."""
+    """learnt: how many things the first rounds show; each is asked about in two later rounds, beside
+    a new one."""
     rng, fair = album.rng, TESTS[test].ours
     kinds = [str(kind) for kind in rng.permutation(list(THINGS))][: 3 * learnt]
     things = [of_kind(k, rng, album.held_out and i < learnt) for i, k in enumerate(kinds)]
@@ -312,7 +312,7 @@ def memory(test, album, learnt=LEARNT):
     tested = rng.permutation(list(range(learnt)) * 2).tolist()
     for number, (old, newer) in enumerate([*pairs, *zip(tested, new)]):
         before = first[old]
-        if fair and number >= learnt - 1:  # filmed anew
+        if fair and number >= learnt - 1:  # another picture of it
             before = album.portrait(things[old])
             same[before] = first[old]
         pair, letter = shuffled(rng, [newer, before], 0)
@@ -322,7 +322,7 @@ def memory(test, album, learnt=LEARNT):
 
 
 def some_memory(test, album):
-    """Memory to train on, of 1 to LEARNT things: as many rounds of each in all."""
+    """Memory for training, with 1 to LEARNT things; equally many rounds of each number."""
     sizes = np.arange(1, LEARNT + 1)
     return memory(test, album, album.rng.choice(sizes, p=1 / sizes / (1 / sizes).sum()))
 
@@ -345,7 +345,7 @@ def counting(test, album):
 
 
 def count_in_room(album):
-    """Object Counting of up to three things in a room: Subitizing asks there in its own words."""
+    """Object Counting of up to three things in a room, where Subitizing also counts."""
     thing, number = album.thing(), album.rng.randint(1, 4)
     question = write("object_counting", 1, plural(thing.kind))
     return [album.crowd(thing, number, natural=True)], [(question, f"{number}")]
@@ -377,8 +377,8 @@ MAKE = {
 }
 MAKE_TO_TRAIN = MAKE | {"memory": some_memory, "memory_fair": some_memory}
 UNTRAINED = ("subitizing", "looking_while_listening")  # these have no tuning data
-# One in so many, to train on, to test by: fewest of what is learnt easily and of the fairer forms,
-# most of Picture Vocabulary and Object Counting, which take longest
+# Training items of a test are divided by this, test items by the next: few of what is learnt easily
+# and of the fair forms, many of Picture Vocabulary and Object Counting, which take longest
 FEWER_TO_TRAIN = {
     "localization": 2,
     "left_right": 3,

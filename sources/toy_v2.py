@@ -1,19 +1,17 @@
 """
-The toy world as BabyLLaVA-V2 would meet it: single pictures, clips in which something happens,
-interleaved moments, and the ten tests of the DevCV Toolbox, to train on and to be tested by.
+The toy world in the form of BabyLLaVA-V2's data: single pictures, clips in which something happens,
+interleaved moments, and the ten tests of the DevCV Toolbox, with training parts.
 
     python data.py toy_v2
 
-Phase 0 hears the tests' wording too, with any answer; phase 1 learns from the single pictures,
-phase 2 from all three kinds, phase 3 from the tests' own training parts. Two tests have none, as in
-the original. Two things the original does not do: phase 3 begins with games (--games, see
-toy_games.py), stage by stage, which ask picture by picture what a test asks of several at once;
-and among the tests it names pictures, so that naming is not forgotten, and counts things in rooms
-(--replay).
+The language model also reads the tests' wording, with random answers. Phase 1 is trained on single
+pictures, phase 2 on all three kinds, phase 3 on the training parts of the tests; two tests have
+none, as in the original. Two things are ours: phase 3 starts with a curriculum of games (--games,
+see toy_games.py), which ask picture by picture what a test asks about several at once; and it also
+captions pictures, so that naming is not forgotten, and counts things in rooms (--replay).
 
-eval/NAME.json are the test parts, with pictures of their own. The pairs of colour and thing that
-the toy world holds out occur in no training picture and in no training word; subsets tell them
-apart.
+eval/NAME.json are the tests, with their own pictures. Held-out pairs of colour and thing occur in no
+training picture and no training text; the subsets of a test separate them.
 """
 
 import json
@@ -59,14 +57,16 @@ class Config(config.Options):
     size: int = option(64, low=16, high=1024)  # S: frames are S x S pixels
     vocab_size: int = option(720, low=260, high=1 << 20)  # BPE tokens, specials included
     seed: int = option(2, low=0, high=2**32 - 1)  # of the world
-    scenes: int = option(4000, low=10, high=10**8)  # single pictures, each filmed twice
-    clips: int = option(1500, low=10, high=10**8)  # in which something happens
-    moments: int = option(700, low=10, high=10**8)  # interleaved, 4 to 8 pictures and utterances
-    lines: int = option(20000, low=10, high=10**8)  # utterances of language alone, for phase 0
-    items: int = option(12000, low=10, high=10**8)  # to train on, of each test; of some fewer
-    games: int = option(62000, low=0, high=10**8)  # picture by picture, in stages, before these
-    replay: int = option(7000, low=0, high=10**8)  # pictures named, and counted, among these
-    questions: int = option(200, low=10, high=10**6)  # to test by, of each test
+    scenes: int = option(4000, low=10, high=10**8)  # of single pictures, each filmed twice
+    clips: int = option(1500, low=10, high=10**8)  # clips in which something happens
+    moments: int = option(700, low=10, high=10**8)  # sequences of 4 to 8 pictures and utterances
+    lines: int = option(
+        20000, low=10, high=10**8
+    )  # utterances without pictures, for the language model
+    items: int = option(12000, low=10, high=10**8)  # training items of each test; fewer of some
+    games: int = option(62000, low=0, high=10**8)  # of the curriculum, read first
+    replay: int = option(7000, low=0, high=10**8)  # captions and counts among the training items
+    questions: int = option(200, low=10, high=10**6)  # test items of each test
 
 
 # ---------------------------------------------------------------------------------------------
@@ -81,22 +81,22 @@ EVENTS = {
 CLOTHS = ((90, 90, 110), (150, 110, 90), (100, 130, 110))
 
 
-# A word to say after. A test quotes what it asks for, and a word in quotes is another token than
-# the same word after a space: one that was never heard would mean nothing.
+# A quoted word. Tests quote what they ask for, and a word in quotes is another token than the same
+# word after a space; without these sentences that token would be untrained.
 SAY = ["say '{thing}' !", "can you say '{thing}' ?", "'{thing}' , yes , a '{thing}' ."]
 
 
 def talk(scene, rng):
-    """What is said over a scene; over one thing every fourth time a word to say after."""
+    """A sentence about a scene; for one thing every fourth time one with a quoted word."""
     if len(scene.things) == 1 and rng.randint(4) == 0:
         return toy.fill_in(pick(rng, SAY), scene, rng)
     return utterance(scene, rng)
 
 
 def speech(settings, split):
-    """toy.py's utterances, words to say after, and now and then what tests and games will say,
-    without pictures and with any answer: tokens that phase 0 never meets end as one and the same
-    vector, pushed away from all that is said, and A would look like B for thousands of steps."""
+    """The utterances of toy.py, sentences with quoted words, and sometimes the wording of tests and
+    games with a random answer. Tokens that the language model never reads all get the same
+    embedding, and A would be indistinguishable from B for thousands of steps."""
     rng = np.random.RandomState([settings.seed, toy.SPLITS[split][0], 8])
     asking = [test for test in TESTS.values() if test.answers]
     for line in toy.speech(settings, split, THINGS):
@@ -113,8 +113,8 @@ def speech(settings, split):
 
 
 def happen(rng, size, frames=5):
-    """(frames, what is said over them): a thing enters, leaves through a side, is covered and comes
-    back, or is put on another."""
+    """(frames, utterance) of a clip: a thing enters, leaves through a side, is covered for a while,
+    or is put on another."""
     event = pick(rng, list(EVENTS))
     scene = random_scene(rng, THINGS, 2 if event == "joins" else 1)
     room, light, thing = some_room(rng), some_light(rng), scene.things[0]
@@ -140,7 +140,7 @@ def happen(rng, size, frames=5):
 
 
 def moments(rng, size):
-    """4 to 8 (frame, utterance) of one afternoon: what was there stays, something new comes."""
+    """4 to 8 (frame, utterance) in a row; the scene changes every other time."""
     scene, told = random_scene(rng, THINGS), []
     for _ in range(rng.randint(4, 9)):
         told.append((toy.film(scene, rng, size, THINGS), talk(scene, rng)))
@@ -154,7 +154,7 @@ def moments(rng, size):
 
 
 class Clips:
-    """Gives frames of a split numbers, a new clip where one begins."""
+    """Adds frames to a split, with clip numbers; returns their image ids."""
 
     def __init__(self, part):
         self.part, self.clip = part, -1
@@ -164,12 +164,12 @@ class Clips:
         return self.part.image(np.ascontiguousarray(frame), self.clip)
 
 
-def write_heard(part, settings, rng, one_in):
-    """All that is seen and heard, one list: pictures, clips, moments."""
+def write_samples(part, settings, rng, one_in):
+    """Write the samples of phases 1 and 2: pictures, clips, moments."""
     tokenizer, bare, keep = part.writer.tokenizer, TEMPLATES["bare"], Clips(part)
     for _ in tqdm(range(settings.scenes // one_in), f"{part.name} pictures", unit="scene"):
         scene = random_scene(rng, THINGS)
-        for number in range(2):  # filmed twice, and twice something is said
+        for number in range(2):  # two frames, two utterances each
             image = keep(toy.film(scene, rng, settings.size, THINGS), number == 0)
             for _ in range(2):
                 part.sample(*caption_sample(tokenizer, talk(scene, rng)), [image])
@@ -184,7 +184,7 @@ def write_heard(part, settings, rng, one_in):
 
 
 def write_tuning(part, settings, rng, one_in):
-    """The training parts of the tests, the games that lead to them, names and small numbers."""
+    """Write the samples of phase 3: the games, the training parts of the tests, captions, counts."""
     most = max(2, 20 // one_in), max(2, settings.items // 12 // one_in)
     album = Album(Clips(part), rng, settings.size, most=most)
     write = lambda pictures, turns, *_: part.sample(
@@ -208,7 +208,7 @@ def write_tuning(part, settings, rng, one_in):
 
 
 def write_tests(settings, directory):
-    """The test parts, eval/NAME.json, with pictures of their own, beside toy.py's tests."""
+    """Write eval/NAME.json of the ten tests with their pictures, and toy.py's tests."""
     trials = settings.questions / 200
     toy.draw_trials(toy.Config(size=settings.size, seed=settings.seed, trials=trials), directory)
     folder = directory / "eval" / "images"
@@ -231,11 +231,11 @@ def write_tests(settings, directory):
             file.write(json.dumps(items, indent=1).encode())
 
 
-# Minimal pairs of the toy world's grammar: (wrong, right), filled in with things.
+# Minimal pairs of the toy world's grammar: (wrong, right) sentence patterns.
 GRAMMAR = {
     "article": ("it 's {wrong} {name} .", "it 's {a} ."),
     "order": ("look , the {thing} {colour} !", "look , the {colour} {thing} !"),
-    "place": ("the {thing} on is the {thing2} .", "the {thing} is on the {thing2} ."),
+    "position": ("the {thing} on is the {thing2} .", "the {thing} is on the {thing2} ."),
     "question": ("where the 's {thing} ?", "where 's the {thing} ?"),
 }
 
@@ -264,13 +264,13 @@ def as_item(name, pictures, turns, subset):
 
 
 def fill_prompt(test, kind):
-    """A prompt of a test, without its pictures."""
+    """A test's prompt without its pictures."""
     word = plural(kind) if "many" in test.prompt or "more" in test.prompt else kind
     return test.prompt.replace("{}", word).replace("#", " ")
 
 
 def prompts():
-    """All that the tests say, for the vocabulary to learn from."""
+    """Yield the prompts of all tests, to train the vocabulary."""
     for test in TESTS.values():
         for kind in THINGS:
             yield fill_prompt(test, kind)
@@ -279,7 +279,7 @@ def prompts():
 
 
 def write_all_tuning(settings, writer):
-    """What phase 3 reads, of both splits."""
+    """Write the samples of phase 3 for both splits."""
     for split, (number, one_in) in toy.SPLITS.items():
         part = writer.split(f"chat_{split}")
         write_tuning(part, settings, np.random.RandomState([settings.seed, number, 11]), one_in)
@@ -288,7 +288,7 @@ def write_all_tuning(settings, writer):
 
 
 def prepare(settings, writer):
-    """Film the toy world in all its forms. What shares no random numbers is drawn side by side."""
+    """Draw everything; what shares no random numbers is drawn in parallel."""
     words = [*speech(settings, "train"), *(line for line in prompts() for _ in range(40))]
     tokenizer = Tokenizer.train(words, settings.vocab_size)
     writer.start(tokenizer, ImageFormat(settings.size), {"name": "bare", "system": ""})
@@ -298,7 +298,7 @@ def prepare(settings, writer):
         part = writer.split(split)
         part.text(speech(settings, split))
         rng = np.random.RandomState([settings.seed, number, 10])
-        write_heard(part, settings, rng, one_in)
+        write_samples(part, settings, rng, one_in)
         writer.split(f"chat_{split}")
     end(tuning, f"{writer.directory}/chat_*")
     for split, (_, one_in) in toy.SPLITS.items():

@@ -1,6 +1,6 @@
 """
-What is said when: transcripts as subtitles (.srt, .vtt), as a table (.csv) or in CHILDES' form
-(.cha), each read into the same list of Said. A new form is a reader here and an entry in READERS.
+Transcripts with times: subtitles (.srt, .vtt), a table (.csv) or CHILDES' form (.cha), each read
+into a list of Said. A new form is a reader here and an entry in READERS.
 """
 
 import re
@@ -13,7 +13,7 @@ from config import UserError
 
 @dataclass
 class Said:
-    """An utterance: seconds from the film's beginning, words, who, and the line it is on."""
+    """An utterance: seconds from the start of the film, words, speaker, and its line in the file."""
 
     start: float
     end: float
@@ -23,7 +23,7 @@ class Said:
 
 
 TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{2})(?:[.,](\d{1,3}))?$")
-LONGEST = 100 * 3600.0  # seconds: frames are counted before the film's own end is known
+LONGEST = 100 * 3600.0  # seconds; frames are counted before the film's length is known
 
 
 def seconds(text, where):
@@ -36,25 +36,27 @@ def seconds(text, where):
         hours, minutes, whole, part = found.groups()
         time = float(hours or 0) * 3600 + int(minutes) * 60 + int(whole) + float(f"0.{part or 0}")
     else:
-        raise UserError(f"{where}: {text[:30]!r} is no time")
+        raise UserError(f"{where}: {text[:30]!r} is not a time")
     return within(time, text, where)
 
 
 def within(time, text, where):
-    """The time, where a film can be as long. Raises UserError."""
+    """The time, if a film can be so long. Raises UserError."""
     if time > LONGEST:
-        raise UserError(f"{where}: {text[:30]} is past {LONGEST / 3600:g} hours: no film's time")
+        raise UserError(
+            f"{where}: {text[:30]} is past {LONGEST / 3600:g} hours, too long for a film"
+        )
     return time
 
 
 def read_subtitles(path):
-    """The Said of an .srt or .vtt file: blocks, each of a line with --> and lines of words. A
-    speaker is who a vtt's <v NAME> names."""
+    """The Said of an .srt or .vtt file: blocks of a line with --> and lines of words. <v NAME> in a
+    .vtt names the speaker."""
     said, current = [], None
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if "-->" in line:
             first, _, rest = line.partition("-->")
-            second = (rest.split() or [""])[0]  # a vtt has settings after the time
+            second = (rest.split() or [""])[0]  # a .vtt may have settings after the time
             where = f"{path}:{number}"
             current = Said(seconds(first, where), seconds(second, where), "", "", number)
             said.append(current)
@@ -69,7 +71,7 @@ def read_subtitles(path):
 
 
 def read_table(path):
-    """The Said of a CSV with the columns start, end, text, and speaker where there is one."""
+    """The Said of a CSV with the columns start, end, text and optionally speaker."""
     said = []
     for row in read_csv(path, ("start", "end", "text")):
         where = f"{path}:{row['line']}"
@@ -79,13 +81,13 @@ def read_table(path):
 
 
 def read_chat(path):
-    """The Said of a CHILDES transcript (CHAT): main tiers, *MOT: and the like, that end with a time
-    mark, milliseconds between two bells; others have no time and are passed over. Raises UserError
-    for a speaker who is not among @Participants."""
+    """The Said of a CHILDES transcript (CHAT): main tiers such as *MOT: that end with a time mark,
+    milliseconds between two bell characters; tiers without one are skipped. Raises UserError for a
+    speaker who is not among @Participants."""
     tiers, participants = [], None
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.startswith("\t") and tiers:
-            tiers[-1][1] += " " + line.strip()  # a tier goes on
+            tiers[-1][1] += " " + line.strip()  # the tier continues
         else:
             tiers.append([number, line])
     said = []
@@ -107,10 +109,10 @@ def read_chat(path):
 
 
 def plain_words(text):
-    """The words of a CHAT tier, without its codes: [...] and their brackets' scope marks, &-um,
-    xxx, suffixes after @, what was left out of a word in round brackets put back."""
+    """The words of a CHAT tier without its codes: [...] and <...> marks, &-um, xxx, suffixes after
+    @. Omitted parts of words, in round brackets, are restored."""
     text = re.sub(r"\x15[^\x15]*\x15|\[[^\]]*\]|[<>‡„↓↑]", " ", text)
-    text = re.sub(r"\+[^\w\s]+", " ", text)  # +... +/. and other ends
+    text = re.sub(r"\+[^\w\s]+", " ", text)  # +... +/. and other terminators
     words = []
     for word in text.split():
         if word.startswith(("&", "0")) or word in ("xxx", "yyy", "www"):
@@ -123,10 +125,9 @@ READERS = {".srt": read_subtitles, ".vtt": read_subtitles, ".csv": read_table, "
 CHILD = "CHI"  # CHILDES' code of the key child
 
 
-def read(path, speakers=()):
-    """(The Said of a transcript in order, all who speak in it). Of the Said those of `speakers`
-    where some are named, all but hers for "-MOT"; the key child's own only where named. Raises
-    UserError, with file and line."""
+def read_transcript(path, speakers=()):
+    """(the Said of a transcript in order, all its speakers). speakers: keep only these; "-MOT":
+    leave these out; the key child CHI is kept only if named. Raises UserError, with file and line."""
     said = READERS[Path(path).suffix.lower()](path)
     before = 0.0
     for one in said:

@@ -1,13 +1,13 @@
 """
-Anybody's video, with what was said: single pictures, clips, and interleaved moments.
+Your own video with transcripts: single pictures, clips, and interleaved moments.
 
     python data.py video --videos DIR --transcripts DIR2
 
-A film is any file that ffmpeg decodes; its transcript has its name and the ending .srt, .vtt, .csv
-(start, end, text) or .cha (CHILDES: the key child's own words are left out, unless --speakers says
-otherwise). Of each utterance come: a pair for each frame that is on the screen while it is said;
-where these are two or more, a clip; and of each stretch of `window` utterances, interleaved
-moments: the middle frame of each, and its words. Each frame is kept once a split.
+A film is any file that ffmpeg decodes. Its transcript has the same name and the ending .srt, .vtt,
+.csv (start, end, text) or .cha (CHILDES; the key child's own words are left out unless --speakers
+asks for them). Each utterance gives a pair for each frame on the screen while it is said, and a clip
+if there are several. Each `window` utterances in a row give interleaved moments: the middle frame of
+each utterance, and its words. Each frame is stored once a split.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from tokenizer import TEMPLATES, Tokenizer, caption_sample, chat_sample, check_v
 class Config(Filtered):
     name: str = ""  # write to data/<name>; empty: video
     videos: str = ""  # a folder of films
-    transcripts: str = ""  # a folder of transcripts, named as their films; empty: that of videos
-    speakers: tuple[str, ...] = ()  # keep only these; -MOT: not hers; CHI only if named
-    fps: float = option(2.0, low=0.01, high=120.0)  # frames taken, a second
-    frames: int = option(8, low=2, high=1024)  # of a clip, at most, evenly spread
+    transcripts: str = ""  # a folder of transcripts; empty: that of videos
+    speakers: tuple[str, ...] = ()  # keep only these; -MOT: leave out; CHI only if named
+    fps: float = option(2.0, low=0.01, high=120.0)  # frames per second
+    frames: int = option(8, low=2, high=1024)  # at most, in a clip, evenly spread
     window: int = option(6, low=2, high=64)  # utterances in a sequence of moments
     template: str = option("bare", choices=tuple(TEMPLATES))  # how moments are written
     size: int = option(224, low=8, high=2048)  # S: frames are S x S pixels
@@ -44,7 +44,7 @@ class Config(Filtered):
 
 @dataclass
 class Film:
-    """A film and its utterances, and for each the numbers of the frames it is said over."""
+    """A film, its utterances, and for each utterance the numbers of the frames it is said over."""
 
     path: Path
     transcript: Path
@@ -53,12 +53,12 @@ class Film:
 
     @property
     def wanted(self):
-        """The numbers of all frames that are kept."""
+        """The numbers of all frames that are needed."""
         return sorted({number for numbers in self.over for number in numbers})
 
 
 def frames_over(one, fps):
-    """The numbers of the frames on the screen while an utterance is said; one at least."""
+    """The numbers of the frames on the screen while an utterance is said, at least one."""
     first, last = int(np.ceil(one.start * fps - 1e-6)), int(np.ceil(one.end * fps - 1e-6)) - 1
     if last < first:
         return [int(one.start * fps + 1e-6)]
@@ -83,11 +83,11 @@ def find_films(settings):
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in passed or path.is_dir():
             continue
-        regular(path)  # a pipe has no end
+        regular(path)  # opening a pipe would wait forever
         if path.stem not in by_stem:
             raise UserError(f"{path}: no {path.stem}{{{','.join(transcripts.READERS)}}} in {texts}")
         transcript = by_stem.pop(path.stem)
-        said, heard = transcripts.read(transcript, settings.speakers)
+        said, heard = transcripts.read_transcript(transcript, settings.speakers)
         speakers |= heard
         over = [frames_over(one, settings.fps) for one in said]
         found.append(Film(path, transcript, said, over))
@@ -100,17 +100,16 @@ def find_films(settings):
             known = ", ".join(sorted(speakers)) or "nobody named"
             raise UserError(f"--speakers {name}: not in {texts}, where {known} speak")
     if not any(film.said for film in found):
-        raise UserError(f"{texts}: nothing that is said is kept")
+        raise UserError(f"{texts}: no utterance is kept")
     return found
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading films, on all cores; a killed run keeps those that were read whole
+# Reading films, on all cores; after a kill, complete ones are not read again
 
 
 def read_film(job):
-    """Write the wanted frames of a film to a file, whole or not at all. Returns a complaint, or
-    an empty one."""
+    """Write the needed frames of a film to a file. Returns an error message, or ""."""
     film, image_format, fps, path = job
     if path.exists():
         return ""
@@ -140,7 +139,7 @@ def read_film(job):
 
 
 def read_films(all_films, settings, image_format, folder):
-    """The files of frames of all films, made on all cores. Raises UserError."""
+    """The files with the frames of all films. Raises UserError."""
     jobs = []
     for film in all_films:
         state = film.path.stat()
@@ -162,8 +161,8 @@ def read_films(all_films, settings, image_format, folder):
 
 
 def write_film(part, film, chosen, path, template, settings, clip):
-    """Write what was said over a film, of the utterances `chosen`; returns the next clip number.
-    path: the file of its frames."""
+    """Write the samples of a film's utterances with the numbers `chosen`; returns the next clip
+    number. path: the file with its frames."""
     tokenizer, size = part.writer.tokenizer, settings.size
     shape = size, size, 3
     count = path.stat().st_size // int(np.prod(shape))
@@ -184,7 +183,7 @@ def write_film(part, film, chosen, path, template, settings, clip):
             part.sample(*caption_sample(tokenizer, words), [image])
         if len(shown) > 1:
             spread = np.linspace(0, len(shown) - 1, min(settings.frames, len(shown)))
-            spaced = [shown[place] for place in spread.round().astype(int)]
+            spaced = [shown[i] for i in spread.round().astype(int)]
             part.sample(*caption_sample(tokenizer, words, len(spaced)), spaced)
     chosen = [i for i in chosen if over[i]]
     for stretch in stretches(chosen, settings.window):
@@ -195,7 +194,7 @@ def write_film(part, film, chosen, path, template, settings, clip):
 
 
 def stretches(numbers, window):
-    """Runs of `window` numbers without a gap, each beginning half a window after the one before."""
+    """Runs of `window` consecutive numbers, each starting half a window after the one before."""
     found = []
     for start in range(0, len(numbers) - window + 1, max(1, window // 2)):
         stretch = numbers[start : start + window]
@@ -206,7 +205,7 @@ def stretches(numbers, window):
 
 def prepare(settings, writer):
     if not settings.videos:
-        raise UserError("video: give --videos DIR, and --transcripts DIR where they lie elsewhere")
+        raise UserError("video: give --videos DIR, and --transcripts DIR if they are elsewhere")
     all_films = find_films(settings)
     items = [(k, i) for k, film in enumerate(all_films) for i in range(len(film.said))]
     parts = hold_out(items)

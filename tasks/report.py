@@ -1,6 +1,5 @@
 """
-What people look at: tables, the contact sheet, where each word looked, report.html. Knows results,
-no models.
+Results for people: tables, the contact sheet, report.html.
 """
 
 import base64
@@ -43,16 +42,16 @@ def table(tasks):
 
 
 def marks(tasks):
-    """Lines that say which tests a control solves: these do not test what their names say."""
+    """Lines that name the tests which a control solves."""
     for task, subsets in tasks.items():
         for measure, result in subsets.get("all", {}).items():
             if "solved_by" in result:
                 who = result["solved_by"].replace("_", " ")
-                yield f"{task} {measure}: solved by one who {who}; not a test of what it is called"
+                yield f"{task} {measure}: the control {who!r} solves it; distrust its name"
 
 
 def beside_the_paper(tasks, name):
-    """Lines: what BabyVLM's authors report, and what this checkpoint scores on their files."""
+    """Lines: the results of BabyVLM's authors, and those of this checkpoint on their files."""
 
     def score(task, measure):
         return tasks.get(task, {}).get("all", {}).get(measure, {}).get("score")
@@ -70,8 +69,8 @@ def beside_the_paper(tasks, name):
 
 
 def contact_sheet(entries, columns=6):
-    """A PIL picture of all entries (frame, caption, answer): each frame over what was said (black)
-    and what the model says (blue)."""
+    """A PIL image of entries (frame, text, caption): each frame above its text (black) and the
+    model's caption (blue)."""
     page = Image.new("RGB", (190 * columns, 190 * -(-len(entries) // columns)), "white")
     draw = ImageDraw.Draw(page)
     for i, (frame, caption, answer) in enumerate(entries):
@@ -84,9 +83,8 @@ def contact_sheet(entries, columns=6):
 
 
 def example_sheet(items):
-    """A PIL picture with a row for each item (test, frames, question, right answer, what the model
-    says): its last pictures, which of Memory are those asked about, the words (black), the answer
-    (blue)."""
+    """A PIL image with a row for each item (test, frames, question, right answer, model's answer):
+    its last nine pictures, the question (black), the answer (blue)."""
     page = Image.new("RGB", (9 * 104 + 8, 148 * len(items)), "white")
     draw = ImageDraw.Draw(page)
     for row, (test, frames, question, right, said) in enumerate(items):

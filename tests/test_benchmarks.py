@@ -121,7 +121,7 @@ def test_what_a_machine_could_do_is_measured_beside_what_it_does(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     head, _, *table = rows(done.stdout)
     assert head[4:7] == ["TFLOP/s", "of products", "busy"]
-    named = ["phase0, 64 wide", "phase1, 64 wide", "phase2, 64 wide", "features, ViT-B/14"]
+    named = ["language, 64 wide", "phase1, 64 wide", "phase2, 64 wide", "features, ViT-B/14"]
     assert [row[0] for row in table] == named
     for _, dtype, ms, per_second, *_, share, busy, memory in table:
         assert dtype == "float32" and float(ms) > 0 and float(share.rstrip("%")) > 0
@@ -139,11 +139,10 @@ def test_a_steps_flops_are_those_of_its_products():
     assert utilization.step_flops("language", shape) == 2 * 3 * forward
 
     T, places, E, words = 196 + 60 - 1, 196, 384, 60
-    wanted = T - 192  # of the last block, which leaves out what precedes the first target by eights
-    keys_values = 2 * T * 3 * C * C  # its qkv is of all positions
-    last = 2 * wanted * (C * C + 3 * C * hidden) + keys_values
+    wanted = T - 192  # positions of the last MLP, from the first target on, rounded to eights
+    last = 2 * T * 4 * C * C + 2 * wanted * 3 * C * hidden
     products = (layers - 1) * 2 * T * block + last + 2 * words * VOCABULARY * C
-    attention = (layers - 1) * 4 * T * T * C + 4 * wanted * T * C
+    attention = layers * 4 * T * T * C
     projector = 2 * 2 * places * E * C + 3 * 2 * places * C * C  # nobody asks for its input's
     shape = utilization.shape_of("phase1", C, 256)
     # frozen weights have no gradients; attention's has twice its products

@@ -205,7 +205,7 @@ def test_a_flipped_bit_inside_a_zip_is_noticed(tmp_path):
     content = bytearray((tmp_path / "z.zip").read_bytes())
     content[400] ^= 1
     (tmp_path / "z.zip").write_bytes(content)
-    with pytest.raises(UserError, match="damaged in"):
+    with pytest.raises(UserError, match="corrupted in"):
         read_image(Archives([tmp_path / "z.zip"]).find("x.jpg"), SMALL)
 
 
@@ -219,7 +219,7 @@ def test_what_no_picture_is_stays_packed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="314,572,800 bytes in .*z.zip: no picture"):
         read_image(place.find("large.png"), SMALL)
     lies = replace(place.find("lies.png"), size=1000)
-    with pytest.raises(UserError, match="damaged in .*z.zip"):
+    with pytest.raises(UserError, match="corrupted in .*z.zip"):
         read_image(lies, SMALL)
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, SMALL, TINY
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"<!-- (?:run|more) -->\n```sh\n(.*?)```", README, re.S)
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+BLOCKS = re.findall(r"<!-- (?:run|more|change) -->\n```sh\n(.*?)```", README, re.S)
 COMMANDS = [
     command.strip()
     for block in BLOCKS
@@ -41,12 +42,12 @@ def test_the_quick_start_is_there():
     assert any(c.startswith("torchrun") for c in COMMANDS) and len(COMMANDS) >= 7
 
 
-@pytest.mark.parametrize("path", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("path", PAGES)
 def test_no_table_is_empty(path):
     """A head and its rule, and then nothing: figures that were to be put in and were not."""
     lines = [*(ROOT / path).read_text().splitlines(), ""]
     rules = [i for i, line in enumerate(lines) if re.fullmatch(r"\|(?:-+\|)+", line)]
-    assert rules and all(lines[i + 1].startswith("|") for i in rules)
+    assert all(lines[i + 1].startswith("|") for i in rules)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -105,7 +105,7 @@ def test_seen_and_held_out_are_reported_apart():
 
 def test_binding_exchanges_colours_and_place_exchanges_things():
     rows = trials().rows["baby_winoground"]
-    binding, place = ([r for r in rows if r[5] == subset] for subset in ("binding", "place"))
+    binding, place = ([r for r in rows if r[5] == subset] for subset in ("binding", "position"))
     assert binding and place and len(binding) % 2 == len(place) % 2 == 0
     for row in binding:
         assert sorted(row[1].split()) == sorted(row[2].split()) != row[1].split()

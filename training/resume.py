@@ -200,7 +200,7 @@ def import_weights(settings, name, phase, dataset, processes):
             f"{path} was trained: give another --out, or delete the file to use {source} instead"
         )
     if found and found["parents"] == parents and not checkpoint.has_other_images(found, dataset):
-        processes.print(f"{name}: {source} as it is, already in {path}")
+        processes.print(f"{name}: {source} was loaded before, {path}")
         return
     if processes.is_first:
         # the other inherited options did not make this model: None contradicts every value
