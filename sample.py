@@ -1,5 +1,5 @@
 """
-Show a picture, read what the model says.
+Caption a picture, ask about it, or continue some words.
 
     python sample.py --image img.jpg                          # a caption
     python sample.py --image a.jpg --image b.jpg              # several pictures in one context

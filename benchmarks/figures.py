@@ -4,7 +4,7 @@ The figures of README.md, as SVG files for light and dark pages.
     python train.py configs/toy.py
     python benchmarks/figures.py        # writes assets/recipe-*.svg and assets/training-*.svg
 
-recipe: the phases and what each trains. training: losses and probes of a run, read from its
+recipe: the phases and what each trains. training: losses and the probe of a run, read from its
 log.jsonl (--run).
 """
 
@@ -114,11 +114,11 @@ def chart(left, name, label, points, theme, low=None, high=None):
 
 
 def training(log, theme):
-    """Four charts: the tower's probe, and validation losses of the later phases."""
+    """Four charts: the tower's probe, and losses of the later phases."""
     series = (
         ("vision", "kind", "probe: kind of thing (of 16)"),
-        ("language", "val_loss", "validation loss"),
-        ("phase1", "val_loss", "validation loss"),
+        ("language", "loss", "training loss"),
+        ("phase1", "loss", "training loss"),
         ("phase2", "val_loss", "validation loss"),
     )
     parts = []
