@@ -210,7 +210,7 @@ def has_other_images(checkpoint, dataset):
 
 
 def save(path, checkpoint):
-    """Write a checkpoint, whole or not at all."""
+    """Write a checkpoint, completely or not at all."""
     with writing(path) as file:
         try:
             torch.save(checkpoint, file)

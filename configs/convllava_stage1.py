@@ -1,6 +1,6 @@
 """
-ConvLLaVA, stage 1, at its published rates: the projector and a fifth stage that is put on CLIP's
-ConvNeXt-L. A picture of 768 pixels is then (768 / 64)^2 = 144 tokens, of 1,024 it is 256, of 1,536
+ConvLLaVA, stage 1, at its published rates: the projector and a fifth stage on CLIP's ConvNeXt-L. A
+picture of 768 pixels is then (768 / 64)^2 = 144 tokens, of 1,024 it is 256, of 1,536
 it is 576.
 
     python data.py llava --name convllava_captions --json captions.json --images DIR \

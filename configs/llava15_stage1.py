@@ -1,7 +1,7 @@
 """
 LLaVA-1.5, stage 1, at its published rates: the projector alone, on 558,128 captioned pictures, CLIP
-ViT-L/14 at 336 pixels and Vicuna 7B as they are: folders of Hugging Face's with safetensors and a
-tokenizer.json, which transformers' save_pretrained makes of those that have neither.
+ViT-L/14 at 336 pixels and Vicuna 7B frozen. Both are Hugging Face folders with safetensors and a
+tokenizer.json; transformers' save_pretrained writes these for folders that have neither.
 
     python data.py llava --name llava15_captions --json blip_laion_cc_sbu_558k.json --images DIR \
         --like vicuna-7b-v1.5 --template plain --size 336 --norm clip

@@ -16,7 +16,7 @@ the weights alone 28. Nobody has run it here.
 phase = "3"
 data = "data/llava15_chat"
 out = "out/llava15"
-init = "out/llava15/phase1.pt"  # what stage 1 made, of pictures of the same form
+init = "out/llava15/phase1.pt"  # of stage 1, with the same image format
 features = "live"  # stored they would take 665298 * 576 * 1024 * 2 bytes = 785 GB
 phase3_lr = 2e-5
 phase3_batch = 128

@@ -1,5 +1,5 @@
 """
-Phase 0 at BabyLLaVA's published sizes and rates: the GPT on transcripts; the tower as it comes.
+Phase 0 at BabyLLaVA's published sizes and rates: the GPT on transcripts, and a published tower.
 
 The repository's language model: 6,000 BPE tokens, context 2,048, 8 layers of 256. GPT-2 has
 6000 * 256 + 2048 * 256 + 8 * 789760 + 512 = 8,378,880 parameters of these; ours, without learnt
@@ -10,7 +10,7 @@ The paper's, words instead of BPE: add configs/words.py after this file.
 phase = "0"
 data = "data/saycam"
 out = "out/saycam"
-vision_weights = "dino_sfp_resnext50.pth"  # 7 * 7 = 49 tokens x 2048; none: train a ViT-S/16
+vision_weights = "dino_sfp_resnext50.pth"  # 7 * 7 = 49 tokens x 2048; none: train a ViT-S/16 by DINO
 n_layer = 8
 n_head = 8  # of width 32; BabyLLaVA has 32 heads of width 8
 n_embd = 256
@@ -19,7 +19,7 @@ dropout = 0.15
 language_lr = 5e-4
 language_batch = 8  # x 2048 = 16,384 tokens a step
 language_steps = 10 * 37486 * 10 // 16384  # 10 passes of 37,486 utterances of some 10 tokens: 228
-patch = 16  # the ViT, if it is trained: 224 / 16 = 14, so P = 196
+patch = 16  # if a ViT is trained: 224 / 16 = 14, so P = 196
 vision_width = 384
 vision_depth = 12
 vision_heads = 6

@@ -1,7 +1,7 @@
 """
-ConvLLaVA's recipe in miniature: a ConvNeXt, here trained by DINO, gets one more stage that halves
-the map again; first that stage and the projector learn, then the GPT and the tower from its third
-stage on, then, on conversations, all but the tower.
+A toy version of ConvLLaVA: a ConvNeXt, here trained by DINO, gets one more stage, which halves the
+map again. First that stage and the projector are trained, then also the GPT and the tower from its
+third stage on, then, on conversations, all but the tower.
 
     python data.py toy_chat --name toy_conv --size 128 && python train.py configs/toy_conv.py
 """
@@ -21,7 +21,7 @@ phase1_learn = ("projector", "tower.stages.4")
 phase1_steps = 100
 phase1_batch = 16
 phase2_learn = ("projector", "gpt", "tower.stages.2", "tower.stages.3", "tower.stages.4")
-phase2_steps = 2600  # the tower learns most here
+phase2_steps = 2600  # mostly for the tower
 phase3_steps = 1500
 phase3_lr = 2e-3
 phase3_batch = 16

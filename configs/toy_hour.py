@@ -1,5 +1,5 @@
 """
-The toy world again, with half an hour instead of minutes: more scenes, a longer look, more reading.
+The toy world with half an hour of training: more scenes and more steps in each phase.
 
     python data.py toy --name toy_hour --scenes 16000 && python train.py configs/toy_hour.py
 """
@@ -11,4 +11,4 @@ language_steps = 400
 phase1_steps = 200
 phase2_steps = 8000
 phase2_batch = 32
-save_every = 500  # an interruption costs a minute
+save_every = 500  # an interruption loses up to a minute

@@ -1,6 +1,6 @@
 """
-LLaVA-1.5's recipe in miniature: the layer before the last, patches only, mlp2x_gelu, pictures
-padded to a square; the projector on captions, then all but the tower on conversations.
+A toy version of LLaVA-1.5: the block before the last, patches only, mlp2x_gelu, pictures padded to
+a square; the projector on captions, then all but the tower on conversations.
 
     python train.py configs/toy.py && python data.py toy_chat
     python train.py configs/toy_llava15.py
@@ -8,7 +8,7 @@ padded to a square; the projector on captions, then all but the tower on convers
 
 data = "data/toy_chat"
 out = "out/toy_llava15"
-init = "out/toy"  # its tower and its GPT as phase 0 left them
+init = "out/toy"  # its tower and its language model
 projector = "mlp2x_gelu"
 block_size = 256  # two pictures of 64 tokens, five turns of some 15
 phase1_steps = 150

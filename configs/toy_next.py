@@ -1,6 +1,6 @@
 """
-LLaVA-NeXT's recipe in miniature: large pictures in tiles, unpadded, a learnt newline after each
-row; the tower learns too, at its own rate. It goes on from a model that can see already.
+A toy version of LLaVA-NeXT: large pictures in tiles, unpadded, a learnt newline after each row; the
+tower is trained too, at its own rate. It starts from a finished phase 2.
 
     python train.py configs/toy.py
     python data.py toy_chat --name toy_tiles --canvases 128x64 64x128 128x128

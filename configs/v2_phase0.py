@@ -1,6 +1,6 @@
 """
 Phase 0 at BabyLLaVA-V2's published sizes and rates: TinyLlama's shape, from random weights, on the
-transcripts; the tower as it comes. Nobody has run it here.
+transcripts, and a published tower. Nobody has run it here.
 
     python data.py saycam --frames frames.txt --annotations images.json clips.json moments.json \
         --fit pad --template baby_v1 --name saycam_v2    # V2's three JSON files

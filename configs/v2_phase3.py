@@ -5,8 +5,8 @@ Phase 3 of BabyLLaVA-V2: all of it, the tower too, on the training parts of the 
         --template baby_v1 --name toolbox
     torchrun --nproc_per_node=8 train.py configs/v2_phase3.py
 
-The original asks for a rate of its own for the tower, and through a wrong name gives it the others'
-5e-5; here it gets what was asked for.
+The original means to give the tower a rate of its own, but through a wrong name it has the others'
+5e-5; here it has the intended rate.
 """
 
 phase = "3"

@@ -1,5 +1,5 @@
 """
-The paper's language model, to be given after a phase's file, on data prepared with --vocab:
+The paper's language model; give it after the config of a phase, on data prepared with --vocab:
 
     python data.py saycam --name saycam_words --vocab vocab.json --frames ... --annotations ...
     torchrun train.py configs/phase0.py configs/words.py

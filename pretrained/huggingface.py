@@ -127,9 +127,9 @@ def load_weights(folder, model, stacks, weights, dtype):
         "left over": [stacks[name][0] for name in left],
         "of another shape": sorted(wrong),
     }
-    complaints = [f"{len(f)} weights {what}: {', '.join(f[:3])}" for what, f in faults.items() if f]
-    if complaints:
-        raise UserError(f"{folder}: {'; '.join(complaints)}")
+    found = [f"{len(f)} weights {what}: {', '.join(f[:3])}" for what, f in faults.items() if f]
+    if found:
+        raise UserError(f"{folder}: {'; '.join(found)}")
     for name, parameter in own.items():
         owner, _, last = name.rpartition(".")
         tensor = weights.read(stacks[name], parameter.shape, dtype)

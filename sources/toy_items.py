@@ -135,7 +135,7 @@ class Album:
     """Pictures for items, by what they show.
 
     keep(frame, new_clip): gives a picture its number or name. most: so many pictures of a thing are
-    drawn, and so many scenes of a test, then chosen from; (0, 0): each is drawn anew, as in the
+    drawn, and so many scenes of a test, then chosen from; (0, 0): each is drawn when needed, as in the
     test parts."""
 
     def __init__(self, keep, rng, size, held_out=False, most=(0, 0)):
