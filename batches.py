@@ -71,8 +71,8 @@ class Batch:
 
     def first_target(self):
         """The first position of any row that predicts a target, rounded down to a multiple of 8, so
-        that few values occur. Before it the last block need not be computed: with targets predicted
-        at 63 .. 73 of each row it is 56."""
+        that few values occur. Before it the last block need not be computed: with 64 image tokens,
+        the first word is predicted at position 63, and this is 56."""
         if self.positions is None or not self.count:
             return 0
         return int((self.positions[: self.count] % self.tokens.shape[1]).min()) // 8 * 8

@@ -2,7 +2,8 @@
 Checkpoints: what a run saves and loads. One self-contained file, a dict of torch.save:
 
     format        3; format 2 is converted on reading, others are refused
-    phase         "vision", "language", "phase1", "phase2" or "phase3"
+    phase         "vision", "language", "phase1", "phase2" or "phase3"; "folder" if it was opened
+                  from a Hugging Face folder
     step, done    how many steps were taken, and whether these are all
     settings      {option: value}: the Config of train.py
     inherited     {option: value} of those that fix the model; later phases must not contradict them
@@ -19,6 +20,7 @@ Checkpoints: what a run saves and loads. One self-contained file, a dict of torc
     validates_on  {"split", "batches"} of the validation loss; None for a tower
     template      {"name", "system"} of the conversations it was trained on; None, or missing, if
                   it was trained on captions alone
+    skipped       how many steps were skipped because their gradient was not finite; optional
     lora          {name: factor} with LoRA; `weights` has them merged
     dino          the state dict of a dino.DINO, for resuming
     optimizers    the state dicts of the optimizers, for resuming. No random state and no position

@@ -65,8 +65,8 @@ RENAMED = {
 def option(default, low=None, high=None, choices=None, once=False):
     """A default with its allowed values: low <= value <= high, or one of `choices`.
 
-    once: a config file and a flag must not set it to different values; a dict has the exceptions,
-    {value: the values that may replace it}."""
+    once: a config file and a flag must not set it to different values. A dict has the exceptions:
+    with {"0": ("vision", "language")} a file's "0" may be narrowed by --phase vision."""
     allowed = {"low": low, "high": high, "choices": choices, "once": once}
     return dataclasses.field(default=default, metadata=allowed)
 
@@ -219,10 +219,21 @@ def split_arguments(argv):
     return list(argv[:count]), list(argv[count:])
 
 
+def read_comments(Config):
+    """{option: the comment at the end of its definition}."""
+    comments = {}
+    for kind in Config.__mro__[:-1]:
+        source = inspect.getsource(kind)
+        lines, (definition,) = source.splitlines(), ast.parse(source).body
+        for node in definition.body:
+            if isinstance(node, ast.AnnAssign):
+                comments[node.target.id] = lines[node.end_lineno - 1].partition("  # ")[2]
+    return comments
+
+
 def print_help(Config, description):
     """Print a script's description and each of its options: default, type, range, comment."""
-    source = "".join(inspect.getsource(kind) for kind in Config.__mro__[:-1])
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    comments = read_comments(Config)
     print(description.strip() + "\n\noptions:")
     for field in dataclasses.fields(Config):
         kind = getattr(field.type, "__name__", "")

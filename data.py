@@ -393,38 +393,8 @@ def check_clips(clips, path):
         raise corrupted(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# The command. It imports sources, which the rest of this file must not know.
-
-
-def open_filter(settings):
-    """sources.filtering.open_filter, imported only if a filter is asked for."""
-    from sources import filtering
-
-    return filtering.open_filter(settings)
-
-
-def main(argv):
-    if not argv or argv[0].startswith("-"):
-        print(__doc__.strip())
-        if not argv or argv[0] not in ("-h", "--help"):
-            raise UserError("give a source: python data.py toy")
-        return
-    if argv[0] == "show":
-        from sources import show
-
-        return show.main(argv[1:])
-    import sources
-
-    directory, meta = sources.prepare(argv[0], argv[1:], open_filter)
-    print(
-        f"{directory}: {meta['vocab_size']} tokens in the vocabulary, corpus {meta['corpus'][:12]}"
-    )
-    for split, counts in meta["splits"].items():
-        kinds = ("text", "frames", "images", "samples")
-        sizes = [f"{counts[kind]:,} {kind}" for kind in kinds if counts.get(kind)]
-        print(f"  {split:5}", ", ".join(sizes))
-
-
 if __name__ == "__main__":
+    # As a command this file finds a source by its name; as a module it knows no source.
+    from sources.command import main
+
     config.run(main)

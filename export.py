@@ -132,11 +132,9 @@ def tower_files(model, image_format):
             _, number, rest = kind.split(".", 2)
             theirs = f"{layer}.{number}.{block[rest]}.{last}"
         else:
-            theirs = (
-                names.get(name) or f"{names[kind]}.{last}"
-                if kind in names or name in names
-                else None
-            )
+            theirs = names.get(name)
+            if kind in names:
+                theirs = f"{names[kind]}.{last}"
         if theirs:
             written[prefix + theirs] = value
     if is_clip:

@@ -70,13 +70,13 @@ def embed_pictures(loaded, pictures):
     if model.projector is None:
         raise UserError("this checkpoint cannot see: give one of phase 1 or later, or no --image")
     features = encode_frames(loaded, np.concatenate([picture.frames for picture in pictures]))
+    side = int(model.image_tokens(loaded.image_format.size) ** 0.5) if model.tiled else 0
     first = 0
     for picture in pictures:
         own = features[first : first + len(picture.frames)]
         first += len(picture.frames)
         arrangement = None
         if model.tiled:
-            side = int(own.shape[1] ** 0.5)
             arranged = arrange(*picture.grid, side, max_tiles=loaded.image_format.max_tiles)
             arrangement = [torch.tensor(part, device=loaded.device) for part in arranged]
         embeds.append(model.embed_images(own, arrangement))

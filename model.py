@@ -28,7 +28,7 @@ from kernels import attention, attention_weights, choose, rms_norm
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT. Their defaults are options of train.py."""
+    """The sizes of a GPT. train.py has an option for each of the first seven, and for dropout."""
 
     vocab_size: int
     block_size: int  # the longest sequence in tokens, image tokens included
@@ -43,8 +43,8 @@ class GPTConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False  # Qwen2 has one
     tied: bool = True  # the head shares the weights of the embedding
-    attention: str = "auto"  # backends, see kernels.py
-    norm: str = "auto"
+    attention: str = "auto"  # the backend of attention, see kernels.py
+    norm: str = "auto"  # the backend of RMSNorm
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -264,8 +264,8 @@ class GPT(nn.Module):
         All positions may attend to the first `prefix` ones.
 
         first: hidden states are wanted from this position on, (B, T - first, C), so the MLP of the
-        last block can skip those before. With 64 image tokens and 10 words, first = 64 saves the
-        last MLP of the image tokens: it is 6 % of a training step (docs/speed.md)."""
+        last block can skip those before. With 64 image tokens the first word is predicted at
+        position 63; first = 56 skips the last MLP of 56 of them (docs/speed.md: what it saves)."""
         x = self.embed(x) if x.ndim == 2 else x
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]
@@ -454,9 +454,7 @@ class BabyLLaVA(nn.Module):
         if image_embeds is None:
             return x
         is_image = tokens == self.image_token
-        number = (
-            is_image.flatten().cumsum(0).sub(1).clamp(min=0)
-        )  # of the image token at each place
+        number = is_image.flatten().cumsum(0).sub(1).clamp(min=0)  # which image token stands here
         placed = image_embeds[number.view_as(tokens)].to(x.dtype)  # (B, T, C)
         return torch.where(is_image[..., None], placed, x)
 

@@ -355,7 +355,8 @@ def chat_sample(tokenizer, template, turns, system=""):
 
 def check_vocabulary(tokenizer, template):
     """Raise UserError if a vocabulary lacks one of a template's special tokens."""
-    texts = template.begin + template.system + template.user + template.end
+    texts = (template.begin, template.system, template.user, template.picture)
+    texts = "".join((*texts, template.answer, template.end, template.between))
     for name in re.findall(r"<\|\w+\|>", texts):
         if name not in tokenizer.specials:
             raise UserError(f"this template needs {name}, which the vocabulary does not have")

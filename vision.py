@@ -228,7 +228,7 @@ class ViT(nn.Module):
     def forward(self, x, select_layer=-1, only_cls=False):
         """select_layer -1: the last block, after the final norm (DINO's own output); -2, -3, ...:
         earlier blocks, without the norm (LLaVA's meaning). only_cls: the CLS token alone, (N, 1,
-        E); the last block then skips the patches, which makes a DINO step a fifth faster
+        E); the last block then skips the patches, which saves a fifth of a DINO step
         (docs/speed.md)."""
         if self.fault(min(x.shape[2:]), select_layer):
             raise ValueError(self.fault(min(x.shape[2:]), select_layer))
@@ -241,7 +241,8 @@ class ViT(nn.Module):
             registers = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
         x = self.norm_pre(x)
-        *blocks, last_block = self.blocks[: len(self.blocks) + 1 + select_layer]
+        used = len(self.blocks) + 1 + select_layer  # all blocks for -1, one less for -2
+        *blocks, last_block = self.blocks[:used]
         for block in blocks:
             x = block(x)
         x = last_block(x, queries=1 if only_cls and self.has_cls else None)

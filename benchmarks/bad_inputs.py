@@ -257,6 +257,13 @@ ASKED = {
     "data": "toy --size=16 --scenes=10 --lines=20 --trials=0.01 --vocab_size=260 --name=x",
 }
 OPTIONS = {}  # script: names of its options
+MODULES = {  # script: the module of its main()
+    "train": "train",
+    "sample": "sample",
+    "eval": "eval",
+    "export": "export",
+    "data": "sources.command",
+}
 
 
 def flags(rng, folder):
@@ -421,7 +428,7 @@ def play(script, words, folder):
     sys.argv = [script, *words]
     code = 0
     try:
-        sys.modules["config"].run(sys.modules[script].main)
+        sys.modules["config"].run(sys.modules[MODULES.get(script, script)].main)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
@@ -479,7 +486,7 @@ def fault(code, said, megabytes, folder, before, words=()):
 
 def try_cases(numbers, good, seed, home, report):
     """Try these cases, one after the other; write what came of them to a file."""
-    for name in ("train", "sample", "eval", "data", "weights"):
+    for name in MODULES.values():
         importlib.import_module(name)
     for name in ("train", "sample", "eval"):
         OPTIONS[name] = [field.name for field in dataclasses.fields(sys.modules[name].Config)]

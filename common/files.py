@@ -69,8 +69,8 @@ def write_json(path, value):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises OSError, and UserError
-    with the line for another encoding."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises OSError, and
+    UserError with the line for another encoding."""
     content = Path(regular(path)).read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -221,7 +221,7 @@ class Rows:
     def __init__(self, array):
         self.array, self.file = array, None
         if isinstance(array, np.memmap) and hasattr(os, "preadv"):
-            self.file = open(array.filename, "rb", buffering=0)  # noqa: SIM115 - open as long as this object
+            self.file = open(array.filename, "rb", buffering=0)  # noqa: SIM115
 
     def __getitem__(self, numbers):
         if self.file is None:

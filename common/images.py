@@ -30,7 +30,7 @@ FITS = ("squash", "pad", "crop", "centre")
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
-    "reduced": Image.Resampling.BILINEAR,  # after decoding at a lower resolution, see load_picture()
+    "reduced": Image.Resampling.BILINEAR,  # of JPEGs decoded smaller, see load_picture()
 }
 
 

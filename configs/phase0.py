@@ -10,7 +10,9 @@ The paper's, words instead of BPE: add configs/words.py after this file.
 phase = "0"
 data = "data/saycam"
 out = "out/saycam"
-vision_weights = "dino_sfp_resnext50.pth"  # 7 * 7 = 49 tokens x 2048; none: train a ViT-S/16 by DINO
+vision_weights = (
+    "dino_sfp_resnext50.pth"  # 7 * 7 = 49 tokens x 2048; none: train a ViT-S/16 by DINO
+)
 n_layer = 8
 n_head = 8  # of width 32; BabyLLaVA has 32 heads of width 8
 n_embd = 256

@@ -300,8 +300,8 @@ def read_tower(folder, settings, weights):
 
 
 def load_language(folder):
-    """(BabyLLaVA of a GPT alone, its tokenizer) of a language model's folder. The first id after its
-    vocabulary becomes the image token."""
+    """(BabyLLaVA of a GPT alone, its tokenizer) of a language model's folder. The first id after
+    its vocabulary becomes the image token."""
     folder, tokenizer = Path(folder), language_tokenizer(folder)
     settings, weights = read_config(folder), Weights(folder)
     tied = is_tied(settings, settings, weights)

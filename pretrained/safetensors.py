@@ -1,8 +1,8 @@
 """
 .safetensors files: 8 bytes with the length of the header, a JSON header, then the tensors.
 
-Files are memory-mapped, so a tensor is read only when it is used, and not copied if it can be used in
-place.
+Files are memory-mapped, so a tensor is read only when it is used, and not copied if it can be used
+in place.
 """
 
 import json

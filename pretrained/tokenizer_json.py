@@ -1,9 +1,9 @@
 """
 Vocabularies in tokenizer.json files: reading other people's, and writing ours.
 
-Two kinds are read, which cover the language models of LLaVA: byte-level BPE (Llama 3, Qwen), encoded
-by tiktoken, and SentencePiece-style BPE with byte fallback (Llama 2, Vicuna, Mistral), encoded here.
-Both give the ids of the `tokenizers` package. Other kinds are refused by name.
+Two kinds are read, which cover the language models of LLaVA: byte-level BPE (Llama 3, Qwen),
+encoded by tiktoken, and SentencePiece-style BPE with byte fallback (Llama 2, Vicuna, Mistral),
+encoded here. Both give the ids of the `tokenizers` package. Other kinds are refused by name.
 """
 
 import codecs

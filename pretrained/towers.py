@@ -13,7 +13,8 @@ from pretrained.tower_names import DoesNotFit, read_file, tower_of
 
 
 def load_tower(path):
-    """Opening a published tower: a file, a Hugging Face folder, or any checkpoint of ours. Raises UserError."""
+    """Opening a published tower: a file, a Hugging Face folder, or any checkpoint of ours. Raises
+    UserError."""
     if not Path(path).exists():
         raise UserError(
             f"no {path}: fetch that checkpoint, name another with --vision_weights, or train a "

@@ -5,7 +5,8 @@ with other pictures of the corpus. No second model is needed.
     python data.py saycam --frames ... --name filtered --filter out/saycam/phase2.pt --min_gain 0.05
 
 The gain of an utterance is its NLL per token with other pictures, averaged over --others of them,
-minus that with its own picture. The filter runs on what a source has written, before it is finished.
+minus that with its own picture. The filter runs on what a source has written, before it is
+finished.
 """
 
 from pathlib import Path
@@ -33,8 +34,8 @@ def unfinished_bin(part, kind):
 
 
 def gains(loaded, clips, words, others, rng):
-    """The gain of each of n phrases (lists of tokens), float64 (n,). clips: the picture embeddings of
-    each phrase; others: how many clips of other phrases to compare with."""
+    """The gain of each of n phrases (lists of tokens), float64 (n,). clips: the picture embeddings
+    of each phrase; others: how many clips of other phrases to compare with."""
     tokenizer, n = loaded.tokenizer, len(words)
 
     def nll(order):
@@ -117,7 +118,7 @@ def filter_samples(writer, settings, loaded):
     if not keep.any():
         raise UserError(f"--min_gain {settings.min_gain:g}: nothing is left, of {len(found)} pairs")
     rewrite(part, keep)
-    writer.meta["curated"] = {"by": loaded.checkpoint.get("digest"), "min_gain": settings.min_gain}
+    writer.meta["filtered"] = {"by": loaded.checkpoint.get("digest"), "min_gain": settings.min_gain}
     listed = [None if np.isnan(gain) else round(float(gain), 4) for gain in found]
     write_json(Path(writer.directory) / "gains.json", listed)
     judged = found[np.isfinite(found)]

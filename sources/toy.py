@@ -373,7 +373,8 @@ class Trials:
         self.winoground("position", *phrases, *images)
 
     def binding(self, a, b):
-        """Which of the two has which colour? No trial if the exchanged colours are held out or equal."""
+        """Which of the two has which colour? No trial if the exchanged colours are held out or
+        equal."""
         c, d = Thing(a.kind, b.colour), Thing(b.kind, a.colour)
         if a.colour == b.colour or held_out(c) or held_out(d):
             return

@@ -6,10 +6,10 @@ downloaded, and no other model is used.
     python data.py toy_chat --name toy_tiles --canvases 128x64 64x128 128x128
 
 Each has three turns or more: what, what colour, how many, where, which of two pictures, is there a
-..., and what the little thing in the corner of a large picture is. The toy world's held-out pairs of
-colour and thing are held out here too. With the seed of data/toy it has the same tokens, so a model
-trained there can be trained further here. It also writes captions and speech for the earlier phases,
-and eval/choice.json, which is the same for every image format.
+..., and what the little thing in the corner of a large picture is. The toy world's held-out pairs
+of colour and thing are held out here too. With the seed of data/toy it has the same tokens, so a
+model trained there can be trained further here. It also writes captions and speech for the earlier
+phases, and eval/choice.json, which is the same for every image format.
 """
 
 import json
@@ -255,7 +255,7 @@ def compare(views, rng):
 
 
 def talk_about(view, rng):
-    """Three to five different questions about a view, [(question, answer)]. Where there is one
+    """Three to five different questions about a view, [(question, answer)]. If there is one
     thing, one time in three the second is about what was just named: what colour is it?"""
     turns = []
     if len(view.things) == 1 and not view.little and rng.randint(3) == 0:

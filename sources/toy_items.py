@@ -1,6 +1,6 @@
 """
-Items of the ten tests of the Toolbox, drawn in the toy world. Each function of MAKE draws by an Album
-and returns (pictures, [(question, answer)], more fields).
+Items of the ten tests of the Toolbox, drawn in the toy world. Each function of MAKE draws by an
+Album and returns (pictures, [(question, answer)], more fields).
 """
 
 from collections import defaultdict
@@ -135,8 +135,8 @@ class Album:
     """Pictures for items, by what they show.
 
     keep(frame, new_clip): gives a picture its number or name. most: so many pictures of a thing are
-    drawn, and so many scenes of a test, then chosen from; (0, 0): each is drawn when needed, as in the
-    test parts."""
+    drawn, and so many scenes of a test, then chosen from; (0, 0): each is drawn when needed, as in
+    the test parts."""
 
     def __init__(self, keep, rng, size, held_out=False, most=(0, 0)):
         self.keep, self.rng, self.size = keep, rng, size
@@ -300,8 +300,8 @@ def delayed_response(test, album):
 
 
 def memory(test, album, learnt=LEARNT):
-    """learnt: how many things the first rounds show; each is asked about in two later rounds, beside
-    a new one."""
+    """learnt: how many things the first rounds show; each is asked about in two later rounds,
+    beside a new one."""
     rng, fair = album.rng, TESTS[test].ours
     kinds = [str(kind) for kind in rng.permutation(list(THINGS))][: 3 * learnt]
     things = [of_kind(k, rng, album.held_out and i < learnt) for i, k in enumerate(kinds)]

@@ -10,8 +10,8 @@ none, as in the original. Two things are ours: phase 3 starts with a curriculum 
 see toy_games.py), which ask picture by picture what a test asks about several at once; and it also
 captions pictures, so that naming is not forgotten, and counts things in rooms (--replay).
 
-eval/NAME.json are the tests, with their own pictures. Held-out pairs of colour and thing occur in no
-training picture and no training text; the subsets of a test separate them.
+eval/NAME.json are the tests, with their own pictures. Held-out pairs of colour and thing occur in
+no training picture and no training text; the subsets of a test separate them.
 """
 
 import json
@@ -184,7 +184,8 @@ def write_samples(part, settings, rng, one_in):
 
 
 def write_tuning(part, settings, rng, one_in):
-    """Write the samples of phase 3: the games, the training parts of the tests, captions, counts."""
+    """Write the samples of phase 3: the games, the training parts of the tests, captions,
+    counts."""
     most = max(2, 20 // one_in), max(2, settings.items // 12 // one_in)
     album = Album(Clips(part), rng, settings.size, most=most)
     write = lambda pictures, turns, *_: part.sample(

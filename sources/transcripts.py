@@ -13,7 +13,8 @@ from config import UserError
 
 @dataclass
 class Said:
-    """An utterance: seconds from the start of the film, words, speaker, and its line in the file."""
+    """An utterance: seconds from the start of the film, words, speaker, and its line in the
+    file."""
 
     start: float
     end: float
@@ -127,7 +128,8 @@ CHILD = "CHI"  # CHILDES' code of the key child
 
 def read_transcript(path, speakers=()):
     """(the Said of a transcript in order, all its speakers). speakers: keep only these; "-MOT":
-    leave these out; the key child CHI is kept only if named. Raises UserError, with file and line."""
+    leave these out; the key child CHI is kept only if named. Raises UserError, with file and
+    line."""
     said = READERS[Path(path).suffix.lower()](path)
     before = 0.0
     for one in said:

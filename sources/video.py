@@ -5,9 +5,9 @@ Your own video with transcripts: single pictures, clips, and interleaved moments
 
 A film is any file that ffmpeg decodes. Its transcript has the same name and the ending .srt, .vtt,
 .csv (start, end, text) or .cha (CHILDES; the key child's own words are left out unless --speakers
-asks for them). Each utterance gives a pair for each frame on the screen while it is said, and a clip
-if there are several. Each `window` utterances in a row give interleaved moments: the middle frame of
-each utterance, and its words. Each frame is stored once a split.
+asks for them). Each utterance gives a pair for each frame on the screen while it is said, and a
+clip if there are several. Each `window` utterances in a row give interleaved moments: the middle
+frame of each utterance, and its words. Each frame is stored once a split.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """
-The tests of a trained model. A new test is a file in this folder with its rule, and an entry in
-TASKS below.
+The tests of a trained model. A new test is a rule, in a file in this folder, and an entry in TASKS
+below. eval.py runs it by itself if data/<name>/eval/TEST.csv exists, or alone on a given file:
 
-    python eval.py --checkpoint out/toy/phase2.pt --task vtwt
+    python eval.py --checkpoint out/toy/phase2.pt --task TEST --csv FILE --images DIR
 
 A rule is a function rule(rows, subject, ties) -> {measure: result}, with results as
 tasks/scores.py's accuracy() makes them. It is called with all rows of the test, and again with the
@@ -117,8 +117,8 @@ class Subject:
     """A model that is tested on the pictures of a test.
 
     Every picture is embedded once; likelihoods, captions and answers are remembered, because each
-    subset asks for them again. rows: all rows of the test; archive of the pictures: locations, in
-    the order of names. shuffle: each name stands for another, random picture."""
+    subset asks for them again. rows: all rows of the test; names, locations: of its pictures.
+    shuffle: each name stands for another, random picture."""
 
     def __init__(self, loaded, rows, names, locations, settings):
         self.loaded, self.rows, self.settings = loaded, rows, settings
@@ -198,8 +198,10 @@ def phrase_nll(loaded, embeds, phrases, batch=256):
 
 
 def run_task(name, path, images, loaded, settings):
-    """({subset: {measure: result}} of the test `name` on the file at `path`, entries of a contact
-    sheet, [] or an example). images: folders and zips of its pictures. Raises UserError."""
+    """Run the test `name` on the file at `path`; images: folders and zips of its pictures.
+
+    Returns three things: {subset: {measure: result}}; a list of entries of the contact sheet; a
+    list of one example, or of none. Raises UserError."""
     task = TASKS[name]
     rows = task.read_rows(path)
     archives = Archives(images)

@@ -63,7 +63,7 @@ def prompt_of(item, loaded, template, system, counts):
     turns = [*zip(texts[:-1:2], texts[1::2]), (texts[-1], None)]
     if not template:
         words = loaded.tokenizer.encode(texts[-1].replace("<image>", " ").strip())
-        tokens = [loaded.tokenizer.image] * len(counts) + words
+        tokens = loaded.tokenizer.start + [loaded.tokenizer.image] * len(counts) + words
     else:
         tokens, _ = chat_sample(loaded.tokenizer, TEMPLATES[template], turns, system)
     return expand(tokens, loaded.tokenizer.image, counts)
@@ -94,7 +94,7 @@ def choice(rows, subject, ties):
     all_prompts, all_embeds, words = [], [], []  # one for each choice
     for row, prompt, own in zip(rows, prompts, embeds):
         for text in row["choices"]:
-            answer = form.answer.format(text) if form else " " + text
+            answer = form.answer.replace("{}", text) if form else " " + text
             all_prompts.append(prompt)
             all_embeds.append(own)
             words.append(loaded.tokenizer.encode_segment(answer, after="text"))

@@ -30,12 +30,12 @@ SMALL = (
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with data/tiny in it; the tests of a session share it and only read it."""
-    import data
+    from sources import command
 
     folder = tmp_path_factory.mktemp("world")
     before = os.getcwd()
     os.chdir(folder)
-    data.main(["toy", "--name=tiny", *TINY])
+    command.main(["toy", "--name=tiny", *TINY])
     os.chdir(before)
     return folder
 

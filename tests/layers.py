@@ -1,8 +1,9 @@
 """
 The layers of imports: `python tests/layers.py` draws them.
 
-A file may import from lower layers, and from its own as long as no circle arises. What a command's
-main() imports is the command's: data.py is a module of the sixth layer and a command.
+A file may import from lower layers, and from its own as long as no circle arises. What stands under
+`if __name__ == "__main__"` belongs to the command: data.py is a module of the sixth layer, which as
+a command calls sources/command.py.
 """
 
 import ast
@@ -20,7 +21,6 @@ LAYERS = (
     ("training", "tasks"),
     ("train", "sample", "eval", "export", "adapters"),
 )
-COMMAND_PARTS = {"data": {"main", "open_filter"}}  # functions that belong to the ninth layer
 
 
 def module_name(path):
@@ -50,12 +50,16 @@ def imported_names(tree):
 def imports_of(name, path, modules):
     """Our modules that a file imports at any time, the parts that are a command's left out."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    command = COMMAND_PARTS.get(name, set())
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in command]
+    tree.body = [node for node in tree.body if not isinstance(node, ast.If) or is_not_main(node)]
     found = {other for other in imported_names(tree) if other in modules}
     # of `from common import files` the package itself is not meant, unless it has names of its own
     empty = {other for other in found if modules[other].name == "__init__.py"}
     return found - {name} - {e for e in empty if not modules[e].read_text(encoding="utf-8").strip()}
+
+
+def is_not_main(node):
+    """Whether an `if` is another one than `if __name__ == "__main__"`."""
+    return ast.unparse(node.test) != "__name__ == '__main__'"
 
 
 def layer_of(name):

@@ -191,7 +191,7 @@ def test_a_template_and_a_fifth_phase(tree):
     tree.edit("train.py", "PHASES = {\n", PHASE)
     check_touched(tree, "a phase")
     tree.run("data.py", *TALK.split())
-    flags = ["--data=data/toy_chat", "--block_size=160", "--out=out/a"]
+    flags = ["--data=data/toy_chat", "--block_size=300", "--out=out/a"]
     tree.train(*flags, "--phase=all")
     tree.train(*flags, "--phase=4")
     saved = tree.load("a/phase4.pt")

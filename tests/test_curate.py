@@ -12,7 +12,7 @@ import checkpoint
 import data
 from config import UserError
 from data import Data
-from sources import filtering
+from sources import command, filtering
 
 FLAGS = ["--csv=pairs.csv", "--images=.", "--size=16", "--vocab_size=300"]
 
@@ -68,18 +68,18 @@ def test_gains_by_a_slow_loop(recipe):
 
 
 def test_what_gains_too_little_is_left_out_and_the_rest_is_whole(folder, recipe):
-    data.main(["pairs", "--name=all", *FLAGS])
+    command.main(["pairs", "--name=all", *FLAGS])
     model = f"--filter={recipe / 'phase2.pt'}"
-    data.main(["pairs", "--name=kept", *FLAGS, model, "--min_gain=0"])
+    command.main(["pairs", "--name=kept", *FLAGS, model, "--min_gain=0"])
     gains = json.load(open("data/kept/gains.json"))
     everything, kept = samples_of("all"), samples_of("kept")
     assert len(gains) == len(everything) and 0 < len(kept) < len(everything)
     assert kept == [s for s, gain in zip(everything, gains) if gain >= 0]
     assert samples_of("kept", "val") == samples_of("all", "val")
-    data.main(["pairs", "--name=lax", *FLAGS, model, "--min_gain=-1e9"])
+    command.main(["pairs", "--name=lax", *FLAGS, model, "--min_gain=-1e9"])
     assert samples_of("lax") == everything
     digest = torch.load(recipe / "phase2.pt", weights_only=True)["digest"]
-    assert Data("data/kept").meta["curated"] == {"by": digest, "min_gain": 0.0}
+    assert Data("data/kept").meta["filtered"] == {"by": digest, "min_gain": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -93,16 +93,16 @@ def test_what_gains_too_little_is_left_out_and_the_rest_is_whole(folder, recipe)
 def test_what_cannot_be_sifted(folder, recipe, flags, why):
     flags = [flag.replace("PHASE0", str(recipe / "language.pt")) for flag in flags]
     with pytest.raises(UserError) as error:
-        data.main(["pairs", *FLAGS, f"--filter={recipe / 'phase2.pt'}", *flags])
+        command.main(["pairs", *FLAGS, f"--filter={recipe / 'phase2.pt'}", *flags])
     assert one_line(error) and why in str(error.value)
     assert not (folder / "data/pairs/meta.json").exists()
 
 
 def test_a_model_that_is_not_there_costs_no_data(folder):
-    data.main(["pairs", *FLAGS])
+    command.main(["pairs", *FLAGS])
     before = {path: path.read_bytes() for path in (folder / "data/pairs").iterdir()}
     with pytest.raises(UserError, match="typo.pt"):
-        data.main(["pairs", *FLAGS, "--filter=typo.pt"])
+        command.main(["pairs", *FLAGS, "--filter=typo.pt"])
     assert before == {path: path.read_bytes() for path in (folder / "data/pairs").iterdir()}
 
 
@@ -118,7 +118,7 @@ def test_clips_are_judged_as_one_and_moments_are_not(recipe, tmp_path):
     part.sample([image, 9, 10], [0, 1, 1], numbers[2:3])
     part.sample([image, 9, image, 10], [0, 1, 0, 1], numbers[3:5])
     part.sample([image, 11, 10], [0, 1, 1], numbers[5:6])
-    found = filtering.judge(part, loaded, 2, 0)
+    found = filtering.find_gains(part, loaded, 2, 0)
     assert np.isfinite(found).tolist() == [True, True, False, True]
 
 
@@ -126,6 +126,6 @@ def test_filtering_wants_a_model(folder):
     """Else --min_gain would leave all in, and say nothing."""
     for flag in ("--min_gain=0.1", "--others=2"):
         with pytest.raises(UserError, match="is for --filter FILE, which is missing") as error:
-            data.main(["pairs", *FLAGS, "--name=idle", flag])
+            command.main(["pairs", *FLAGS, "--name=idle", flag])
         assert one_line(error)
     assert not (folder / "data/idle").exists() or not (folder / "data/idle/meta.json").exists()

@@ -12,7 +12,7 @@ import data
 from common.images import ImageFormat
 from config import UserError
 from data import Data, Writer, open_bin
-from sources import toy
+from sources import command, toy
 from tokenizer import Tokenizer
 
 
@@ -42,13 +42,13 @@ def test_bins_hold_what_was_drawn_and_said(world):
 def test_the_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        data.main(["toy", f"--name={name}", *TINY])
+        command.main(["toy", f"--name={name}", *TINY])
     files = [
         {path.name: path.read_bytes() for path in (tmp_path / "data" / name).glob("[!.]*.*")}
         for name in ("a", "b")
     ]
     assert files[0] == files[1] and len(files[0]) == 18
-    data.main(["toy", "--name=b", *TINY, "--seed=2"])
+    command.main(["toy", "--name=b", *TINY, "--seed=2"])
     corpora = [Data(f"data/{name}").meta["corpus"] for name in ("a", "b")]
     assert corpora[0] != corpora[1]
 
@@ -118,11 +118,11 @@ def test_a_killed_preparation_is_no_corpus(world, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data.SplitWriter, "text", killed)
-        data.main(["toy", "--name=tiny", *TINY, "--seed=2", "--vocab_size=290"])
+        command.main(["toy", "--name=tiny", *TINY, "--seed=2", "--vocab_size=290"])
     with pytest.raises(UserError, match="is half prepared: run"):
         (tmp_path / "data/tiny/train_text.partial").write_bytes(b"")
         Data("data/tiny")
-    data.main(["toy", "--name=tiny", *TINY])
+    command.main(["toy", "--name=tiny", *TINY])
     ours, theirs = Data("data/tiny").meta, Data(world / "data/tiny").meta
     assert ours == theirs and not list((tmp_path / "data/tiny").glob("*.partial"))
 
@@ -165,7 +165,7 @@ def test_preparing_holds_no_bin_in_memory(tmp_path):
 def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message.replace("|", r"\|")) as error:
-        data.main(argv)
+        command.main(argv)
     assert one_line(error) and not list(tmp_path.rglob("*.bin"))
 
 

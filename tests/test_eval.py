@@ -15,7 +15,7 @@ import eval as evaluation
 import tasks
 from batches import Plan, SampleBatches, TextBatches
 from config import UserError
-from sources import toy
+from sources import command, toy
 from tasks import babyvlm
 from tasks.scores import accuracy
 from tasks.zorro import zorro
@@ -389,7 +389,7 @@ def test_the_last_rows_of_a_text_count_too(recipe, home):
 
 
 def test_another_vocabulary_gets_no_loss_and_says_so(recipe, home, capsys):
-    data.main(
+    command.main(
         [
             "toy",
             "--name=other",
@@ -426,7 +426,7 @@ def test_grammar_pairs_prefer_the_likelier_sentence(recipe, home, tmp_path):
 def test_pictures_matter_to_the_shipped_model(tmp_path, monkeypatch):
     """On a fresh toy world it answers well; its pictures dealt to other captions, it guesses."""
     monkeypatch.chdir(tmp_path)
-    data.main(["toy", "--scenes=2", "--lines=50", "--trials=0.25", "--seed=99"])
+    command.main(["toy", "--scenes=2", "--lines=50", "--trials=0.25", "--seed=99"])
     loaded = checkpoint.load(ROOT / "assets/toy.pt")
     settings = evaluation.Config(checkpoint="assets/toy.pt", data="data/toy")
     seen = evaluation.evaluate(loaded, settings)[0]["tasks"]

@@ -88,7 +88,7 @@ def test_the_pages_name_only_files_that_exist(path):
 
 ODD = re.compile(  # words of our own, and paraphrases, where the field has a noun
     r"\b(knobs?|mend(s|ed)?|spoilt|sift(s|ed|ing)?|dealt|has a say|made anew|"
-    r"what (the|a|an|it|they) \w+ (makes?|made|says?|holds?|takes?|wants?|knows?)|"
+    r"what (the|a|an|it|they) \w+ (makes?|made|holds?|takes?|knows?)|"
     r"where there (is|are) (one|none))\b",
     re.I,
 )
@@ -111,7 +111,9 @@ def test_no_error_of_ours_is_hidden():
     """Around a main stands config.run, which catches UserError and OSError alone."""
     for path in MODULES:
         text = path.read_text()
-        if '__name__ == "__main__"' in text:
+        if path.name == "data.py":  # its command is in sources/command.py
+            assert text.endswith("    config.run(main)\n")
+        elif '__name__ == "__main__"' in text:
             assert text.endswith('if __name__ == "__main__":\n    config.run(main)\n'), path.name
 
 

@@ -10,7 +10,6 @@ from conftest import SMALL, furthest, logits_after, one_line, same, weights
 from PIL import Image
 
 import checkpoint
-import data
 import export
 import inference
 import sample
@@ -18,6 +17,7 @@ import train
 from config import UserError
 from data import Data
 from pretrained.convnets import ConvNeXt
+from sources import command
 
 TALK = [{"from": "human", "value": "<image>\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}]
 
@@ -61,7 +61,7 @@ def prepare(items, *flags, name="llava", size="--size=16"):
     with open("chat.json", "w") as file:
         json.dump(items, file)
     flags = ["--json=chat.json", "--images=pictures", size, "--vocab_size=300", *flags]
-    data.main(["llava", f"--name={name}", *flags])
+    command.main(["llava", f"--name={name}", *flags])
     return Data(f"data/{name}")
 
 
@@ -139,7 +139,7 @@ def test_a_mistaken_command_is_one_clear_line(place, flags, message):
     if message != "fewer than 10 pictures":
         (place / "few.json").write_text(json.dumps(many(30)))
     with pytest.raises((UserError, OSError), match=message) as error:
-        data.main(["llava", "--images=pictures", *flags])
+        command.main(["llava", "--images=pictures", *flags])
     assert one_line(error)
 
 

@@ -141,7 +141,11 @@ def test_sampling_keeps_to_top_k_and_to_its_seed():
     draw = lambda seed, **how: torch.stack(
         list(
             model.generate(
-                tokens, features, 10, generator=torch.Generator().manual_seed(seed), **how
+                tokens,
+                model.embed_images(features),
+                10,
+                generator=torch.Generator().manual_seed(seed),
+                **how,
             )
         )
     )

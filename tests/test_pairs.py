@@ -7,9 +7,9 @@ import pytest
 from conftest import one_line
 from PIL import Image
 
-import data
 from config import UserError
 from data import Data
+from sources import command
 
 
 def write_pictures(count, captions=1, order=None):
@@ -43,7 +43,7 @@ def here(tmp_path, monkeypatch):
 
 
 def prepare(*flags):
-    data.main(["pairs", "--csv=p.csv", "--size=16", "--vocab_size=300", *flags])
+    command.main(["pairs", "--csv=p.csv", "--size=16", "--vocab_size=300", *flags])
     return Data("data/pairs")
 
 
@@ -134,13 +134,13 @@ def test_a_bad_csv_is_one_clear_line(content, message):
 
 def test_speech_alone_is_enough_for_phase_0(tmp_path):
     (tmp_path / "t.txt").write_text("\n".join(f"line {i} .\n" for i in range(200)))
-    data.main(["pairs", "--name=speech", "--text=t.txt", "--vocab_size=300"])
+    command.main(["pairs", "--name=speech", "--text=t.txt", "--vocab_size=300"])
     dataset = Data("data/speech")
     assert dataset.count("train", "text") and not dataset.count("train", "frames")
     with pytest.raises(UserError, match="was prepared without; see `python data.py pairs --help`"):
         dataset.open("train", "frames")
     with pytest.raises(UserError, match="give --csv FILE"):
-        data.main(["pairs"])
+        command.main(["pairs"])
 
 
 def test_a_picture_is_looked_for_where_it_was_said_to_be(tmp_path, monkeypatch):
@@ -153,4 +153,4 @@ def test_a_picture_is_looked_for_where_it_was_said_to_be(tmp_path, monkeypatch):
     rows = "".join(f"photos/{i}.png,a ball\n" for i in range(20))
     open("pairs.csv", "w").write("image,caption\n" + rows)
     with pytest.raises(UserError, match="elsewhere/photos/0.png: no such image"):
-        data.main(["pairs", "--csv=pairs.csv", "--images=elsewhere"])
+        command.main(["pairs", "--csv=pairs.csv", "--images=elsewhere"])

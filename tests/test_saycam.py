@@ -27,7 +27,7 @@ from common import images
 from common.images import ImageFormat
 from config import UserError
 from pretrained.convnets import ResNeXt
-from sources import saycam
+from sources import command, saycam
 
 # a tower from a file has sizes of its own: these flags would contradict it
 TOWER_FLAGS = ("--patch", "--vision_width", "--vision_depth", "--vision_heads")
@@ -43,7 +43,7 @@ def fake(tmp_path, monkeypatch):
 def prepare(
     *args, frames="frames.txt", name="s", annotations=("train.json", "val.json", "test.json")
 ):
-    data.main(
+    command.main(
         ["saycam", "--name", name, "--frames", frames, "--annotations", *annotations, *SIZE, *args]
     )
     return data.Data(f"data/{name}")
@@ -204,9 +204,9 @@ def test_killed_and_run_again_it_goes_on_to_the_same_bytes(fake, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(sources, "read_all", counting)
-        data.main([*command[2:], "--name=killed"])
+        command.main([*command[2:], "--name=killed"])
     assert len(jobs) <= len(fake) - kept + 4
-    data.main([*command[2:], "--name=whole"])
+    command.main([*command[2:], "--name=whole"])
     assert bins("killed") == bins("whole")
     assert open("data/killed/skipped.txt").read() == open("data/whole/skipped.txt").read()
 
@@ -244,7 +244,7 @@ def test_what_is_not_there_is_one_clear_line(fake):
     with pytest.raises(UserError, match="neither a folder nor a whole zip"):
         prepare(frames="none.zip")
     with pytest.raises(UserError, match="give --frames ZIP_OR_FOLDER"):
-        data.main(["saycam", "--frames", "frames.txt"])
+        command.main(["saycam", "--frames", "frames.txt"])
     with pytest.raises(UserError, match="run `python data.py saycam"):
         train.main(["--phase=1"])
 
@@ -312,7 +312,7 @@ def test_a_name_that_says_two_things_is_asked_about(fake, capsys):
         prepare(annotations=["train.json", "train_val.json"])
     assert one_line(error)
     flags = ["saycam", "--name=s", "--frames=frames.txt", *SIZE]
-    data.main([*flags, "--train=train.json", "--val", "train_val.json"])
+    command.main([*flags, "--train=train.json", "--val", "train_val.json"])
     shown = capsys.readouterr().out
     assert "train train.json" in shown and "val   train_val.json" in shown
     assert "test" not in data.Data("data/s").meta["splits"]

@@ -37,7 +37,7 @@ def test_what_is_kept_out_is_said(capsys):
 
 TWO_ASIDE = """
 import os, sys, time
-import sources
+from common import cores
 
 def beat(name):
     for _ in range(1000):

@@ -13,12 +13,11 @@ import torch
 from conftest import one_line
 from PIL import Image
 
-import data
 import eval as evaluation
 import train
 from config import UserError
 from data import Data
-from sources import toolbox_prompts, toy, toy_games, toy_items
+from sources import command, toolbox_prompts, toy, toy_games, toy_items
 from sources.toolbox_prompts import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS
 from sources.toy import THINGS, Thing
 from sources.toy_chat import article
@@ -37,7 +36,7 @@ def made(tmp_path_factory):
 
     folder, before = tmp_path_factory.mktemp("v2"), os.getcwd()
     os.chdir(folder)
-    data.main(["toy_v2", *FLAGS.split(), "--vocab_size=400"])
+    command.main(["toy_v2", *FLAGS.split(), "--vocab_size=400"])
     os.chdir(before)
     return folder / "data" / "toy_v2"
 

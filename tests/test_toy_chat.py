@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 from data import Data
-from sources import toy, toy_chat
+from sources import command, toy, toy_chat
 from sources.toy import THINGS, Scene, Thing
 from sources.toy_chat import QUESTIONS, View
 
@@ -22,8 +21,8 @@ def made(tmp_path_factory):
 
     folder, before = tmp_path_factory.mktemp("chat"), os.getcwd()
     os.chdir(folder)
-    data.main(["toy_chat", *FLAGS])
-    data.main(["toy_chat", "--name=tiles", *FLAGS, "--canvases", "128x64", "64x128"])
+    command.main(["toy_chat", *FLAGS])
+    command.main(["toy_chat", "--name=tiles", *FLAGS, "--canvases", "128x64", "64x128"])
     os.chdir(before)
     return folder / "data"
 
@@ -118,7 +117,7 @@ def test_questions_are_the_same_whatever_the_form_of_the_pictures(made):
 
 def test_the_same_seed_says_the_same(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data.main(["toy_chat", *FLAGS])
+    command.main(["toy_chat", *FLAGS])
     assert Data("data/toy_chat").meta["corpus"] == Data(made / "toy_chat").meta["corpus"]
 
 

@@ -28,6 +28,7 @@ import vision
 from batches import SampleBatches
 from common.files import read_log
 from config import UserError
+from sources import command
 from training import features, phases
 from training.prefetch import in_advance
 from training.processes import Processes, is_lost_process
@@ -173,7 +174,7 @@ def test_conversations_are_phase_3_where_there_are_some(tmp_path, monkeypatch):
 def test_all_is_what_the_data_has_samples_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.txt").write_text("a ball .\nlook !\nthe cat\n" * 90)
-    data.main(["pairs", "--name=speech", "--text=t.txt", "--vocab_size=280"])
+    command.main(["pairs", "--name=speech", "--text=t.txt", "--vocab_size=280"])
     train.main(["--data=data/speech", "--out=out/speech", *SMALL])
     assert [path.name for path in Path("out/speech").glob("*.pt")] == ["language.pt"]
 
@@ -415,22 +416,22 @@ def test_data_with_too_little_for_a_phase_is_one_clear_line(tmp_path, monkeypatc
 
 def test_a_corpus_changed_under_a_run_is_refused(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data.main(["toy", "--name=tiny", *TINY])
+    command.main(["toy", "--name=tiny", *TINY])
     run("--evaluate=False", out="out/c")
-    data.main(["toy", "--name=tiny", *TINY, "--seed=5"])
+    command.main(["toy", "--name=tiny", *TINY, "--seed=5"])
     with pytest.raises(UserError, match="was trained on other data: data/tiny was prepared again"):
         run("--phase=language", out="out/c")
     Path("out/c/phase2.pt").unlink()
     with pytest.raises(UserError, match="has another vocabulary than data/tiny") as error:
         run("--phase=2", out="out/c")
     assert one_line(error)
-    data.main(["toy", "--name=tiny", *TINY])  # the same bytes again: all is well
+    command.main(["toy", "--name=tiny", *TINY])  # the same bytes again: all is well
     run("--evaluate=False", out="out/c")
 
 
 def test_pictures_of_another_size_are_refused(recipe, home):
     tiny = [flag for flag in TINY if not flag.startswith("--size")]
-    data.main(["toy", "--name=larger", *tiny, "--size=24"])
+    command.main(["toy", "--name=larger", *tiny, "--size=24"])
     begin(recipe, "sizes", "vision", "language")
     with pytest.raises(UserError, match="was trained on pictures made as") as error:
         train.main(["--data=data/larger", "--out=out/sizes", *SMALL, "--phase=1"])

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from conftest import one_line
 
-import data
 from config import UserError
 from data import Data
-from sources import ffmpeg, transcripts
+from sources import command, ffmpeg, transcripts
 
 FLAGS = "--size=16 --fit=squash --vocab_size=300 --fps=2".split()
 
@@ -68,7 +67,7 @@ def test_frames_are_those_on_the_screen(folder):
 
 
 def test_pairs_clips_and_moments(folder):
-    data.main(["video", "--videos=ffmpeg", *FLAGS, "--window=4"])
+    command.main(["video", "--videos=ffmpeg", *FLAGS, "--window=4"])
     dataset = Data("data/video")
     singles, clips, moments = [], [], []
     for split in ("train", "val"):
@@ -89,7 +88,7 @@ def test_pairs_clips_and_moments(folder):
 
 def test_no_frame_is_kept_twice(folder):
     """60 pairs at 2 frames a second of 21 seconds: 43 frames at most, and a few at the seams."""
-    data.main(["video", "--videos=ffmpeg", *FLAGS])
+    command.main(["video", "--videos=ffmpeg", *FLAGS])
     counts = Data("data/video").meta["splits"]
     assert sum(counts[split]["frames"] for split in ("train", "val")) <= 43 + 2 * 3
 
@@ -109,7 +108,7 @@ FORMS = {
 def test_four_forms_say_the_same(tmp_path, form):
     path = tmp_path / f"one.{form}"
     path.write_text(FORMS[form], encoding="utf-8")
-    said, _ = transcripts.read(path)
+    said, _ = transcripts.read_transcript(path)
     assert [(one.start, one.end) for one in said] == [(0, 1), (1.5, 3)]
     assert [one.words.rstrip(" .") for one in said] == ["hello there", "a ball !"]
 
@@ -117,15 +116,17 @@ def test_four_forms_say_the_same(tmp_path, form):
 def test_speakers_are_kept_or_dropped(tmp_path):
     path = tmp_path / "one.cha"
     path.write_text(FORMS["cha"], encoding="utf-8")
-    assert [one.words for one in transcripts.read(path, ("CHI",))[0]] == ["ba ."]
-    assert len(transcripts.read(path, ("CHI", "MOT"))[0]) == 3
-    assert transcripts.read(path, ("-MOT",))[0] == []  # nor is the key child let in by it
+    assert [one.words for one in transcripts.read_transcript(path, ("CHI",))[0]] == ["ba ."]
+    assert len(transcripts.read_transcript(path, ("CHI", "MOT"))[0]) == 3
+    assert (
+        transcripts.read_transcript(path, ("-MOT",))[0] == []
+    )  # nor is the key child let in by it
 
 
 def test_a_killed_run_reads_no_film_twice(folder, monkeypatch):
     make_film(folder / "ffmpeg" / "two.mkv")
     (folder / "ffmpeg" / "two.srt").write_text(srt(SAID))
-    data.main(["video", "--videos=ffmpeg", *FLAGS, "--name=whole"])
+    command.main(["video", "--videos=ffmpeg", *FLAGS, "--name=whole"])
     read, real = [], ffmpeg.read_frames
 
     def counted(path, fps):
@@ -139,8 +140,8 @@ def test_a_killed_run_reads_no_film_twice(folder, monkeypatch):
     monkeypatch.setattr(ffmpeg, "read_frames", counted)
     monkeypatch.setattr(sources.video, "on_all_cores", lambda work, jobs, together: map(work, jobs))
     with pytest.raises(KeyboardInterrupt):
-        data.main(["video", "--videos=ffmpeg", *FLAGS])
-    data.main(["video", "--videos=ffmpeg", *FLAGS])
+        command.main(["video", "--videos=ffmpeg", *FLAGS])
+    command.main(["video", "--videos=ffmpeg", *FLAGS])
     assert read == ["one.mkv", "two.mkv", "two.mkv"]
     assert Data("data/video").meta["corpus"] == Data("data/whole").meta["corpus"]
     assert not (folder / "data" / "video" / "reading").exists()
@@ -195,12 +196,12 @@ def corrupt(folder, name):
         ("ends before it starts", "one.srt:2: it ends"),
         ("past the film", "one.srt:82: said until 51 s"),
         ("a little past, then far", "one.srt:86: said until 51 s"),
-        ("empty film", "one.mkv: no film that ffmpeg can show (it is empty)"),
-        ("no film", "one.mkv: no film that ffmpeg can show"),
-        ("sound alone", "one.mkv: no film that ffmpeg can show (it has sound or text alone)"),
+        ("empty film", "one.mkv: not a film that ffmpeg can decode (it is empty)"),
+        ("no film", "one.mkv: not a film that ffmpeg can decode"),
+        ("sound alone", "one.mkv: not a film that ffmpeg can decode (it has only sound or text)"),
         ("mixed encodings", "one.srt:83: not in UTF-8"),
         ("no transcript", "one.mkv: no one{.srt"),
-        ("no time", "one.srt:22: 'five' is no time"),
+        ("no time", "one.srt:22: 'five' is not a time"),
         ("far", "one.srt:2: 99999999999999999999:00:02,000 is past 100 hours"),
         ("far in a table", "one.csv:2: 100000000 is past 100 hours"),
         ("far in a chat", "one.cha:1: 9000000000000 ms is past 100 hours"),
@@ -211,14 +212,14 @@ def corrupt(folder, name):
 def test_corrupted_ffmpeg_and_transcripts(folder, name, why):
     corrupt(folder, name)
     with pytest.raises(UserError) as error:
-        data.main(["video", "--videos=ffmpeg", *FLAGS])
+        command.main(["video", "--videos=ffmpeg", *FLAGS])
     assert one_line(error) and why in str(error.value)
     assert not (folder / "data" / "video" / "meta.json").exists()
 
 
 def test_an_unknown_speaker_is_named(folder):
     with pytest.raises(UserError, match="--speakers DAD: not in ffmpeg"):
-        data.main(["video", "--videos=ffmpeg", "--speakers=DAD", *FLAGS])
+        command.main(["video", "--videos=ffmpeg", "--speakers=DAD", *FLAGS])
 
 
 def test_without_ffmpeg_one_line_says_how_to_get_it(monkeypatch):
@@ -239,6 +240,6 @@ def test_pictures_come_one_at_a_time(folder):
 
 
 def test_meta_tells_the_template(folder):
-    data.main(["video", "--videos=ffmpeg", *FLAGS, "--template=baby_v1"])
+    command.main(["video", "--videos=ffmpeg", *FLAGS, "--template=baby_v1"])
     meta = json.load(open("data/video/meta.json"))
     assert meta["template"] == {"name": "baby_v1", "system": ""}

@@ -295,7 +295,7 @@ def test_towers_come_from_pth_and_safetensors_files(tmp_path):
 
 def test_the_heads_of_an_unpublished_width_are_not_guessed(tmp_path):
     """A bare state dict of 4 heads used to load, silently, with width / 64 = 1."""
-    with pytest.raises(DoesNotFit, match="do not say how many heads"):
+    with pytest.raises(DoesNotFit, match="do not show how many heads"):
         tower_of(tower(heads=4).state_dict())
     torch.save(tower(heads=4).state_dict(), tmp_path / "bare.pth")
     with pytest.raises(UserError, match="bare.pth: a ViT 64 wide.*or a vision.pt") as error:

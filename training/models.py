@@ -73,10 +73,12 @@ def new_projector(settings, dataset, parents):
 
 
 def check_grid(model, size):
-    """Raise UserError if the image tokens of an image of this size are no grid that can be pooled
-    or cut into tiles as the options ask."""
+    """Raise UserError if the image tokens of an image of this size are not a grid that can be
+    pooled or joined to tiles as the options ask."""
     if not model.projector.keeps_grid and (model.tiled or model.image_pool > 1):
         raise UserError("--projector: with this one there are no tiles and no --image_pool")
+    if model.tiled and model.keep_cls:
+        raise UserError("--keep_cls: a map of tiles has no position for CLS tokens")
     side = int(model.tower.num_patches(size) ** 0.5)
     if side % model.image_pool:
         raise UserError(
@@ -111,11 +113,13 @@ def from_phase_before(settings, dataset, parents):
     model = checkpoint.build(parent, attention=settings.attention, norm=settings.norm).model
     if dataset.image_format.canvases:
         model.use_tiles()
+    check_grid(model, dataset.image_format.size)
     return model
 
 
 def make_model(settings, phase, dataset, parents):
     """The model of a phase, untrained by this phase."""
+    # a model that --init names replaces all earlier phases, whatever this phase would start from
     make = from_phase_before if list(parents) == ["init"] else phase.make
     model = make(settings, dataset, parents)
     if "lora_rank" in phase.options and settings.lora_rank:

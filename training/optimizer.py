@@ -1,8 +1,9 @@
 """
 Which parameters are trained, at which rate, and by which optimizer.
 
-Another optimizer is a change of make_optimizers() alone: train.py's loop steps every optimizer in
-the list that it returns, and a checkpoint stores their states in its order.
+Another optimizer is a change of make_optimizers(): train.py's loop steps every optimizer in the
+list that it returns, none of which may be empty, and a checkpoint stores their states in its order.
+An option of its own belongs to Config in train.py and to EVERY_PHASE in phases.py.
 """
 
 import math
@@ -39,7 +40,7 @@ def find_parameters(model, part):
 
 
 def set_trainable(model, parts, lr):
-    """Make the named parts trainable and freeze all else. Returns [(parameters, rate)].
+    """Make the named parts trainable and freeze all else. Returns [({name: parameter}, rate)].
 
     parts: entries as parse_part() takes them. What is frozen is in eval mode: no dropout there.
     Raises UserError for a part that does not exist, overlaps another, or has nothing to train."""
@@ -59,19 +60,19 @@ def set_trainable(model, parts, lr):
             parameter.requires_grad_(True)
         if part in modules:
             modules[part].train()
-        groups.append((list(found.values()), rate))
+        groups.append((found, rate))
     return groups
 
 
 def make_optimizers(settings, groups, device):
-    """The optimizers of groups [(parameters, rate)]: one AdamW, with weight decay for matrices and
-    without for vectors. [] if there is nothing to train (an identity projector).
+    """The optimizers of groups [({name: parameter}, rate)]: one AdamW, with weight decay for
+    matrices and without for vectors. [] if there is nothing to train (an identity projector).
 
     Each param group has its highest learning rate as "highest_lr"."""
     params = []
     for parameters, rate in groups:
-        matrices = [p for p in parameters if p.ndim >= 2]
-        vectors = [p for p in parameters if p.ndim < 2]
+        matrices = [p for p in parameters.values() if p.ndim >= 2]
+        vectors = [p for p in parameters.values() if p.ndim < 2]
         for some, decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
             if some:
                 group = {"params": some, "weight_decay": decay, "highest_lr": rate, "lr": rate}

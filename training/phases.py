@@ -35,8 +35,8 @@ class Phase:
     make: object  # make(settings, dataset, parents): its model, see models.py
     validate: object  # validate(run): {measure: value} for the log, see validation.py
     starts_from: tuple = ()  # the phases before
-    inherited: tuple = ()  # options that decide the model and hold for all later phases
-    options: tuple = ()  # other options that concern it
+    inherited: tuple = ()  # options that fix the model; later phases must not contradict them
+    options: tuple = ()  # other options that must not change when this phase is resumed
     weights_option: str = ""  # the option that replaces training by weights from elsewhere
     load_weights: object = None  # load_weights(path, dataset): a BabyLLaVA of that part alone
     fixes_images: bool = True  # later phases need images of the same format

@@ -39,21 +39,24 @@ def phase_flag(name):
 
 
 def choose_phases(settings, dataset, phases):
-    """The names of the phases that --phase asks for. "0": those that start from nothing. "1" and
-    later: with the parents that come ready from elsewhere. "all": those that have data and steps.
+    """The names of the phases that --phase asks for, each after those it starts from.
 
-    phases: train.py's table. Raises UserError."""
+    "0": those that start from nothing. "1" and later: that phase, and the parents whose weights an
+    option names (phase 1 with --vision_weights imports the tower first). "all": those that have
+    data and steps. phases: train.py's table."""
     wanted = settings.phase
+    depth = lambda name: 1 + max(map(depth, phases[name].starts_from), default=0)
     if wanted == "0":
         return tuple(name for name, phase in phases.items() if not phase.starts_from)
     if wanted == "all":
-        return tuple(
+        chosen = [
             name
             for name, phase in phases.items()
             if all(dataset.count(split, phase.batches.BIN) for split in phase.splits)
             and getattr(settings, f"{name}_steps")
             and (phase.starts_from or not find_checkpoint(settings, name)[1])
-        )
+        ]
+        return tuple(sorted(chosen, key=depth))
     (name,) = (name for name in phases if phase_flag(name) == wanted)
     ready = [
         parent
@@ -137,7 +140,9 @@ def inherit(settings, parents):
         for name, value in found["inherited"].items():
             wanted = getattr(settings, name)
             if name == "block_size" and name in settings.given and wanted > (value or 0):
-                value = wanted  # rotary positions have no parameters: a context may grow
+                value = (
+                    wanted  # a context may grow: rotary positions have no parameters (None: any)
+                )
             if name in settings.given and wanted != value:
                 path = settings.init if parent == "init" else f"{settings.out}/{parent}.pt"
                 has = f"which has {value!r}" if value is not None else "which came ready"
