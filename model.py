@@ -163,8 +163,8 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.n_embd, outputs, bias=config.qkv_bias)
         self.o_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, positions):
-        """x (B, T, C) -> (B, T, C)"""
+    def forward(self, x, positions, first=0):
+        """x (B, T, C) -> (B, T - first, C), the outputs of the positions from `first` on."""
         B, T, C = x.shape
         qkv = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_width)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H, D)
@@ -172,10 +172,11 @@ class Attention(nn.Module):
         k = rotate(k, positions.cos, positions.sin)
         if positions.cache is not None:
             k, v = positions.cache.extend(self.layer, k, v)
+        q = q[:, first:]
         if positions.maps is not None:
             positions.maps.append(attention_weights(q, k, positions.prefix))
         y = attention(q, k, v, positions.prefix, backend=self.backend)
-        return F.dropout(self.o_proj(y.reshape(B, T, C)), self.dropout, self.training)
+        return F.dropout(self.o_proj(y.reshape(B, T - first, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -204,8 +205,8 @@ class Block(nn.Module):
 
     def forward(self, x, positions, first=0):
         """x (B, T, C) -> (B, T - first, C). first: see GPT.forward."""
-        attended = self.self_attn(self.input_layernorm(x), positions)
-        x, h = self.post_attention_layernorm.add(x[:, first:], attended[:, first:])
+        attended = self.self_attn(self.input_layernorm(x), positions, first)
+        x, h = self.post_attention_layernorm.add(x[:, first:], attended)
         return x + self.mlp(h)
 
 
@@ -263,9 +264,9 @@ class GPT(nn.Module):
         """x: ids (B, T) or embeddings (B, T, C), at the positions after those in the cache.
         All positions may attend to the first `prefix` ones.
 
-        first: hidden states are wanted from this position on, (B, T - first, C), so the MLP of the
-        last block can skip those before. With 64 image tokens the first word is predicted at
-        position 63; first = 56 skips the last MLP of 56 of them (docs/speed.md: what it saves)."""
+        first: hidden states are wanted from this position on, (B, T - first, C), so the last block
+        computes only their queries and MLP. With 64 image tokens the first word is predicted at
+        position 63, and first = 56 skips 56 positions (docs/speed.md: what it saves)."""
         x = self.embed(x) if x.ndim == 2 else x
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]

@@ -139,10 +139,10 @@ def test_a_steps_flops_are_those_of_its_products():
     assert utilization.step_flops("language", shape) == 2 * 3 * forward
 
     T, places, E, words = 196 + 60 - 1, 196, 384, 60
-    wanted = T - 192  # positions of the last MLP, from the first target on, rounded to eights
-    last = 2 * T * 4 * C * C + 2 * wanted * 3 * C * hidden
+    wanted = T - 192  # positions of the last block, from the first target on, rounded to eights
+    last = 2 * T * 3 * C * C + 2 * wanted * (C * C + 3 * C * hidden)  # its qkv is of all positions
     products = (layers - 1) * 2 * T * block + last + 2 * words * VOCABULARY * C
-    attention = layers * 4 * T * T * C
+    attention = (layers - 1) * 4 * T * T * C + 4 * wanted * T * C
     projector = 2 * 2 * places * E * C + 3 * 2 * places * C * C  # nobody asks for its input's
     shape = utilization.shape_of("phase1", C, 256)
     # frozen weights have no gradients; attention's has twice its products
