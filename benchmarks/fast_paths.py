@@ -7,13 +7,17 @@ its plain form.
 
 Eager, fp32, two threads. One process; the variants take turns, a step each a round, so that
 whatever else the machine does slows all alike. Work: a step of phase language (shape L of
-peers.py), of phase 2 (shapes S and B), a DINO step, and 64 tokens generated after a picture (shape
-S). A gain of 1.05 says that the step takes 1.05 times as long without this operation.
+peers.py), of phase 2 (shapes S and B), a DINO step, 64 tokens generated after a picture (shape S),
+and a vocabulary of byte pairs. A gain of 1.05 says that the step takes 1.05 times as long without
+this operation.
 """
 
 import dataclasses
+import re
 import statistics
 import sys
+import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -27,14 +31,17 @@ from sides import SHAPES, Ours, make_run
 import batches
 import config
 import dino
+import tokenizer
 import train
 from common.images import ImageFormat
 from config import option
 from fast import products
+from fast.bpe import train_bpe
 from fast.memory import keep_memory
+from sources import toy
 from vision import ViT
 
-WORK = ("language", "phase2", "dino", "generation")
+WORK = ("language", "phase2", "dino", "generation", "bpe")
 
 
 @dataclasses.dataclass
@@ -68,6 +75,21 @@ if products.ONEDNN:
     VARIANTS["products by oneDNN"] = [(products, "uses_onednn", never)]
 else:
     VARIANTS["products by oneDNN (off on this CPU)"] = [(products, "uses_onednn", always)]
+
+
+def print_bpe():
+    """Train a vocabulary of the toy world's speech with the heap and with the plain loop."""
+    counts = Counter()
+    for line in toy.speech(toy.Config(), "train", toy.THINGS):
+        counts.update(re.findall(tokenizer.PATTERN, " " + line))
+    merges = 512 - 256 - len(tokenizer.SPECIALS)
+    start = time.perf_counter()
+    fast = train_bpe(counts, merges, tokenizer.merge)
+    middle = time.perf_counter()
+    assert fast == tokenizer.train_bpe_plain(counts, merges)
+    plain = time.perf_counter() - middle
+    seconds = f"{middle - start:.3f} s, plain {plain:.3f} s"
+    print(f"| heap of byte pairs | bpe | {len(counts)} words, {merges} merges | {seconds} |")
 
 
 def without(replaced, action):
@@ -117,6 +139,8 @@ def main(argv):
     print("| operation | work | shape | gain |\n|---|---|---|---|")
     shapes = {"language": ("L",), "phase2": ("S", "B"), "generation": ("S",), "dino": ("toy",)}
     device = torch.device("cpu")
+    if "bpe" in settings.work:
+        print_bpe()
     for work in settings.work:
         for shape in shapes.get(work, ()):
             step = actions(work, shape)
