@@ -101,7 +101,7 @@ class Order:
         """The cards at the positions start .. start + count - 1 of the endless deck."""
         positions = np.arange(start, start + count) - self.curriculum
         numbers, cards = positions // self.n, positions % self.n
-        chosen, used = positions.copy(), {}
+        chosen, used = positions.copy(), {}  # negative positions are the curriculum
         for number in np.unique(numbers[positions >= 0]).tolist():
             used[number] = self.passes.get(number)
             if used[number] is None:

@@ -18,8 +18,8 @@ Checkpoints: what a run saves and loads. One self-contained file, a dict of torc
                   make_projector's arguments, "seeing": BabyLLaVA's other arguments}
     weights       the state dict of a model.BabyLLaVA of these parts
     validates_on  {"split", "batches"} of the validation loss; None for a tower
-    template      {"name", "system"} of the conversations it was trained on; None, or missing, if
-                  it was trained on captions alone
+    template      {"name", "system"} of the conversations of phase 3, also kept by later phases;
+                  None, or missing, before it
     skipped       how many steps were skipped because their gradient was not finite; optional
     lora          {name: factor} with LoRA; `weights` has them merged
     dino          the state dict of a dino.DINO, for resuming

@@ -82,7 +82,9 @@ class SplitWriter:
     def __init__(self, writer, name):
         self.writer, self.name, self.bins, self.characters = writer, name, {}, 0
         self.last_clip = 0
-        self.curriculum = 0  # so many samples at the start are read first, once, in order
+        self.curriculum = (
+            0  # so many samples are read first, once, in order of windows (batches.py)
+        )
 
     def path(self, suffix):
         return self.writer.directory / f"{self.name}_{suffix}"

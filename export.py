@@ -23,7 +23,7 @@ from common.files import read_json, write_json, writing
 from common.images import RESAMPLING
 from config import UserError
 from pretrained import safetensors, tokenizer_json
-from pretrained.exported import K
+from pretrained.exported import K  # 256: the factor of norm_as_layer(), which reading needs too
 from tokenizer import TEMPLATES, end_tokens
 
 LEFT_OUT = ("weights", "optimizers", "dino", "lora", "tokenizer")  # not in config.json
@@ -395,6 +395,8 @@ def check_exportable(loaded):
         )
     if model.image_pool > 1:
         raise UserError("image_pool: transformers' LLaVA takes each patch as a token")
+    if type(model.gpt.norm).__name__ != "RMSNorm":
+        raise UserError("transformers' Llama has RMSNorm, and no other norm")
     if model.image_attention != "causal":
         raise UserError("image_attention=full: transformers' LLaVA has causal attention alone")
     after_norm = model.select_layer == -1 and model.tower.arguments.get("final_norm")

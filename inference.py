@@ -34,9 +34,12 @@ def open_model(path, device="cpu", dtype=""):
         from pretrained import huggingface  # imported only if a folder is given
 
         return huggingface.load(path, device, dtype)
-    loaded = checkpoint.load(path, device)
+    loaded = checkpoint.load(path)
     if dtype:
         loaded.model.to(getattr(torch, dtype))
+        if loaded.model.gpt is not None:
+            loaded.model.gpt.set_rotary()  # in fp32 again
+    loaded.model.to(device)
     return loaded
 
 
@@ -59,7 +62,7 @@ def encode_frames(loaded, frames, batch=64):
     features = []
     for start in range(0, len(frames), batch):
         pixels = to_pixels(frames[start : start + batch], loaded.image_format, loaded.device)
-        features.append(loaded.model.encode_images(pixels.to(loaded.dtype)))
+        features.append(loaded.model.encode_images(pixels))
     return torch.cat(features)
 
 

@@ -28,7 +28,7 @@ from kernels import attention, attention_weights, choose, rms_norm
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT. train.py has an option for each of the first seven, and for dropout."""
+    """The sizes of a GPT. train.py has options for those in training/models.GPT_SIZES, and dropout."""
 
     vocab_size: int
     block_size: int  # the longest sequence in tokens, image tokens included
@@ -101,6 +101,10 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.Module):
+    """The norm of the GPT. Another norm takes its place here and needs add() too. Give its parameters
+    other names than `weight`: then checkpoints and Llama folders with RMSNorm are refused, and not
+    misread. (`--norm` chooses the backend of this one; export.py exports no other.)"""
+
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))
@@ -410,6 +414,7 @@ class BabyLLaVA(nn.Module):
 
     def encode_images(self, pixels):
         """Pixels (N, 3, S, S) -> features (N, num_features, E), CLS first if it is kept."""
+        pixels = pixels.to(next(self.tower.parameters()).dtype)
         return self.tower(pixels, self.select_layer)[:, 0 if self.keep_cls else 1 :]
 
     def project(self, features):

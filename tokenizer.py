@@ -31,6 +31,7 @@ from fast.bpe import train_bpe
 # counts) and tiktoken's regex (which encodes) agree on them.
 PATTERN = r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+| ?_+|\s+"
 SPECIALS = ("<pad>", "<eos>", "<image>")
+SPECIAL = r"<\|?\w+\|?>"  # the form of a special token in a chat template
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ class Template:
     """A chat template: how a conversation is written.
 
     In its texts {} is replaced by what is said, {bos} and {eos} by the vocabulary's tokens, and
-    <...> by special tokens of that name. The loss is on the answer and its end.
+    <name> and <|name|> by special tokens of the vocabulary. The loss is on the answer and its end.
 
     user: a question, up to where the answer starts. answer, end: the answer and what closes it.
     begin: before the conversation. system: around an optional system text. between: after an
@@ -308,9 +309,8 @@ class MaskedText:
             if specials[part] is not None:
                 self.tokens.append(specials[part])
                 self.loss_mask.append(int(in_loss and part != "<image>"))
-            if (
-                part != "{bos}"
-            ):  # other implementations split the text first, then put bos before it
+            # other implementations put bos before a text that is split already: no special to them
+            if part != "{bos}":
                 self.after = "special"
 
 
@@ -357,7 +357,7 @@ def check_vocabulary(tokenizer, template):
     """Raise UserError if a vocabulary lacks one of a template's special tokens."""
     texts = (template.begin, template.system, template.user, template.picture)
     texts = "".join((*texts, template.answer, template.end, template.between))
-    for name in re.findall(r"<\|\w+\|>", texts):
+    for name in re.findall(SPECIAL, texts):
         if name not in tokenizer.specials:
             raise UserError(f"this template needs {name}, which the vocabulary does not have")
 
@@ -374,6 +374,7 @@ def with_pictures(template, words, count):
 def end_tokens(tokenizer, template=None):
     """The ids that end an answer: <eos> and the template's own end."""
     ends = set(tokenizer.stops)
-    if template is not None and template.end in tokenizer.specials:
-        ends.add(tokenizer.specials[template.end])
+    if template is not None:
+        names = re.findall(SPECIAL, template.end)
+        ends |= {tokenizer.specials[name] for name in names if name in tokenizer.specials}
     return tuple(sorted(ends))

@@ -12,6 +12,7 @@ from conftest import ROOT, one_line
 import checkpoint
 import data
 import eval as evaluation
+import inference
 import tasks
 from batches import Plan, SampleBatches, TextBatches
 from config import UserError
@@ -466,3 +467,16 @@ def test_only_files_of_ones_own_stand_beside_the_paper(recipe, home, capsys):
     row = next(line for line in said if line.startswith("this one, trained on"))
     assert row.split()[-4:-1] == ["-", "-", "-"]
     assert "this one's on data/tiny/eval/caption.csv" in said
+
+
+@pytest.mark.parametrize("phase", ["language", "phase2"])
+def test_weights_in_bfloat16_keep_fp32_positions_and_give_a_loss(recipe, home, tmp_path, phase):
+    """Rotary tables in bfloat16 would be wrong from some position on."""
+    loaded = inference.open_model(recipe / f"{phase}.pt", dtype="bfloat16")
+    assert loaded.model.gpt.cos.dtype == torch.float32 and loaded.dtype == torch.bfloat16
+    flags = [f"--checkpoint={recipe}/{phase}.pt", "--dtype=bfloat16", f"--out={tmp_path}"]
+    evaluation.main(flags)
+    exact = json.loads((recipe / "results.json").read_text())
+    found = json.loads((tmp_path / "results.json").read_text())
+    if phase == "phase2":
+        assert found["val_loss"] == pytest.approx(exact["val_loss"], rel=0.05)

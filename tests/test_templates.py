@@ -3,7 +3,7 @@
 import pytest
 
 from config import UserError
-from tokenizer import TEMPLATES, Tokenizer, chat_sample, end_tokens, expand, with_pictures
+from tokenizer import TEMPLATES, Template, Tokenizer, chat_sample, end_tokens, expand, with_pictures
 
 OURS = Tokenizer.train(["what is it ? a ball .", "USER: ASSISTANT:"] * 9, 300)
 TURNS = [("<image>\nwhat is it ?", "a ball ."), ("and this <image> ?", "a cup .")]
@@ -129,3 +129,13 @@ def test_what_is_said_after_bos_is_the_beginning_of_the_text():
 
     chat_sample(Notes(), TEMPLATES["mistral"], [("<image>what", "a ball")])
     assert begun == [("[INST] ", "start"), ("what [/INST]", "special"), (" a ball", "text")]
+
+
+def test_an_answers_end_is_found_and_any_special_token_is_required():
+    """Also where the template's end is more than one token, and of names without bars."""
+    turn = Template("<start>{}<end>\n<start>", end="<end>\n")
+    with pytest.raises(UserError, match="this template needs <start>"):
+        chat_sample(OURS, turn, TURNS)
+    made = specials("<start>", "<end>")
+    assert chat_sample(made, turn, TURNS)[0].count(made.specials["<end>"]) == 4
+    assert made.specials["<end>"] in end_tokens(made, turn)

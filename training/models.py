@@ -88,7 +88,7 @@ def check_grid(model, size):
 
 def with_extra_stage(tower, depth):
     """A ConvNeXt with one more, random stage of `depth` blocks: ConvLLaVA's fifth."""
-    if "depths" not in tower.arguments or "stem" not in tower.arguments:
+    if vision.describe_tower(tower)["kind"] != "convnext":
         raise UserError("extra_stage: only a ConvNeXt has stages")
     arguments = tower.arguments | {"depths": [*tower.arguments["depths"], depth]}
     larger = type(tower)(**arguments)

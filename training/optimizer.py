@@ -3,7 +3,7 @@ Which parameters are trained, at which rate, and by which optimizer.
 
 Another optimizer is a change of make_optimizers(): train.py's loop steps every optimizer in the
 list that it returns, none of which may be empty, and a checkpoint stores their states in its order.
-An option of its own belongs to Config in train.py and to EVERY_PHASE in phases.py.
+An option of its own belongs to Config in train.py and to EVERY_PHASE in training/phases.py.
 """
 
 import math

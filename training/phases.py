@@ -32,11 +32,11 @@ class Phase:
     learns: tuple  # the parts that are trained, as optimizer.parse_part() takes them
     batches: type  # what it reads, see batches.py
     splits: tuple  # to train on, and optionally to validate on
-    make: object  # make(settings, dataset, parents): its model, see models.py
+    make: object  # make(settings, dataset, parents): its model, see models.py; not used with --init
     validate: object  # validate(run): {measure: value} for the log, see validation.py
     starts_from: tuple = ()  # the phases before
     inherited: tuple = ()  # options that fix the model; later phases must not contradict them
-    options: tuple = ()  # other options that must not change when this phase is resumed
+    options: tuple = ()  # its other options; none of own_options() may change on resuming
     weights_option: str = ""  # the option that replaces training by weights from elsewhere
     load_weights: object = None  # load_weights(path, dataset): a BabyLLaVA of that part alone
     fixes_images: bool = True  # later phases need images of the same format
@@ -239,6 +239,8 @@ def save(run, step):
     )
     if run.phase.saves_template:
         contents["template"] = run.dataset.meta.get("template")
+    else:  # a phase on captions keeps what an earlier phase on conversations has learnt
+        contents["template"] = next((p.get("template") for p in run.parents.values()), None)
     if model is not run.raw_model:
         contents["dino"] = run.raw_model.state_dict()
     if factors:

@@ -38,6 +38,11 @@ def phase_flag(name):
     return name.removeprefix("phase")
 
 
+def count_ancestors(name, phases):
+    """The length of the longest chain of phases before this one."""
+    return max((1 + count_ancestors(p, phases) for p in phases[name].starts_from), default=0)
+
+
 def choose_phases(settings, dataset, phases):
     """The names of the phases that --phase asks for, each after those it starts from.
 
@@ -45,7 +50,6 @@ def choose_phases(settings, dataset, phases):
     option names (phase 1 with --vision_weights imports the tower first). "all": those that have
     data and steps. phases: train.py's table."""
     wanted = settings.phase
-    depth = lambda name: 1 + max(map(depth, phases[name].starts_from), default=0)
     if wanted == "0":
         return tuple(name for name, phase in phases.items() if not phase.starts_from)
     if wanted == "all":
@@ -56,7 +60,7 @@ def choose_phases(settings, dataset, phases):
             and getattr(settings, f"{name}_steps")
             and (phase.starts_from or not find_checkpoint(settings, name)[1])
         ]
-        return tuple(sorted(chosen, key=depth))
+        return tuple(sorted(chosen, key=lambda name: count_ancestors(name, phases)))
     (name,) = (name for name in phases if phase_flag(name) == wanted)
     ready = [
         parent
@@ -139,10 +143,9 @@ def inherit(settings, parents):
     for parent, found in parents.items():
         for name, value in found["inherited"].items():
             wanted = getattr(settings, name)
+            # a context may grow, because rotary positions have no parameters
             if name == "block_size" and name in settings.given and wanted > (value or 0):
-                value = (
-                    wanted  # a context may grow: rotary positions have no parameters (None: any)
-                )
+                value = wanted
             if name in settings.given and wanted != value:
                 path = settings.init if parent == "init" else f"{settings.out}/{parent}.pt"
                 has = f"which has {value!r}" if value is not None else "which came ready"
