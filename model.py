@@ -28,7 +28,7 @@ from kernels import attention, attention_weights, choose, rms_norm
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT. train.py has options for those in training/models.GPT_SIZES, and dropout."""
+    """The sizes of a GPT. train.py has options for GPT_SIZES of training/models.py, and dropout."""
 
     vocab_size: int
     block_size: int  # the longest sequence in tokens, image tokens included
@@ -101,9 +101,10 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.Module):
-    """The norm of the GPT. Another norm takes its place here and needs add() too. Give its parameters
-    other names than `weight`: then checkpoints and Llama folders with RMSNorm are refused, and not
-    misread. (`--norm` chooses the backend of this one; export.py exports no other.)"""
+    """The norm of the GPT. Another norm takes its place here and needs add() too. Give its
+    parameters other names than `weight`: then checkpoints and Llama folders with RMSNorm are
+    refused, and not misread. (`--norm` chooses the backend of this one; export.py exports no
+    other.)"""
 
     def __init__(self, config):
         super().__init__()
