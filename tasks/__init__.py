@@ -33,8 +33,8 @@ class Task:
     columns: those that its CSV must have; pictures: those that name pictures. read: read(path) ->
     rows, for a file that is not such a CSV (it may add columns: devbench adds `images`); suffix:
     of its file. published: one of BabyVLM's four, printed beside the paper's table. speaks: its
-    answers go onto the contact sheet, beside the column `text`. example: example(rows, subject) -> (frames, question, right answer, answer), for
-    a sheet of examples."""
+    answers go onto the contact sheet, beside the column `text`. example: example(rows, subject) ->
+    (frames, question, right answer, answer), for a sheet of examples."""
 
     columns: tuple
     pictures: tuple
