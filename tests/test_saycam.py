@@ -173,7 +173,7 @@ def test_missing_and_damaged_frames_are_listed_never_silent(fake, capsys):
 def test_killed_and_run_again_it_goes_on_to_the_same_bytes(fake, monkeypatch):
     fake = fake_saycam.write(".", (100, 6, 2), size=300)
     damage(fake, 3, 1)
-    command = [
+    typed = [
         sys.executable,
         str(ROOT / "data.py"),
         "saycam",
@@ -186,7 +186,7 @@ def test_killed_and_run_again_it_goes_on_to_the_same_bytes(fake, monkeypatch):
         "test.json",
     ]
     partial = Path("data/killed/train_frames.partial")
-    run = subprocess.Popen([*command, "--name=killed"], stderr=subprocess.DEVNULL)
+    run = subprocess.Popen([*typed, "--name=killed"], stderr=subprocess.DEVNULL)
     while run.poll() is None and not (partial.exists() and partial.stat().st_size > 200 * 3072):
         time.sleep(0.005)
     run.send_signal(signal.SIGKILL)
@@ -204,9 +204,9 @@ def test_killed_and_run_again_it_goes_on_to_the_same_bytes(fake, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(sources, "read_all", counting)
-        command.main([*command[2:], "--name=killed"])
+        command.main([*typed[2:], "--name=killed"])
     assert len(jobs) <= len(fake) - kept + 4
-    command.main([*command[2:], "--name=whole"])
+    command.main([*typed[2:], "--name=whole"])
     assert bins("killed") == bins("whole")
     assert open("data/killed/skipped.txt").read() == open("data/whole/skipped.txt").read()
 
