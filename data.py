@@ -82,9 +82,7 @@ class SplitWriter:
     def __init__(self, writer, name):
         self.writer, self.name, self.bins, self.characters = writer, name, {}, 0
         self.last_clip = 0
-        self.curriculum = (
-            0  # so many samples are read first, once, in order of windows (batches.py)
-        )
+        self.curriculum = 0  # how many samples come first, once and in order: batches.Order
 
     def path(self, suffix):
         return self.writer.directory / f"{self.name}_{suffix}"

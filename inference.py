@@ -156,9 +156,8 @@ def generate_text(loaded, prompts, embeds, stop, max_new_tokens):
 def caption_pictures(loaded, embeds, max_new_tokens=50, batch=100):
     """Greedy captions of pictures, given as embed_pictures() returns them: a string each."""
     captions, stop = [None] * len(embeds), loaded.tokenizer.stops
-    for count in sorted(
-        {len(embed) for embed in embeds}
-    ):  # those with equally many tokens together
+    # pictures with equally many tokens together: generate_text() takes prompts of equal length
+    for count in sorted({len(embed) for embed in embeds}):
         same = [i for i, embed in enumerate(embeds) if len(embed) == count]
         prompt = loaded.tokenizer.start + [loaded.tokenizer.image] * count
         for start in range(0, len(same), batch):

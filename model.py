@@ -72,7 +72,7 @@ class GPTConfig:
 
 
 def rotary_frequencies(config):
-    """The angle by which each pair of a head turns from one position to the next, (D / 2,).
+    """The rotation of each pair of dimensions per position, in radians: (D / 2,).
 
     rope_scaling: (factor,) divides all frequencies. (factor, low, high, length) is Llama 3.1's: a
     pair that turns less than `low` times within `length` tokens is slowed by the factor, one that
@@ -445,9 +445,9 @@ class BabyLLaVA(nn.Module):
         image tokens, in order. Without an arrangement M = N * P."""
         features = self.encode_images(images) if images.ndim == 4 else images
         projected = self.project(features)
-        return (
-            projected.flatten(0, 1) if arrangement is None else self.arrange(projected, arrangement)
-        )
+        if arrangement is None:
+            return projected.flatten(0, 1)
+        return self.arrange(projected, arrangement)
 
     # ---- the sequence
 

@@ -301,10 +301,9 @@ def train_phase(settings, name, dataset, processes):
     whole = sum(p.numel() for p in run.raw_model.parameters())
     passes = run.steps * run.batch / run.train_batches.rows
     dtype = phases.compute_dtype(settings, processes.device)
-    line = (
-        f"{name}: {count:,} of {whole:,} parameters trained; {run.steps} steps x {run.batch} rows"
-    )
-    line += f" = {passes:.1f} passes; {processes.device}, {str(dtype)[6:]}"
+    line = f"{name}: {count:,} of {whole:,} parameters trained; "
+    line += f"{run.steps} steps x {run.batch} rows = {passes:.1f} passes; "
+    line += f"{processes.device}, {str(dtype)[6:]}"
     if isinstance(run.raw_model, BabyLLaVA):
         line += ", attention {}, norm {}".format(*run.raw_model.gpt.backends(dtype))
     processes.print(line)

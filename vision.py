@@ -15,9 +15,8 @@ The interface of every tower, and all that other code knows of it:
     from_options(options, S)      (class method) the tower that train.py's options describe
 
 A new tower is a class with this interface and an entry in TOWERS: `--vision_tower NAME` then
-trains it. Names for its published weights are in
-pretrained/tower_names.py. Parameters keep the names of the code that published them, so that
-checkpoints load strictly.
+trains it. Names for its published weights are in pretrained/tower_names.py. Parameters keep the
+names of the code that published them, so that checkpoints load strictly.
 Letters: N images, S image side in pixels, P patches, E vision width, H heads, D = E / H.
 """
 
@@ -228,7 +227,7 @@ class ViT(nn.Module):
     def forward(self, x, select_layer=-1, only_cls=False):
         """select_layer -1: the last block, after the final norm (DINO's own output); -2, -3, ...:
         earlier blocks, without the norm (LLaVA's meaning). only_cls: the CLS token alone, (N, 1,
-        E); the last block then skips the patches, which saves a fifth of a DINO step
+        E); the last block then skips the patches, which saves a sixth of a DINO step
         (docs/speed.md)."""
         if self.fault(min(x.shape[2:]), select_layer):
             raise ValueError(self.fault(min(x.shape[2:]), select_layer))

@@ -1,6 +1,6 @@
 """
-Byte-pair encoding with a heap: the same merges as tokenizer.train_bpe_plain, in seconds instead of
-minutes.
+Byte-pair encoding with a heap: the same merges as tokenizer.train_bpe_plain, in less time
+(docs/speed.md).
 """
 
 import heapq

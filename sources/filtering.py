@@ -98,8 +98,8 @@ def rewrite(part, keep):
 
 
 def open_filter(settings):
-    """apply(writer), which filters what a source has written by the model of --filter. The model is
-    opened now, before anything is prepared. Raises UserError."""
+    """A function of a data.Writer that filters its samples with the model of --filter. The model is
+    opened now: a wrong path is reported before hours of preparing. Raises UserError."""
     loaded = inference.open_model(settings.filter, choose_device(""))
     if loaded.model.projector is None:
         raise UserError(f"--filter {settings.filter}: it cannot see; give one of phase 2")

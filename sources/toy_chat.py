@@ -43,7 +43,7 @@ class Config(config.Options):
     size: int = option(64, low=8, high=2048)  # S: frames are S x S pixels
     fit: str = option("", choices=("", *FITS))  # to a square; empty: pad, or squash with canvases
     resample: str = option("bilinear", choices=("bilinear", "bicubic"))  # how it is resized
-    norm: str = option("imagenet", choices=("imagenet", "clip", "half"))  # what the tower wants
+    norm: str = option("imagenet", choices=("imagenet", "clip", "half"))  # mean and deviation
     canvases: tuple[str, ...] = ()  # as 128x64 128x128, several: tiles; empty: none
     template: str = option("bare", choices=tuple(TEMPLATES))  # how conversations are written
     vocab_size: int = option(512, low=260, high=1 << 20)  # BPE tokens, specials included

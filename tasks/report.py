@@ -138,7 +138,7 @@ def page(results, sheet, log):
         sheet.save(buffer, "PNG")
         encoded = base64.b64encode(buffer.getvalue()).decode()
         picture = (
-            "<h2>What was said (black), what the model says (blue)</h2>"
+            "<h2>Reference caption (black), caption of the model (blue)</h2>"
             f"<img src='data:image/png;base64,{encoded}'>"
         )
     kind = f"Data: {html.escape(results['source'])}."
