@@ -11,7 +11,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+# One thread for each of pytest-xdist's workers, two for a single process; commands that tests start
+# get as many, because the number of threads decides how sums are rounded.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+torch.set_num_threads(THREADS)
 # Without a GPU, Triton's kernels run in its interpreter: set before anything imports triton.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

@@ -352,7 +352,7 @@ def test_a_loss_of_no_targets_is_zero(targets):
     logits = torch.randn(len(targets), 9, requires_grad=True)
     loss = cross_entropy(logits, torch.tensor(targets, dtype=torch.long))
     loss.backward()
-    assert float(loss) == 0 and not logits.grad.any()
+    assert loss.item() == 0 and not logits.grad.any()
 
 
 def test_the_loss_is_the_mean_over_real_targets():

@@ -325,7 +325,7 @@ def test_a_process_that_dies_ends_the_others_and_its_job(recipe, home):
     """Within a minute, and what was saved is whole."""
     folder = begin(recipe, "orphan", "vision", "language", "phase1")
     flags = ["--data=data/tiny", "--out=out/orphan", *SMALL, "--phase=2"]
-    command = processes.torchrun(2, str(ROOT / "train.py"), *flags, port=29517)
+    command = processes.torchrun(2, str(ROOT / "train.py"), *flags, port=29519)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run_ = subprocess.Popen(
         [*command, "--phase2_steps=100000"], stderr=subprocess.PIPE, text=True, env=env
