@@ -114,28 +114,114 @@ def write_csv(path, header, rows):
         file.write(text.getvalue().encode("utf-8"))
 
 
-def read_csv(path, columns):
-    """[{column: text}] of a CSV file, with the line number of each row under "line".
+def read_csv(path, columns, free_text=()):
+    """[{column: text}] of a CSV file, with the line number of each row's start under "line". Cells
+    lose the space around them; rows without any text are skipped.
 
-    Raises OSError for a missing file; UserError for another encoding, a missing column, an empty
-    cell in `columns`, or no rows."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    try:
-        header = reader.fieldnames or []
-        rows = [row | {"line": reader.line_num} for row in reader]
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not a CSV ({error})") from None
+    free_text: columns of sentences, which people write without quotes. If the last column is one
+    and no other is, a row with more cells than the header is read as a sentence with commas.
+
+    Raises OSError for a missing file; UserError for another encoding, a missing column, a column
+    named twice, an empty cell in `columns`, a row that does not fit the header, quotes that do not
+    close, or no rows."""
+    rows = cells_of(path)
+    _, header, _ = next(rows, (1, [], ""))
+    rows, unnamed = list(rows), 0
+    while header and not header[-1]:  # spreadsheets write commas under which there is nothing
+        header, unnamed = header[:-1], unnamed + 1
     lacking = [column for column in columns if column not in header]
     if lacking:
         found = ",".join(header) or "(empty)"
         raise UserError(f"{path}:1: no column {', '.join(lacking)}; the header is {found}")
-    for row in rows:
+    twice = [column for column in header if column and header.count(column) > 1]
+    if twice:
+        raise UserError(f"{path}:1: two columns are called {twice[0]}")
+    if is_numbered(rows, len(header)):
+        raise UserError(
+            f"{path}:{rows[0][0]}: each row begins with a number that has no name in the header: "
+            "name that column, or remove it"
+        )
+    is_free = header[-1] in free_text and not set(header[:-1]) & set(free_text)
+    table = []
+    for line, cells, raw in rows:
+        if all(cell == name for cell, name in zip(cells, header) if name):
+            raise UserError(f"{path}:{line}: the header again, as if two files were joined")
+        if not any(cells[len(header) :]) and len(cells) <= len(header) + unnamed:
+            cells = cells[: len(header)]
+        if len(cells) > len(header) and is_free:
+            cells = join_last(cells, raw, len(header))
+        if len(cells) != len(header):
+            raise UserError(
+                f"{path}:{line}: {len(cells)} cells under a header of {len(header)}: "
+                "put quotes around a text with commas"
+            )
+        row = dict(zip(header, cells))
         empty = [column for column in columns if not row[column]]
         if empty:
-            raise UserError(f"{path}:{row['line']}: empty {empty[0]}")
-    if not rows:
+            raise UserError(f"{path}:{line}: empty {empty[0]}")
+        table.append(row | {"line": line})
+    if not table:
         raise UserError(f"{path}: no rows below the header")
-    return rows
+    return table
+
+
+def cells_of(path):
+    """Yield (line number, cells, text) of each row of a CSV that is not blank. Raises UserError for
+    quotes that are wrong, or that take in rows which follow."""
+    lines = io.StringIO(read_text(path), newline="").readlines()
+    reader, first = csv.reader(lines, skipinitialspace=True, strict=True), 0
+    while first < len(lines):
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{first + 1}: quotes that do not close, or text after them ({error})"
+            ) from None
+        text = lines[first : reader.line_num]
+        if len(text) > 1 and any(looks_like(line, text[0]) for line in text[1:]):
+            raise UserError(
+                f"{path}:{first + 1}: quotes that do not close: the cell takes in the row of line "
+                f"{first + 2}"
+            )
+        cells = [cell.strip() for cell in cells or []]
+        if any(cells):
+            yield first + 1, cells, "".join(text)
+        first = reader.line_num
+
+
+def looks_like(line, row):
+    """Whether two lines of text begin with a number or time, or have a file name with the same
+    suffix: then the first, inside of quotes, is a row of its own."""
+    kinds = []
+    for text in (line, row):
+        cells = [cell.strip().strip('"') for cell in text.strip().split(",")]
+        names = [re.fullmatch(r"\S+(\.[A-Za-z]\w{1,4})", cell) for cell in cells]
+        is_number = len(cells) > 1 and re.fullmatch(r"[\d:.]+", cells[0])
+        kinds.append({name[1] for name in names if name} | ({"number"} if is_number else set()))
+    return bool(kinds[0] & kinds[1])
+
+
+def is_numbered(rows, width):
+    """Whether each row has one more cell than the header, and they begin with 0, 1, 2 ... or
+    1, 2, 3 ...: an index that some programs write without a name. A table of times, whose first
+    cells are numbers too, has more numbers than names then."""
+    longer = [cells for _, cells, _ in rows if len(cells) > width]
+    if not rows or len(longer) < len(rows):
+        return False
+    numbers = [cells[0] for cells in longer]
+    counts = [[str(i + start) for i in range(len(rows))] for start in (0, 1)]
+    number = re.compile(r"[\d:.]+")
+    shifted = all(number.fullmatch(cells[width - 1]) for cells in longer)
+    return numbers in counts and (shifted or not any(number.fullmatch(c[1]) for c in longer))
+
+
+def join_last(cells, raw, width):
+    """The cells of a row with unquoted commas in its last column, that column as it is written. The
+    row is left as it is if it has quotes or is empty after a comma."""
+    parts = raw.strip().split(",", width - 1)
+    if '"' in "".join(parts[:-1]) or re.search(r'(^|,)\s*("|$)', parts[-1]):
+        return cells
+    return [part.strip() for part in parts]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def read_lines(path):
 def read_pictures(path, archives):
     """The pictures of a CSV in the order of their first rows, each with all its captions."""
     pictures = {}
-    for row in read_csv(path, ("image", "caption")):
+    for row in read_csv(path, ("image", "caption"), ("caption",)):
         location = archives.find(row["image"])
         if location is None:  # it will be counted as unreadable
             location = os.path.join(archives.paths[0], row["image"])

@@ -74,7 +74,7 @@ def read_subtitles(path):
 def read_table(path):
     """The Said of a CSV with the columns start, end, text and optionally speaker."""
     said = []
-    for row in read_csv(path, ("start", "end", "text")):
+    for row in read_csv(path, ("start", "end", "text"), ("text",)):
         where = f"{path}:{row['line']}"
         times = seconds(row["start"], where), seconds(row["end"], where)
         said.append(Said(*times, row["text"], row.get("speaker") or "", row["line"]))

@@ -25,6 +25,9 @@ from config import UserError
 from sources.toolbox_prompts import TESTS
 from tasks import babyvlm, choice, devbench, toolbox
 
+# columns of free text, which people write without quotes
+SENTENCES = ("text", "phrase", "foil_phrase", "positive_phrase", "negative_phrase")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -47,7 +50,7 @@ class Task:
 
     def read_rows(self, path):
         """The rows of a file, a dict each, numbered under "number"."""
-        rows = self.read(path) if self.read else read_csv(path, self.columns)
+        rows = self.read(path) if self.read else read_csv(path, self.columns, SENTENCES)
         return [row | {"number": number} for number, row in enumerate(rows)]
 
     def pictures_in(self, row):

@@ -30,7 +30,7 @@ LEXICAL = "lexical"
 
 def read_machine_devbench(path):
     """The rows of Machine-DevBench's CSV."""
-    rows = read_csv(path, ("task", "bin", "image1", "image2", "text1"))
+    rows = read_csv(path, ("task", "bin", "image1", "image2", "text1"), ("text1", "text2"))
     for row in rows:
         if (row["task"] == LEXICAL) == bool(row.get("text2")):
             raise UserError(
@@ -92,7 +92,8 @@ def columns_of(row, kind):
 
 def read_manifest(path):
     """The rows of a manifest.csv, with their `images` and `texts`."""
-    rows = read_csv(path, ("image1", "text1"))
+    texts = [f"text{i}" for i in range(1, 10)]
+    rows = read_csv(path, ("image1", "text1"), texts)
     for number, row in enumerate(rows, 1):
         row["images"], row["texts"] = columns_of(row, "image"), columns_of(row, "text")
         row["trial"] = row.get("trial") or str(number)

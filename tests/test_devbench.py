@@ -186,7 +186,7 @@ def test_corrupted_tables(tmp_path, read, header, row, why):
 @pytest.mark.parametrize(
     "line, why",
     [
-        ("1,0.5", "want 2 shares"),
+        ("1,0.5", "2 cells under a header of 3"),
         ("1,x,y", "numbers"),
         ("1,inf,1", "want 2 shares"),
         ("9,1,1", "none of its trials"),
