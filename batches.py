@@ -43,10 +43,10 @@ class Plan:
 class Batch:
     """The input of a model.
 
-    tokens (n, T); targets (K,), and positions (K,) in the flattened (n T) that predict them, None
-    if all do; images: features (N, patches, E), frames (N, S, S, 3) or None; arrangement: see
-    common/tiles.py. The first `count` targets are real; the others are padding of -100. Images at
-    the end that no token stands for are padding too."""
+    tokens (n, T). targets (K,); positions (K,): the index in tokens.flatten() of the token that
+    predicts each target, None if every token predicts one. images: features (N, patches, E), frames
+    (N, S, S, 3) or None; arrangement: see common/tiles.py. The first `count` targets are real, the
+    others padding of -100; images after those that tokens stand for are padding too."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -90,25 +90,26 @@ def round_up(n, parts=8, least=8):
 
 
 class Order:
-    """The numbers 0 .. n - 1 as an endless deck of cards: each pass is a fresh permutation of all.
-    The first `curriculum` numbers come once, at the start and in order, and then never again."""
+    """The numbers 0 .. n - 1 as an endless deck of cards: first the `curriculum` numbers, once and
+    in order, then passes over all others, each a fresh permutation."""
 
     def __init__(self, n, seed, curriculum=0):
-        self.n, self.seed, self.curriculum = n - curriculum, seed, curriculum
+        self.seed, self.curriculum, self.shuffled = seed, curriculum, n - curriculum
         self.passes = {}  # {number of the pass: its permutation}, those of the last call
 
     def __call__(self, start, count):
         """The cards at the positions start .. start + count - 1 of the endless deck."""
-        positions = np.arange(start, start + count) - self.curriculum
-        numbers, cards = positions // self.n, positions % self.n
-        chosen, used = positions.copy(), {}  # negative positions are the curriculum
-        for number in np.unique(numbers[positions >= 0]).tolist():
+        chosen = np.arange(start, start + count)  # right as it is for the curriculum
+        later, used = chosen >= self.curriculum, {}
+        numbers, cards = np.divmod(chosen - self.curriculum, self.shuffled)
+        for number in np.unique(numbers[later]).tolist():
             used[number] = self.passes.get(number)
             if used[number] is None:
-                used[number] = np.random.RandomState([self.seed, number]).permutation(self.n)
-            chosen[numbers == number] = used[number][cards[numbers == number]]
+                used[number] = np.random.RandomState([self.seed, number]).permutation(self.shuffled)
+            own = later & (numbers == number)
+            chosen[own] = self.curriculum + used[number][cards[own]]
         self.passes = used  # the next call will need one of these again
-        return chosen + self.curriculum
+        return chosen
 
 
 def fixed_rows(n, limit):
@@ -159,7 +160,7 @@ class TextBatches:
 
 class SampleBatches:
     """Samples of similar length. Samples with and without images are in different batches, except
-    for one batch a window.
+    for the one batch of a window in which the sorted texts end and the pictures begin.
 
     A window is 32 batches of shuffled samples. Its samples are grouped by length, and the groups
     are shuffled again. All rows of a batch are padded to one length (see round_up)."""
@@ -184,6 +185,7 @@ class SampleBatches:
             self.count_image_tokens(model, dataset.image_format)
         self.block_size = model.gpt.config.block_size
         self.check_lengths(dataset.directory, split)
+        # with "full", BabyLLaVA.prefix() counts the images: none may be padding
         self.pads_images = model.image_attention != "full"
         if not self.pads_images:
             self.check_images_first(dataset.directory)
@@ -242,8 +244,9 @@ class SampleBatches:
     def group(self, rows):
         """Plans for these rows, each of rows of similar length.
 
-        Similar means in the same half of a doubling. Finer groups would pad less and train worse:
-        length goes with content, and a batch of all the two-word captions is a biased sample."""
+        Similar means in the same of two ranges between powers of two: 65 to 96, 97 to 128. Finer
+        groups would pad less and train worse: length goes with content, and a batch of all the
+        two-word captions is a biased sample."""
         lengths = self.lengths(rows)
         similar = np.array([round_up(int(n), parts=2) for n in lengths])
         has_images = self.samples[rows][:, 3] > 0
@@ -263,7 +266,7 @@ class SampleBatches:
 
     def fixed_plan(self, limit=0):
         """The plans of a validation pass over `limit` samples (0: all), the curriculum left out."""
-        return self.group(self.order.curriculum + fixed_rows(self.order.n, limit))
+        return self.group(self.order.curriculum + fixed_rows(self.order.shuffled, limit))
 
     def read(self, plan, part=slice(None)):
         rows = plan.rows[part]
@@ -361,7 +364,7 @@ class ClipBatches:
         # which of the clip's other frames: a hash of the position in the deck (Knuth's), so that
         # it does not depend on how the batch is cut
         position = np.arange(plan.start + first, plan.start + first + len(rows))
-        chance = (position * 2654435761) >> 8
-        step = 1 + chance % np.maximum(clip_length - 1, 1)
-        others = clip_start + (rows - clip_start + step) % clip_length
+        hashed = (position * 2654435761) >> 8
+        offset = 1 + hashed % np.maximum(clip_length - 1, 1)
+        others = clip_start + (rows - clip_start + offset) % clip_length
         return FramePairs(self.frames[rows], self.frames[others], first, len(rows))

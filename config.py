@@ -65,8 +65,9 @@ RENAMED = {
 def option(default, low=None, high=None, choices=None, once=False):
     """A default with its allowed values: low <= value <= high, or one of `choices`.
 
-    once: a config file and a flag must not set it to different values. A dict has the exceptions:
-    with {"0": ("vision", "language")} a file's "0" may be narrowed by --phase vision."""
+    once: True, or a dict {value: values that may replace it}: a flag must not change what a config
+    file says, except as the dict allows. With {"0": ("vision", "language")} a file's "0" may be
+    narrowed by --phase vision."""
     allowed = {"low": low, "high": high, "choices": choices, "once": once}
     return dataclasses.field(default=default, metadata=allowed)
 

@@ -59,7 +59,7 @@ class Bin:
         self.file = open(path, "r+b" if keep_rows else "w+b")  # noqa: SIM115
         self.file.truncate(keep_rows * self.row_bytes)
         for block in iter(lambda: self.file.read(1 << 20), b""):
-            self.sha256.update(block)  # rows that are kept count too
+            self.sha256.update(block)  # of the rows kept; we are at their end then, to append
 
     def put(self, values):
         """Append rows."""
@@ -106,7 +106,8 @@ class SplitWriter:
         or one frame (S, S, 3). Raises ValueError for a clip number below the last: the frames of a
         clip must be side by side."""
         if isinstance(picture, np.ndarray):
-            picture = Picture(picture[None], 0, 0, *picture.shape[1::-1])
+            height, width, _ = picture.shape
+            picture = Picture(picture[None], rows=0, columns=0, width=width, height=height)
         if clip < self.last_clip:
             raise ValueError(f"clip {clip} after clip {self.last_clip}: their numbers must rise")
         self.last_clip = clip
@@ -143,7 +144,7 @@ class SplitWriter:
         written = np.fromfile(paths["images"], "uint32")
         images = written[: written.size // 5 * 5].reshape(-1, 5).astype(np.int64)
         frames = paths["frames"].stat().st_size // row_bytes("frames", self.writer.meta)
-        return images[images[:, 0] + 1 + images[:, 1] * images[:, 2] <= frames]
+        return images[last_frame(images) < frames]
 
 
 class Writer:
@@ -366,6 +367,13 @@ def check_tokens(tokens, tokenizer, path):
         raise corrupted(path)
 
 
+def last_frame(images):
+    """The number of the last frame of each row (n, 5) of the bin `images`: the whole picture, then
+    its tiles."""
+    first, rows, columns = images[:, 0], images[:, 1], images[:, 2]
+    return first + rows * columns
+
+
 def check_pointers(dataset, split, block=1 << 16):
     """Raise UserError if a sample points past the end of another bin."""
     samples = dataset.open(split, "samples")
@@ -383,7 +391,7 @@ def check_pointers(dataset, split, block=1 << 16):
         if dataset.open(split, "image_ids").max() >= images:
             raise corrupted(dataset.path(split, "image_ids"))
         rows = dataset.open(split, "images")[:].astype(np.float64)
-        if (rows[:, 0] + rows[:, 1] * rows[:, 2] >= frames).any():
+        if (last_frame(rows) >= frames).any():
             raise corrupted(dataset.path(split, "images"))
 
 

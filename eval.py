@@ -111,15 +111,21 @@ def choose_tasks(settings, sees):
     return list(TASKS) if sees else []
 
 
+def needs_folder(settings, folder):
+    """Whether a prepared folder is opened: not for the file of one test, nor for grammar pairs if
+    the checkpoint's own folder is not here."""
+    if settings.csv or settings.json:
+        return False
+    return not settings.zorro or bool(settings.data) or (folder / "meta.json").exists()
+
+
 def evaluate(loaded, settings):
     """(results, a dict {"tasks": {...}, "val_loss": ..., ...}; entries of the contact sheet; and
     examples, see tasks.run_task). Raises UserError."""
     sees, saved = loaded.model.projector is not None, loaded.checkpoint
     check_options(settings, sees)
     folder = Path(settings.data or saved["settings"]["data"])
-    # grammar pairs, and a file of its own, need no prepared folder
-    no_folder = settings.zorro and not settings.data and not (folder / "meta.json").exists()
-    dataset = None if settings.csv or settings.json or no_folder else Data(folder)
+    dataset = Data(folder) if needs_folder(settings, folder) else None
     results = {
         "checkpoint": str(settings.checkpoint),
         "digest": vision.weights_digest(loaded.model.state_dict()),

@@ -80,8 +80,9 @@ def norm_as_layer(tower, state, depth):
     """One more block, {our name: weight}, that adds K times the final norm of its input x to x.
 
     Its attention is 0. Its MLP is fc2(gelu(fc1(norm(x)))) with fc1 = [I; -I; 0] and fc2 = K [I, -I,
-    0], and gelu(a) - gelu(-a) = a. A projector whose input is x and x + K norm(x) side by side, and
-    whose first matrix is [-W, W] / K, then computes W norm(x)."""
+    0], and gelu(a) - gelu(-a) = a. With vision_feature_layer [-2, -1] transformers' LLaVA gives the
+    projector the outputs of the last two blocks side by side, x and x + K norm(x); with the first
+    matrix [-W, W] / K it then computes W norm(x)."""
     E, hidden = tower.width, tower.blocks[0].mlp.fc1.out_features
     eye, block = torch.eye(E), f"blocks.{depth}."
     more = {
@@ -402,8 +403,8 @@ def check_exportable(loaded):
     after_norm = model.select_layer == -1 and model.tower.arguments.get("final_norm")
     if model.tiled and (after_norm or loaded.image_format.fit != "squash"):
         raise UserError(
-            "of pictures in tiles transformers takes the whole squashed, and a layer before the "
-            "tower's final norm: select_layer -2 or before"
+            "transformers' LLaVA-NeXT squashes a picture in tiles to a square, and reads a layer "
+            "before the tower's final norm: give fit squash and select_layer -2 or before"
         )
     if loaded.image_format.max_tiles or (saved.get("phase") == "folder"):
         raise UserError("only checkpoints of train.py are exported")

@@ -177,9 +177,9 @@ def make_prompt(loaded, embeds, words, template="", system=""):
         question = with_pictures(TEMPLATES[template], words or QUESTION, len(embeds))
         tokens, _ = chat_sample(tokenizer, TEMPLATES[template], [(question, None)], system)
     else:
-        images = [tokenizer.image] * len(embeds)
-        tokens = tokenizer.start + images or [tokenizer.eos]  # a text alone follows an <eos>
-        tokens = tokens + tokenizer.encode(words)
+        before = tokenizer.start + [tokenizer.image] * len(embeds)
+        before = before or [tokenizer.eos]  # a text alone follows <bos>, or else an <eos>
+        tokens = before + tokenizer.encode(words)
     tokens = expand(tokens, tokenizer.image, [len(embed) for embed in embeds])
     if len(tokens) >= block_size:
         raise UserError(

@@ -105,7 +105,9 @@ def choose(backend, fast, x):
         why = f"it takes vectors up to {LIMITS[fast]} wide, not {x.shape[-1]}"
     if why and backend == "triton":
         raise ValueError(f"backend triton: {why}; choose auto, {fast} or reference")
-    return "triton" if backend == "triton" or not (why or INTERPRET) else fast
+    if backend == "triton":
+        return "triton"
+    return fast if why or INTERPRET else "triton"
 
 
 def run(kernel, grid, x, *arguments, **options):
@@ -237,7 +239,8 @@ def norm_backward_shapes(dy, dtotal, x, weight, rstd):
 
 
 def norm_save(ctx, inputs, output):
-    x, ctx.residual, weight, _ = inputs[0], inputs[1] is not None, *inputs[2:]
+    x, residual, weight, _ = inputs
+    ctx.residual = residual is not None
     ctx.set_materialize_grads(False)  # the last norm's sum is used by nobody: no zeros for it
     ctx.save_for_backward(output[1] if ctx.residual else x, weight, output[2])
 

@@ -7,8 +7,7 @@ features of the tower, and the words after them attend to these:
     <image> x P   look , a red ball ! <eos>        loss on the words and <eos> only
 
 Parameter names are those of Hugging Face's Llama, except that q, k and v are one matrix, and gate
-and up another. A new block, attention or projector is a change in this file alone; a projector is
-an entry in PROJECTORS.
+and up another. A new projector is a change in this file alone: a class, and an entry in PROJECTORS.
 Letters: B batch, T sequence length, C model width, H heads, D head width, V vocabulary, N images,
 P image tokens an image, E vision width, S image side in pixels, K targets.
 """
@@ -43,8 +42,8 @@ class GPTConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False  # Qwen2 has one
     tied: bool = True  # the head shares the weights of the embedding
-    attention: str = "auto"  # the backend of attention, see kernels.py
-    norm: str = "auto"  # the backend of RMSNorm
+    attention: str = "auto"  # which backend computes attention, see kernels.py
+    norm: str = "auto"  # which backend computes RMSNorm
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -101,10 +100,11 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.Module):
-    """The norm of the GPT. Another norm takes its place here and needs add() too. Give its
-    parameters other names than `weight`: then checkpoints and Llama folders with RMSNorm are
-    refused, and not misread. (`--norm` chooses the backend of this one; export.py exports no
-    other.)"""
+    """The norm of the GPT; `--norm` chooses its backend.
+
+    For another norm write a class of another name, with add(), and use it in Block and GPT. Give
+    its parameters other names than `weight`: then checkpoints and Llama folders with RMSNorm are
+    refused, and not misread. docs/contributing.md says what else depends on it."""
 
     def __init__(self, config):
         super().__init__()
@@ -116,8 +116,8 @@ class RMSNorm(nn.Module):
 
     def add(self, x, y):
         """(x + y, norm(x + y)), which a GPU computes in one pass over memory."""
-        normed, total = rms_norm(y, self.weight, self.eps, x, self.backend)
-        return total, normed
+        normed, total = rms_norm(y, self.weight, self.eps, residual=x, backend=self.backend)
+        return total, normed  # as Block reads it: x, h
 
 
 class KVCache:
@@ -474,8 +474,8 @@ class BabyLLaVA(nn.Module):
     def hidden_states(self, tokens, image_embeds=None, positions=None, first=0, maps=None):
         """Tokens (B, T) and image embeddings (M, C) -> hidden states (B, T - first, C).
 
-        positions (K,) in the flattened (B * T), none before `first` in its row: only theirs,
-        (K, C)."""
+        With positions (K,), indices in tokens.flatten(), only the hidden states there: (K, C). None
+        of them may be before `first` in its row."""
         x, prefix = self.embed(tokens, image_embeds), self.prefix(tokens, image_embeds)
         hidden = self.gpt(x, prefix, maps=maps, first=first)
         if positions is None:

@@ -135,6 +135,7 @@ class Conversation:
             self.cache = KVCache(model.gpt.config, model.gpt.embed_tokens.weight, 1, capacity)
         self.cache.grow(capacity)
         # An answer may be tokenized differently than it was generated: keep what is the same.
+        # At least one token is left to run, because its output predicts the answer.
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self.cached, tokens[:-1]))
         self.cache.length = min(self.cache.length, len(list(same)))
         old, new = tokens[: self.cache.length], tokens[self.cache.length :]

@@ -164,7 +164,8 @@ class Tokenizer:
         counts = Counter()
         for line in lines:
             counts.update(re.findall(PATTERN, " " + line))
-        return cls(train_bpe(counts, vocab_size - 256 - len(SPECIALS), merge))
+        merges = vocab_size - 256 - len(SPECIALS)
+        return cls(train_bpe(counts, merges, merge))  # fast/ cannot import merge() from here
 
     @classmethod
     def of_words(cls, path):
@@ -214,8 +215,10 @@ def caption_sample(tokenizer, caption, images=1):
 
 def expand(tokens, image, counts):
     """Tokens with the i-th <image> repeated counts[i] times: a placeholder for each image token."""
-    counts = iter(counts)
-    return [t for token in tokens for t in [token] * (next(counts) if token == image else 1)]
+    counts, expanded = iter(counts), []
+    for token in tokens:
+        expanded += [token] * (next(counts) if token == image else 1)
+    return expanded
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,8 +233,9 @@ class Template:
     <name> and <|name|> by special tokens of the vocabulary. The loss is on the answer and its end.
 
     user: a question, up to where the answer starts. answer, end: the answer and what closes it.
-    begin: before the conversation. system: around an optional system text. between: after an
-    answer. picture: an <image> before a question that does not place its images itself.
+    The end needs {eos} or a special token: generation stops there. begin: before the conversation.
+    system: around a system text; without it one is refused. between: after an answer. picture: an
+    <image> before a question that does not place its images itself.
 
     Folders of other people's models are recognised by `sign`, a text in their chat template; a
     folder without one has the template that names its kind of language model in `models`."""
@@ -268,8 +272,8 @@ TEMPLATES = {
     "mistral": Template("[INST] {} [/INST]", " {}", sign="[INST]", models=("mistral",)),
     # Vicuna's, used by LLaVA-1.5
     "v1": Template("USER: {} ASSISTANT:", " {}", system="{} ", sign="ASSISTANT", models=("llama",)),
-    # BabyLLaVA-V2's: v1 without a system text and without a newline after a picture. (An empty
-    # system text leaves a space before the first USER; our vocabularies put one there anyway.)
+    # BabyLLaVA-V2's: v1 without a system text and without a newline after a picture. (Its code
+    # writes a space before the first USER; our vocabularies put one there anyway.)
     "baby_v1": Template("USER: {} ASSISTANT:", " {}", picture="<image>"),
     # The words alone. A question ends with its question mark and an answer with <eos>: enough for
     # the toy world, whose small vocabulary would spell USER and ASSISTANT letter by letter.
@@ -280,8 +284,8 @@ TEMPLATES = {
 class MaskedText:
     """Tokens and their loss mask, built from segments of text.
 
-    Text between two special tokens is encoded as one segment, as other implementations do that
-    first format the whole text. A segment also ends where the loss mask changes."""
+    Text between two special tokens is encoded as one segment, as it is when the whole conversation
+    is formatted first and then tokenized. A segment also ends where the loss mask changes."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.tokens, self.loss_mask = tokenizer, [], []
@@ -301,7 +305,8 @@ class MaskedText:
         if in_loss != self.in_loss:
             self.flush()
             self.in_loss = in_loss
-        for part in pattern_of(tuple(specials)).split(text) if specials else [text]:
+        parts = pattern_of(tuple(specials)).split(text) if specials else [text]
+        for part in parts:
             if part not in specials:
                 self.segment += part
                 continue
@@ -309,7 +314,7 @@ class MaskedText:
             if specials[part] is not None:
                 self.tokens.append(specials[part])
                 self.loss_mask.append(int(in_loss and part != "<image>"))
-            # other implementations put bos before a text that is split already: no special to them
+            # Elsewhere bos is prepended after tokenizing, so the text after it counts as "start".
             if part != "{bos}":
                 self.after = "special"
 
@@ -328,7 +333,8 @@ def chat_sample(tokenizer, template, turns, system=""):
         <bos> USER: <image> what is it ? ASSISTANT: a ball <eos> USER: ...
           0     0      0     0   0  0 0      0      1   1    1     0
 
-    Raises UserError if the vocabulary lacks one of the template's special tokens."""
+    Raises UserError if the vocabulary lacks one of the template's special tokens, or for a system
+    text that the template has no place for."""
     check_vocabulary(tokenizer, template)
     of_template = tokenizer.specials | {"{bos}": tokenizer.bos, "{eos}": tokenizer.eos}
     of_words = {"<image>": tokenizer.image}  # what people say contains no other special token
@@ -342,6 +348,8 @@ def chat_sample(tokenizer, template, turns, system=""):
 
     text.add(template.begin, of_template, in_loss=False)
     if system:
+        if not template.system:
+            raise UserError("this template has no place for a system text: leave it out")
         add(template.system, system)
     for question, answer in turns:
         add(template.user, question)

@@ -124,6 +124,9 @@ class Config(config.Options):
 # The phases
 
 
+# Fields of a row (training/phases.py has all): `learns`, the parts that are trained; `splits` to
+# train and validate on, read as `batches`; `make`, its model; `starts_from`, the phases before it;
+# `inherited`, options that fix the model for later phases; `options`, its others.
 PHASES = {
     # the vision tower, by DINO
     "vision": Phase(
@@ -175,7 +178,7 @@ PHASES = {
             "image_attention",
             "extra_stage",
         ),
-        options=("phase1_learn", "init"),
+        options=("init",),
     ),
     # projector and language model together
     "phase2": Phase(
@@ -185,7 +188,7 @@ PHASES = {
         make=models.from_phase_before,
         validate=validation.validate_loss,
         starts_from=("phase1",),
-        options=("phase2_learn", *LATER_OPTIONS),
+        options=LATER_OPTIONS,
     ),
     # the same on conversations, which are in splits of their own
     "phase3": Phase(
@@ -195,7 +198,7 @@ PHASES = {
         make=models.from_phase_before,
         validate=validation.validate_loss,
         starts_from=("phase2",),
-        options=("phase3_learn", *LATER_OPTIONS),
+        options=LATER_OPTIONS,
         saves_template=True,
     ),
 }
@@ -226,8 +229,8 @@ def read_batch(run, step):
 
 
 def take_step(run, step, batches):
-    """Forward, backward, update. Returns the mean loss of this process's part, and the norm of the
-    gradient."""
+    """Forward, backward, update. Returns this process's share of the mean loss (their sum over all
+    processes is the mean), and the norm of the gradient."""
     world, settings = run.processes.world, run.settings
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -250,7 +253,9 @@ def take_step(run, step, batches):
         loss.backward()
         loss_sum += loss.detach() / world
     norm = torch.nn.utils.clip_grad_norm_(run.trained_parameters, settings.grad_clip)
-    taken = not settings.skip_bad_steps or bool(norm.isfinite())  # the same on all ranks
+    # With skip_bad_steps 0 a bad step is taken too; Progress.check() then ends the run. The norm is
+    # the same on all ranks.
+    taken = not settings.skip_bad_steps or bool(norm.isfinite())
     for optimizer in run.optimizers:
         if taken:
             optimizer.step()

@@ -2,7 +2,7 @@
 Vision towers: networks that turn an image into features. Here the vision transformers of DINO,
 DINOv2, CLIP and SigLIP; ResNeXt and ConvNeXt are in pretrained/convnets.py.
 
-The interface of every tower, and all that other code knows of it:
+The interface of every tower (export.py, and reading folders in pretrained/, know more of a ViT):
 
     tower(pixels, select_layer)   (N, 3, S, S) -> (N, 1 + P, E): a vector for the whole image (CLS),
                                   then one for each patch, row by row from the top left;
@@ -14,9 +14,10 @@ The interface of every tower, and all that other code knows of it:
     tower.fault(S, select_layer)  why it cannot take such images or give that layer, or ""
     from_options(options, S)      (class method) the tower that train.py's options describe
 
-A new tower is a class with this interface and an entry in TOWERS: `--vision_tower NAME` then
-trains it. Names for its published weights are in pretrained/tower_names.py. Parameters keep the
-names of the code that published them, so that checkpoints load strictly.
+A new tower is a class with this interface and an entry at the end of TOWERS: `--vision_tower NAME`
+then trains it. docs/contributing.md says what opens its published weights. Parameters keep the
+names of the code that published them, so that checkpoints load strictly. A tower that is opened
+from a folder has no persistent buffers.
 Letters: N images, S image side in pixels, P patches, E vision width, H heads, D = E / H.
 """
 
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x, queries=None):
-        """x (N, T, E) -> (N, T, E); with `queries` only the outputs of so many first tokens."""
+        """x (N, T, E) -> (N, T, E), or with `queries` (N, queries, E): the first tokens' outputs."""
         N, T, E = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.heads, E // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D)
@@ -113,8 +114,8 @@ class ViT(nn.Module):
     size, patch: side of the images and of a patch in pixels; hidden 0: 4 * width.
     scaled, registers: DINOv2's layer scales, and tokens that take part in attention but are not
     returned. offset, antialias: see position_embeddings(). first_norm: CLIP's norm before the first
-    block. final_norm: a norm after the last block, which CLIP has not for its patches. cls: SigLIP
-    has no CLS token; the mean of the patches takes its place.
+    block. final_norm: a norm after the last block; CLIP has none for its patches. cls: SigLIP has
+    no CLS token; the mean of the patches takes its place.
     Raises ValueError if the heads do not divide the width."""
 
     def __init__(
@@ -208,9 +209,12 @@ class ViT(nn.Module):
     def position_embeddings(self, height, width):
         """Position embeddings for height x width patches, (1, 1 + P, E).
 
-        For another size than the trained one they are interpolated (bicubic) as the published code
-        does it: DINO adds an offset of 0.1 to the target size, so that rounding loses no row;
-        Hugging Face's code does not, nor DINOv2's with registers, which antialiases."""
+        For another size than the trained one they are interpolated (bicubic) as in the code that
+        published the weights:
+
+            DINO, DINOv2               offset 0.1 on the target size, so that rounding loses no row
+            DINOv2 with registers      no offset, antialias
+            Hugging Face's folders     no offset, no antialias"""
         side = math.isqrt(self.pos_embed.shape[1] - self.has_cls)
         if (height, width) == (side, side):
             return self.pos_embed
@@ -269,7 +273,8 @@ def convnext():
     return ConvNeXt
 
 
-TOWERS = {"vit": lambda: ViT, "resnext": resnext, "convnext": convnext}  # {kind: its class}
+# {kind: a function that imports its class}
+TOWERS = {"vit": lambda: ViT, "resnext": resnext, "convnext": convnext}
 
 
 def describe_tower(tower):

@@ -175,7 +175,7 @@ PHASE = """PHASES = {
         make=models.from_phase_before,
         validate=validation.validate_loss,
         starts_from=("phase3",),
-        options=("phase4_learn", *LATER_OPTIONS),
+        options=LATER_OPTIONS,
         saves_template=True,
     ),
 """

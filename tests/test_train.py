@@ -96,7 +96,8 @@ def test_exactly_the_phases_own_parameters_learn(recipe, home, monkeypatch):
 def check_learning(found, parts):
     """A Run's optimizer holds exactly these parts, at these rates or else the phase's own."""
     own = getattr(found.settings, f"{found.name}_lr")
-    rates = {id(p): g["highest_lr"] for g in found.optimizers[0].param_groups for p in g["params"]}
+    groups = [group for optimizer in found.optimizers for group in optimizer.param_groups]
+    rates = {id(p): group["highest_lr"] for group in groups for p in group["params"]}
     for name, parameter in found.raw_model.named_parameters():
         part = next((part for part in parts if name.startswith(part + ".")), None)
         assert parameter.requires_grad == (part is not None) == (id(parameter) in rates), name

@@ -26,8 +26,8 @@ EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype")
 
 @dataclass(frozen=True)
 class Phase:
-    """A row of the table PHASES in train.py. The options NAME_steps, NAME_lr and NAME_batch, and
-    optionally NAME_learn, belong to the phase called NAME."""
+    """A row of the table PHASES in train.py. The options NAME_steps, NAME_lr and NAME_batch belong
+    to the phase called NAME, and NAME_learn if it starts from other phases."""
 
     learns: tuple  # the parts that are trained, as optimizer.parse_part() takes them
     batches: type  # what it reads, see batches.py
@@ -45,8 +45,9 @@ class Phase:
 
     def own_options(self, name):
         """The options that must not change when this phase is resumed."""
-        rates = tuple(f"{name}_{quantity}" for quantity in ("steps", "lr", "batch"))
-        return self.inherited + self.options + rates + EVERY_PHASE
+        kinds = ("steps", "lr", "batch", "learn") if self.starts_from else ("steps", "lr", "batch")
+        own = tuple(f"{name}_{kind}" for kind in kinds)
+        return self.inherited + self.options + own + EVERY_PHASE
 
     @property
     def validates_on(self):
@@ -129,7 +130,11 @@ def set_up(settings, name, phases, dataset, processes):
         for split, of_split in zip(phase.splits, stored)
     ]
     if saved:
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        if len(optimizers) != len(saved["optimizers"]):
+            raise UserError(
+                f"{settings.out}/{name}.pt was saved by other optimizers: take another --out"
+            )
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
     return Run(
         settings=settings,
