@@ -32,7 +32,7 @@ from data import check_clips, check_pointers, check_tokens, corrupted
 @dataclass
 class Plan:
     """The rows of a batch, and what read() must know of the whole batch: the length to which its
-    rows are padded, and the position in the endless deck at which it starts (for frames)."""
+    rows are padded, and how many rows all earlier batches had (for frames)."""
 
     rows: np.ndarray
     length: int = 1
@@ -44,7 +44,7 @@ class Batch:
     """The input of a model.
 
     tokens (n, T). targets (K,); positions (K,): the index in tokens.flatten() of the token that
-    predicts each target, None if every token predicts one. images: features (N, patches, E), frames
+    predicts each target, None if every token predicts one. images: features (N, F, E), frames
     (N, S, S, 3) or None; arrangement: see common/tiles.py. The first `count` targets are real, the
     others padding of -100; images after those that tokens stand for are padding too."""
 
@@ -98,7 +98,8 @@ class Order:
         self.passes = {}  # {number of the pass: its permutation}, those of the last call
 
     def __call__(self, start, count):
-        """The cards at the positions start .. start + count - 1 of the endless deck."""
+        """The cards at the positions start .. start + count - 1 of the endless deck. `numbers` are
+        passes, and `cards` positions in the permutation of a pass."""
         chosen = np.arange(start, start + count)  # right as it is for the curriculum
         later, used = chosen >= self.curriculum, {}
         numbers, cards = np.divmod(chosen - self.curriculum, self.shuffled)
@@ -185,7 +186,8 @@ class SampleBatches:
             self.count_image_tokens(model, dataset.image_format)
         self.block_size = model.gpt.config.block_size
         self.check_lengths(dataset.directory, split)
-        # with "full", BabyLLaVA.prefix() counts the images: none may be padding
+        # With "full", BabyLLaVA.prefix() is the number of image embeddings over that of rows, so
+        # padding would be counted.
         self.pads_images = model.image_attention != "full"
         if not self.pads_images:
             self.check_images_first(dataset.directory)
@@ -244,9 +246,9 @@ class SampleBatches:
     def group(self, rows):
         """Plans for these rows, each of rows of similar length.
 
-        Similar means in the same of two ranges between powers of two: 65 to 96, 97 to 128. Finer
-        groups would pad less and train worse: length goes with content, and a batch of all the
-        two-word captions is a biased sample."""
+        Each stretch between two powers of two is halved (65 to 96, 97 to 128); lengths in the same
+        half are similar. Finer groups would pad less and train worse: length goes with content, and
+        a batch of all the two-word captions is a biased sample."""
         lengths = self.lengths(rows)
         similar = np.array([round_up(int(n), parts=2) for n in lengths])
         has_images = self.samples[rows][:, 3] > 0

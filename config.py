@@ -65,9 +65,8 @@ RENAMED = {
 def option(default, low=None, high=None, choices=None, once=False):
     """A default with its allowed values: low <= value <= high, or one of `choices`.
 
-    once: True, or a dict {value: values that may replace it}: a flag must not change what a config
-    file says, except as the dict allows. With {"0": ("vision", "language")} a file's "0" may be
-    narrowed by --phase vision."""
+    once: a flag must not contradict a config file. True: never; a dict: {the file's value: (values
+    that a flag may put in its place)}."""
     allowed = {"low": low, "high": high, "choices": choices, "once": once}
     return dataclasses.field(default=default, metadata=allowed)
 

@@ -58,8 +58,9 @@ class Bin:
         self.rows, self.sha256 = keep_rows, hashlib.sha256()
         self.file = open(path, "r+b" if keep_rows else "w+b")  # noqa: SIM115
         self.file.truncate(keep_rows * self.row_bytes)
+        # Hash the rows that are kept; this leaves the file at their end, where put() appends.
         for block in iter(lambda: self.file.read(1 << 20), b""):
-            self.sha256.update(block)  # of the rows kept; we are at their end then, to append
+            self.sha256.update(block)
 
     def put(self, values):
         """Append rows."""
@@ -162,7 +163,7 @@ class Writer:
         self.tokenizer, self.image_format = tokenizer, image_format
         self.directory.mkdir(parents=True, exist_ok=True)
         self.refuse_another_source()
-        for name in ("meta.json", "gains.json"):
+        for name in ("meta.json", "gains.json"):  # the latter: of sources/filtering.py
             (self.directory / name).unlink(missing_ok=True)
         for path in self.directory.glob("*.bin"):
             path.unlink()
@@ -177,7 +178,8 @@ class Writer:
         }
 
     def refuse_another_source(self):
-        """Raise UserError if another source wrote this folder: its eval/ would stay."""
+        """Raise UserError if another source wrote this folder: its tests in eval/ would be left
+        beside the new data."""
         path = self.directory / "meta.json"
         if path.exists():
             found = read_json(path).get("source")
@@ -402,7 +404,7 @@ def check_clips(clips, path):
 
 
 if __name__ == "__main__":
-    # As a command this file finds a source by its name; as a module it knows no source.
+    # As a command this file finds a source by its name; as a module it imports none.
     from sources.command import main
 
     config.run(main)

@@ -470,7 +470,7 @@ TILES = {
 
 
 def family(x):
-    """Which of TILES: inherited by a multiprocessor's shared memory and the size of a number."""
+    """Which of TILES: decided by a multiprocessor's shared memory and the size of a number."""
     if x.dtype == torch.float32 or not x.is_cuda:
         return "fp32"
     return "hopper" if torch.cuda.get_device_capability(x.device)[0] == 9 else "ampere"

@@ -27,7 +27,8 @@ from kernels import attention, attention_weights, choose, rms_norm
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT. train.py has options for GPT_SIZES of training/models.py, and dropout."""
+    """The sizes of a GPT. Of these, n_layer to n_hidden, block_size and dropout are options of
+    train.py; vocab_size is the data's, and the others come with other people's weights."""
 
     vocab_size: int
     block_size: int  # the longest sequence in tokens, image tokens included
@@ -47,7 +48,7 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.n_hidden = self.n_hidden or 32 * math.ceil(self.n_embd / 12)  # 8/3 / 32 is 1/12
+        self.n_hidden = self.n_hidden or 32 * math.ceil(self.n_embd / 12)  # 8/3 is 32/12
         self.rope_scaling = tuple(self.rope_scaling)
 
     @property
@@ -466,7 +467,8 @@ class BabyLLaVA(nn.Module):
         return torch.where(is_image[..., None], placed, x)
 
     def prefix(self, tokens, image_embeds):
-        """The number of leading positions that all may attend to."""
+        """The number of leading positions that all may attend to: the image tokens of a row, of
+        which every row has equally many."""
         if self.image_attention == "causal" or image_embeds is None:
             return 0
         return len(image_embeds) // len(tokens)

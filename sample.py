@@ -57,8 +57,8 @@ class Config(config.Options):
     dtype: str = option("", choices=("", "float32", "bfloat16"))  # empty: that of the weights
 
 
-def print_answer(loaded, tokens, embeds, settings, generator, words=(), stop=()):
-    """Print an answer while it is generated, after the tokens of `words`. Returns its tokens."""
+def print_answer(loaded, tokens, embeds, settings, generator, first=(), stop=()):
+    """Print an answer while it is generated, after the tokens `first`. Returns its tokens."""
     answer = []
     generated = loaded.model.generate(
         torch.tensor([tokens], device=loaded.device),
@@ -71,7 +71,7 @@ def print_answer(loaded, tokens, embeds, settings, generator, words=(), stop=())
     )
 
     def stream():
-        yield from words
+        yield from first
         for token in generated:
             answer.append(int(token))
             yield int(token)
@@ -135,7 +135,8 @@ class Conversation:
             self.cache = KVCache(model.gpt.config, model.gpt.embed_tokens.weight, 1, capacity)
         self.cache.grow(capacity)
         # An answer may be tokenized differently than it was generated: keep what is the same.
-        # At least one token is left to run, because its output predicts the answer.
+        # At least one token is left to run: its output predicts the answer. And the last token of
+        # the answer before was never run, so `cached` is longer than the cache by one.
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self.cached, tokens[:-1]))
         self.cache.length = min(self.cache.length, len(list(same)))
         old, new = tokens[: self.cache.length], tokens[self.cache.length :]
@@ -267,10 +268,10 @@ def main(argv):
 
         return converse(conversation, embeds, settings, generator, look)
     tokens = make_prompt(loaded, embeds, settings.prompt, template, system)
-    words = [] if template else loaded.tokenizer.encode(settings.prompt)
+    first = [] if template else loaded.tokenizer.encode(settings.prompt)
     stop = end_tokens(loaded.tokenizer, TEMPLATES.get(template))
     for number in range(settings.num_samples):
-        answer = print_answer(loaded, tokens, embeds, settings, generator, words, stop)
+        answer = print_answer(loaded, tokens, embeds, settings, generator, first, stop)
         if settings.attention and number == 0:
             draw_attention(settings.attention, loaded, tokens, answer, embeds, pictures)
 

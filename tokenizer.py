@@ -131,7 +131,8 @@ class Tokenizer:
 
     def encode_segment(self, text, after="start"):
         """The ids of a segment of a conversation. after: what precedes it, "start" (nothing),
-        "special" (a special token) or "text"; no space is put before a segment after text."""
+        "special" (a special token) or "text"; no space is put before a segment after text. (For our
+        vocabularies "start" and "special" are the same; for others see JsonTokenizer.)"""
         if self.kind == "word":
             return self.encode(text)
         return self.encoding.encode_ordinary(text if after == "text" else " " + text)
@@ -145,7 +146,7 @@ class Tokenizer:
             if token < len(self.ranks) and self.kind == "bpe":
                 text = utf8.decode(self.encoding.decode_single_token_bytes(int(token)))
                 piece = text.removeprefix(" ") if at_start else text
-                at_start = at_start and not text
+                at_start = at_start and not text  # "" while a character is incomplete
             elif token < len(self.ranks):
                 piece = self.spelling[int(token)] if at_start else " " + self.spelling[int(token)]
                 at_start = False
@@ -176,6 +177,7 @@ class Tokenizer:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error})") from None
         complete = isinstance(words, dict) and "<unk>" in words and "" not in words
+        # key=str, because the values of a JSON may be anything
         if not complete or sorted(words.values(), key=str) != sorted(range(len(words)), key=str):
             raise UserError(f"{path}: want {{word: id}} with ids 0 to n - 1 and an <unk>")
         return cls({word.encode("utf-8"): i for word, i in words.items()}, "word")
@@ -238,7 +240,7 @@ class Template:
     <image> before a question that does not place its images itself.
 
     Folders of other people's models are recognised by `sign`, a text in their chat template; a
-    folder without one has the template that names its kind of language model in `models`."""
+    folder in which no sign is found gets the template that names its language model in `models`."""
 
     user: str
     answer: str = "{}"
@@ -314,7 +316,8 @@ class MaskedText:
             if specials[part] is not None:
                 self.tokens.append(specials[part])
                 self.loss_mask.append(int(in_loss and part != "<image>"))
-            # Elsewhere bos is prepended after tokenizing, so the text after it counts as "start".
+            # transformers tokenizes the text first and puts bos before it then, so for the
+            # tokenizer the text after bos is still the start.
             if part != "{bos}":
                 self.after = "special"
 

@@ -96,7 +96,7 @@ class Config(config.Options):
     phase3_learn: tuple[str, ...] = ()  # as phase1_learn
     lora_rank: int = option(0, low=0, high=1 << 14)  # phases 2, 3: train such factors of the GPT
     lora_alpha: float = option(16.0, low=0.0)  # their product is scaled by alpha / rank
-    recompute: bool = False  # gradient checkpointing: less memory, a third more time
+    recompute: bool = False  # gradient checkpointing of the GPT: less memory, a third more time
     grad_accum: int = option(1, low=1, high=1 << 20)  # micro-batches per step and process
     warmup: float = option(0.03, low=0.0, high=1.0)  # share of the steps; then a cosine down to 0
     weight_decay: float = option(0.1, low=0.0, high=10.0)  # of matrices; vectors are not decayed
@@ -126,7 +126,7 @@ class Config(config.Options):
 
 # Fields of a row (training/phases.py has all): `learns`, the parts that are trained; `splits` to
 # train and validate on, read as `batches`; `make`, its model; `starts_from`, the phases before it;
-# `inherited`, options that fix the model for later phases; `options`, its others.
+# `inherited`, options that fix the model for later phases; `options`, others that are its own.
 PHASES = {
     # the vision tower, by DINO
     "vision": Phase(
@@ -358,7 +358,9 @@ def train(settings, processes):
     if not names:
         raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
     for name in names:
-        own = copy.copy(settings)  # a phase sets inherited options, which the next must not see
+        # A phase overwrites options by those it inherits. The next phase must compare what the user
+        # gave with its own parents, so each gets a copy.
+        own = copy.copy(settings)
         option_name = PHASES[name].weights_option
         if option_name and getattr(settings, option_name):
             resume.import_weights(own, name, PHASES[name], dataset, processes)
@@ -367,7 +369,7 @@ def train(settings, processes):
         processes.wait()  # the next phase reads what the first process has written
     if settings.phase == "all" and settings.evaluate and processes.is_first:
         last = f"--checkpoint={settings.out}/{names[-1]}.pt"
-        if PHASES[names[-1]].validates_on:
+        if PHASES[names[-1]].validates_on:  # not a tower alone
             import eval as evaluation  # no test is imported before this point
 
             evaluation.main([last, f"--data={settings.data}", f"--device={settings.device}"])

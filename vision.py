@@ -2,7 +2,7 @@
 Vision towers: networks that turn an image into features. Here the vision transformers of DINO,
 DINOv2, CLIP and SigLIP; ResNeXt and ConvNeXt are in pretrained/convnets.py.
 
-The interface of every tower (export.py, and reading folders in pretrained/, know more of a ViT):
+The interface of every tower (of a ViT, export.py and pretrained/ use more: blocks, size ...):
 
     tower(pixels, select_layer)   (N, 3, S, S) -> (N, 1 + P, E): a vector for the whole image (CLS),
                                   then one for each patch, row by row from the top left;
@@ -10,14 +10,13 @@ The interface of every tower (export.py, and reading folders in pretrained/, kno
     tower.width                   E
     tower.patch                   side of a patch in pixels
     tower.num_patches(S)          P of an image of S x S pixels
-    tower.arguments               {name: value}; type(tower)(**arguments) has the same architecture
+    tower.arguments               {name: JSON value}; type(tower)(**arguments) has this architecture
     tower.fault(S, select_layer)  why it cannot take such images or give that layer, or ""
     from_options(options, S)      (class method) the tower that train.py's options describe
 
 A new tower is a class with this interface and an entry at the end of TOWERS: `--vision_tower NAME`
 then trains it. docs/contributing.md says what opens its published weights. Parameters keep the
-names of the code that published them, so that checkpoints load strictly. A tower that is opened
-from a folder has no persistent buffers.
+names of the code that published them, so that checkpoints load strictly.
 Letters: N images, S image side in pixels, P patches, E vision width, H heads, D = E / H.
 """
 
@@ -53,7 +52,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x, queries=None):
-        """x (N, T, E) -> (N, T, E), or with `queries` (N, queries, E): the first tokens' outputs."""
+        """x (N, T, E) -> (N, T, E); with `queries` the first tokens alone, (N, queries, E)."""
         N, T, E = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.heads, E // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D)
@@ -190,7 +189,7 @@ class ViT(nn.Module):
             raise UserError(
                 f"frames of {size} pixels in patches of {options.patch}, "
                 f"vision_width {options.vision_width} over vision_heads {options.vision_heads}: "
-                "neither division may leave a rest"
+                "neither division may leave a remainder"
             )
         sizes = (options.vision_width, options.vision_depth, options.vision_heads)
         return cls(size, options.patch, *sizes)

@@ -3,6 +3,7 @@ Archives of pictures: folders and zips. A picture is found by its path inside on
 """
 
 import os
+import unicodedata
 import zipfile
 import zlib
 from collections import defaultdict
@@ -27,8 +28,10 @@ class ZipEntry:
 
 
 def clean(name):
-    """A picture's name as a path with forward slashes and without a leading ./"""
-    return os.path.normpath(name.replace("\\", "/")).replace("\\", "/")
+    """A picture's name as a path with forward slashes, without a leading ./, and with composed
+    accents (macOS writes them apart)."""
+    path = os.path.normpath(name.replace("\\", "/")).replace("\\", "/")
+    return unicodedata.normalize("NFC", path)
 
 
 class Archives:
@@ -69,7 +72,8 @@ class Archives:
                 for folder, _, names in sorted(os.walk(path)):
                     for name in names:
                         location = os.path.join(folder, name)
-                        found[name].append((clean(os.path.relpath(location, path)), location))
+                        inside = clean(os.path.relpath(location, path))
+                        found[inside.rpartition("/")[2]].append((inside, location))
         return found
 
     def find(self, name):
@@ -77,17 +81,17 @@ class Archives:
         whole path in one of the archives, else the end of its path.
 
         Raises UserError if several match: "1.jpg" could be a/1.jpg or b/1.jpg."""
-        name = clean(name)
+        raw, name = name, clean(name)
         whole = [entries[name] for entries in self.zips.values() if name in entries]
         for path in self.paths:
-            location = os.path.join(path, name)
+            location = os.path.join(path, name if os.path.isabs(name) else clean(raw))
             if path not in self.zips and os.path.isfile(location):
                 whole.append(location)
         if not whole:
             if self.by_base_name is None:
                 self.by_base_name = self.index()
             candidates = self.by_base_name.get(name.rpartition("/")[2], [])
-            whole = [location for path, location in candidates if path.endswith("/" + name)]
+            whole = [at for path, at in candidates if path == name or path.endswith("/" + name)]
         whole = list(dict.fromkeys(whole))  # an absolute path is in every archive
         if len(whole) > 1:
             one, two = (getattr(location, "name", location) for location in whole[:2])

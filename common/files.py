@@ -69,17 +69,30 @@ def write_json(path, value):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises OSError, and
-    UserError with the line for another encoding."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark, its lines ended by \\n.
+    Raises OSError, and UserError with the line for another encoding."""
     content = Path(regular(path)).read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        return content.decode(encoding).replace("\r\n", "\n")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(
             f"{path}:{line}: not in UTF-8 ({error.reason}): convert it, for example with iconv"
         ) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(
+            f"{path}:{line}: a NUL character, as in UTF-16 without a byte order mark: convert it "
+            "to UTF-8, for example with iconv"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path):
+    """The lines of a text file. str.splitlines() would also split at U+2028, U+0085 and others,
+    which occur inside of lines. Raises as read_text()."""
+    return read_text(path).split("\n")
 
 
 def read_json(path):
@@ -328,7 +341,7 @@ def read_log(path):
     """The entries of a log.jsonl, a dict each; [] if there is no file. Incomplete lines, of a full
     disk for example, are skipped."""
     entries = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+    lines = Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []
     for line in lines:
         try:
             entries.append(json.loads(line))

@@ -168,7 +168,7 @@ def find_done(part, log_path, locations, labels):
     key = hashlib.sha256(repr(part.writer.image_format).encode())
     for location, label in zip(locations, labels):
         key.update(f"{location!r} {label}\n".encode())
-    lines = log_path.read_text(encoding="utf-8").splitlines() if log_path.exists() else []
+    lines = log_path.read_text(encoding="utf-8").split("\n")[:-1] if log_path.exists() else []
     if lines[:1] != [key.hexdigest()]:
         for kind in ("frames", "images"):  # of other pictures, or in another format
             part.path(f"{kind}.partial").unlink(missing_ok=True)

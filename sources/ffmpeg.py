@@ -48,6 +48,8 @@ def read_header(pipe):
         if not line:
             return None
         fields += line.split()
+    if fields[0] != b"P6" or fields[3] != b"255":
+        raise ValueError(f"ffmpeg was asked for 8 bits, and gives {fields}")
     return int(fields[1]), int(fields[2])
 
 
@@ -55,10 +57,11 @@ def read_frames(path, fps):
     """Yield the pictures (height, width, 3) uint8 on the screen at 0, 1 / fps, 2 / fps ... seconds
     of a film. Raises UserError if there are none, or with ffmpeg's error message."""
     # round=up: each time gets the picture that is on the screen then, not the nearest one. The
-    # scale makes non-square pixels square.
+    # scale makes non-square pixels square. rgb24: else films of more than 8 bits stay so.
     chain = f"fps={fps}:round=up:start_time=0,scale=iw*sar:ih"
-    command = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path), "-map", "0:v:0"]
-    command += ["-vf", chain, "-f", "image2pipe", "-c:v", "ppm", "-"]
+    film = f"file:{path}"  # else a name such as "12:30 bath.mp4" is taken for a protocol
+    command = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", film, "-map", "0:v:0"]
+    command += ["-vf", chain, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     with tempfile.TemporaryFile() as messages:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages)
         try:

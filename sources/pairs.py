@@ -13,8 +13,9 @@ left out of the training text.
 import os
 from dataclasses import dataclass
 
+from common import files
 from common.archives import Archives
-from common.files import read_csv, read_text
+from common.files import read_csv
 from common.images import FITS, RESAMPLING, ImageFormat
 from config import UserError, option
 from sources import Captioned, Filtered, hold_out, keep_out, make_tokenizer, write_split
@@ -36,8 +37,7 @@ class Config(Filtered):
 
 def read_lines(path):
     """The lines of a text file that are not blank."""
-    lines = read_text(path).splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in files.read_lines(path) if line.strip()]
 
 
 def read_pictures(path, archives):

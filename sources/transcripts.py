@@ -3,11 +3,13 @@ Transcripts with times: subtitles (.srt, .vtt), a table (.csv) or CHILDES' form 
 into a list of Said. A new form is a reader here and an entry in READERS.
 """
 
+import html
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from common.files import read_csv, read_text
+from common.files import read_csv, read_lines
 from config import UserError
 
 
@@ -35,6 +37,8 @@ def seconds(text, where):
         time = float(text)
     elif found:
         hours, minutes, whole, part = found.groups()
+        if "," in text and len(part) < 3:
+            raise UserError(f"{where}: {text[:30]!r}: write milliseconds in three digits")
         time = float(hours or 0) * 3600 + int(minutes) * 60 + int(whole) + float(f"0.{part or 0}")
     else:
         raise UserError(f"{where}: {text[:30]!r} is not a time")
@@ -50,25 +54,88 @@ def within(time, text, where):
     return time
 
 
-def read_subtitles(path):
-    """The Said of an .srt or .vtt file: blocks of a line with --> and lines of words. <v NAME> in a
-    .vtt names the speaker."""
-    said, current = [], None
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if "-->" in line:
-            first, _, rest = line.partition("-->")
+# ---------------------------------------------------------------------------------------------
+# Subtitles
+
+VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]+)>")  # a .vtt's name of a speaker
+# <i>, </c>, a time in a line that appears word by word, and {\an8}; but not 3 < 5
+TAG = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>|\{\\[^}]*\}")
+
+
+def read_srt(path):
+    """The Said of an .srt file: each cue is a line with its number, a line with --> and lines of
+    words. Blank lines may be missing, or be among the words."""
+    return said_of(read_cues(path))
+
+
+def read_vtt(path):
+    """The Said of a .vtt file. A cue ends with an empty line; after it there may be a comment, or
+    the name of the next cue. <v NAME> names a speaker."""
+    cues = read_cues(path)
+    for *_, lines in cues:
+        if "" in lines:
+            del lines[lines.index("") :]
+    return said_of(cues)
+
+
+def read_cues(path):
+    """[(start, end, line number, lines of words)] of a file of subtitles. Raises UserError."""
+    cues = []
+    for number, line in enumerate(read_lines(path), 1):
+        first, arrow, rest = line.partition("-->")
+        if arrow:
             second = (rest.split() or [""])[0]  # a .vtt may have settings after the time
             where = f"{path}:{number}"
-            current = Said(seconds(first, where), seconds(second, where), "", "", number)
-            said.append(current)
-        elif not line.strip():
-            current = None
-        elif current is not None:
-            voice = re.match(r"<v(?:\.\S+)?\s+([^>]+)>", line)
-            if voice:
-                current.speaker = voice.group(1).strip()
-            current.words += " " + re.sub(r"<[^>]*>|\{\\[^}]*\}", "", line)
+            if cues and cues[-1][3] and re.fullmatch(r"\s*\d+\s*", cues[-1][3][-1]):
+                del cues[-1][3][-1]  # it is not said: it is the number of this cue
+            cues.append((seconds(first, where), seconds(second, where), number, []))
+        elif cues:
+            cues[-1][3].append(line)
+    return cues
+
+
+def said_of(cues):
+    """The Said of cues, one for each speaker of a cue."""
+    lines = [[line for line in cue[3] if without_tags(line).strip()] for cue in cues]
+    said = []
+    for (start, end, number, _), own in zip(cues, without_repeats(lines)):
+        before, *named = VOICE.split(" ".join(own))
+        voices = [["", before]]
+        for speaker, words in zip(named[::2], named[1::2]):
+            if speaker.strip() == voices[-1][0]:
+                voices[-1][1] += words
+            else:
+                voices.append([speaker.strip(), words])
+        for speaker, words in voices:
+            if without_tags(words).strip():
+                said.append(Said(start, end, without_tags(words), speaker, number))
     return said
+
+
+def without_tags(text):
+    """The words of a text with tags and entities such as &amp;."""
+    return html.unescape(TAG.sub("", re.sub(r"<br\s*/?>", " ", text)))
+
+
+def without_repeats(cues):
+    """The lines of each cue without those that stand there still from the cue before.
+
+    Automatic captions roll: a cue is the line before and a new one. People say things twice too, so
+    this is done only in a file of which most cues of several lines begin with the last of the cue
+    before."""
+    words = [[without_tags(line).split() for line in lines] for lines in cues]
+    repeats = [0]
+    for before, after in pairwise(words):
+        lengths = range(min(len(before), len(after)), 0, -1)
+        repeats.append(next((n for n in lengths if before[-n:] == after[:n]), 0))
+    several = [repeat > 0 for lines, repeat in zip(cues, repeats) if len(lines) > 1]
+    if 2 * sum(several) <= len(several):
+        return cues
+    return [lines[repeat:] for lines, repeat in zip(cues, repeats)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables, and CHILDES' transcripts
 
 
 def read_table(path):
@@ -86,7 +153,7 @@ def read_chat(path):
     milliseconds between two bell characters; tiers without one are skipped. Raises UserError for a
     speaker who is not among @Participants."""
     tiers, participants = [], None
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.startswith("\t") and tiers:
             tiers[-1][1] += " " + line.strip()  # the tier continues
         else:
@@ -110,19 +177,20 @@ def read_chat(path):
 
 
 def plain_words(text):
-    """The words of a CHAT tier without its codes: [...] and <...> marks, &-um, xxx, suffixes after
-    @. Omitted parts of words, in round brackets, are restored."""
-    text = re.sub(r"\x15[^\x15]*\x15|\[[^\]]*\]|[<>‡„↓↑]", " ", text)
+    """The words of a CHAT tier without its codes: [...] and <...> marks, pauses such as (.) and
+    (1.5), &-um, xxx, suffixes after @. Omitted parts of words, in round brackets, are restored.
+    What a speaker said twice or corrected stays, because it was heard."""
+    text = re.sub(r"\x15[^\x15]*\x15|\[[^\]]*\]|\([\d.:]+\)|[<>‡„↓↑]", " ", text)
     text = re.sub(r"\+[^\w\s]+", " ", text)  # +... +/. and other terminators
     words = []
     for word in text.split():
         if word.startswith(("&", "0")) or word in ("xxx", "yyy", "www"):
             continue
-        words.append(re.sub(r"@\S*|[()]|(?<=\w):(?=\w)", "", word).replace("_", " "))
+        words.append(re.sub(r"@\S*|[()]|(?<=\w):+", "", word).replace("_", " "))
     return " ".join(word for word in words if word)
 
 
-READERS = {".srt": read_subtitles, ".vtt": read_subtitles, ".csv": read_table, ".cha": read_chat}
+READERS = {".srt": read_srt, ".vtt": read_vtt, ".csv": read_table, ".cha": read_chat}
 CHILD = "CHI"  # CHILDES' code of the key child
 
 

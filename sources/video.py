@@ -5,13 +5,15 @@ Your own video with transcripts: single pictures, clips, and interleaved moments
 
 A film is any file that ffmpeg decodes. Its transcript has the same name and the ending .srt, .vtt,
 .csv (start, end, text) or .cha (CHILDES; the key child's own words are left out unless --speakers
-asks for them). Each utterance gives a pair for each frame on the screen while it is said, and a
-clip if there are several. Each `window` utterances in a row give interleaved moments: the middle
-frame of each utterance, and its words. Each frame is stored once a split.
+asks for them); one.en.srt belongs to one.mp4 too. Each utterance gives a pair for each frame on the
+screen while it is said, and a clip if there are several. Each `window` utterances in a row give
+interleaved moments: the middle frame of each utterance, and its words. Each frame is stored once a
+split.
 """
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,17 +74,25 @@ def find_films(settings):
     for path in (folder, texts):
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
+    passed = (*transcripts.READERS, ".txt", ".json", ".md", ".db", ".ini", "")
+    films = [
+        path
+        for path in sorted(folder.iterdir())
+        # not ._one.mp4 and .DS_Store of macOS, nor Thumbs.db of Windows
+        if not (path.suffix.lower() in passed or path.name.startswith(".") or path.is_dir())
+    ]
+    stems = {path.stem for path in films}
     by_stem = {}
     for path in sorted(texts.iterdir()):
-        if path.suffix.lower() in transcripts.READERS:
-            if path.stem in by_stem:
-                raise UserError(f"{path}: a second transcript beside {by_stem[path.stem]}")
-            by_stem[path.stem] = path
+        if path.suffix.lower() in transcripts.READERS and not path.name.startswith("."):
+            stem = path.stem
+            if stem not in stems:  # one.en.srt is the transcript of one.mp4
+                stem = re.sub(r"\.[a-z]{2,3}([-_]\w+)*$", "", stem, flags=re.IGNORECASE)
+            if stem in by_stem:
+                raise UserError(f"{path}: a second transcript beside {by_stem[stem]}")
+            by_stem[stem] = path
     found, speakers = [], set()
-    passed = (*transcripts.READERS, ".txt", ".json", ".md", "")
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in passed or path.is_dir():
-            continue
+    for path in films:
         regular(path)  # opening a pipe would wait forever
         if path.stem not in by_stem:
             raise UserError(f"{path}: no {path.stem}{{{','.join(transcripts.READERS)}}} in {texts}")

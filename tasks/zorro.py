@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.files import read_text
+from common.files import read_lines
 from config import UserError
 from tasks import phrase_nll
 from tasks.scores import accuracy
@@ -27,7 +27,7 @@ def zorro(directory, loaded, batch):
         raise UserError(f"{directory}: no .txt files of sentence pairs")
     paradigms = {}
     for path in tqdm(files, "zorro", unit="file"):
-        lines = [line.lower().strip() for line in read_text(path).splitlines()]
+        lines = [line.lower().strip() for line in read_lines(path)]
         lines = [line for line in lines if line]
         if len(lines) % 2 or not lines:
             raise UserError(f"{path}: {len(lines)} sentences are no pairs")

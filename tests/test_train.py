@@ -854,7 +854,7 @@ def test_the_published_sizes_are_what_the_configs_comments_say():
         assert theirs.num_parameters() == expected
 
 
-def test_every_row_of_the_table_names_knobs_that_are_there():
+def test_every_row_of_the_table_names_options_that_are_there():
     options = set(train.Config.__dataclass_fields__)
     for name, row in train.PHASES.items():
         assert set(row.own_options(name)) <= options, name

@@ -66,6 +66,21 @@ def test_frames_are_those_on_the_screen(folder):
         assert abs(int(frame.mean()) - grey(number // 4)) <= 1, number
 
 
+@pytest.mark.parametrize("form", ["yuv420p", "yuv420p10le", "yuv422p12le", "gray16le", "rgb48le"])
+def test_films_of_any_depth_are_read_as_ffmpeg_reads_them(tmp_path, form):
+    path = f"file:{tmp_path}/12:30 bath.mkv"  # a name that looks like a protocol, too
+    noise = ["-f", "lavfi", "-i", "testsrc2=size=64x36:rate=4:duration=1,noise=alls=20"]
+    run = lambda *words: (
+        subprocess.run(
+            [ffmpeg.find_ffmpeg(), "-v", "error", *words], check=True, capture_output=True
+        ).stdout
+    )
+    run(*noise, "-pix_fmt", form, "-c:v", "ffv1", path)
+    right = run("-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    found = list(ffmpeg.read_frames(tmp_path / "12:30 bath.mkv", 4))
+    assert b"".join(frame.tobytes() for frame in found) == right and len(found) == 4
+
+
 def test_pairs_clips_and_moments(folder):
     command.main(["video", "--videos=ffmpeg", *FLAGS, "--window=4"])
     dataset = Data("data/video")
@@ -111,6 +126,73 @@ def test_four_forms_say_the_same(tmp_path, form):
     said, _ = transcripts.read_transcript(path)
     assert [(one.start, one.end) for one in said] == [(0, 1), (1.5, 3)]
     assert [one.words.rstrip(" .") for one in said] == ["hello there", "a ball !"]
+
+
+CUES = {  # what a file says, and what it should be read as
+    "no blank lines.srt": (
+        "1\n00:00:00,000 --> 00:00:01,000\nhello\n2\n00:00:01,000 --> 00:00:02,000\na ball\n",
+        ["hello", "a ball"],
+    ),
+    "a blank line in a cue.srt": (
+        "1\n00:00:00,000 --> 00:00:01,000\nhello\n\nthere\n\n2\n00:00:01,000 --> 00:00:02,000\na\n",
+        ["hello there", "a"],
+    ),
+    "a number is said.srt": ("1\n00:00:00,000 --> 00:00:01,000\n5\n", ["5"]),
+    "tags.srt": ("1\n00:00:00,000 --> 00:00:01,000\n{\\an8}<i>3 < 5</i> &amp; 6 > 4<br/>yes\n",
+                 ["3 < 5 & 6 > 4 yes"]),
+    "lines of another kind.srt": ("1\n00:00:00,000 --> 00:00:01,000\nhello\u2028you\u0085there\n",
+                                  ["hello you there"]),
+    "old Macintosh.srt": ("1\r00:00:00,000 --> 00:00:01,000\rhello\r\r2\r00:00:01,000 --> "
+                          "00:00:02,000\ra\r", ["hello", "a"]),
+    "two voices.vtt": ("WEBVTT\n\n00:00.000 --> 00:01.000\n<v MOT>hello\n"
+                       "<v MOT>there</v>\n<v.loud CHI>ba",
+                       ["hello there", "ba"]),
+    "names and notes.vtt": (
+        "WEBVTT - a title\n\nintro\n00:00.000 --> 00:01.000 align:start\nhello\n\n"
+        "NOTE\nnobody says this\n\n"
+        "second\n00:01.000 --> 00:02.000\na &lt;ball&gt;\n", ["hello", "a <ball>"],
+    ),
+    "rolling.vtt": (
+        "WEBVTT\n\n00:00.000 --> 00:01.000\n \nlook<00:00:00.500><c> a ball</c>\n\n"
+        "00:01.000 --> 00:01.010\nlook a ball\n \n\n"
+        "00:01.010 --> 00:02.000\nlook a ball\na<00:00:01.500><c> red one</c>\n\n"
+        "00:02.000 --> 00:02.010\na red one\n \n\n"
+        "00:02.010 --> 00:03.000\na red one\nyes\n", ["look a ball", "a red one", "yes"],
+    ),
+    "said twice.vtt": (
+        "WEBVTT\n\n00:00.000 --> 00:01.000\na ball\n\n00:01.000 --> 00:02.000\na ball\n\n"
+        "00:02.000 --> 00:03.000\nlook\na cup\n", ["a ball", "a ball", "look a cup"],
+    ),
+    "pauses.cha": (
+        "@Begin\n@Participants:\tMOT Mother\n*MOT:\toh (.) look (..) a (1.5) no:: ba(ll) ! "
+        "\x150_1000\x15\n@End\n", ["oh look a no ball !"],
+    ),
+    "commas.csv": ("start,end,text\n0,1,look, a ball !\n", ["look, a ball !"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUES)
+def test_what_is_said_in_files_as_they_are(tmp_path, name):
+    text, right = CUES[name]
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    said, _ = transcripts.read_transcript(tmp_path / name, ("CHI", "MOT", ""))
+    assert [one.words for one in said] == right
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ("1\n00:00:00,000 --> 00:00:01,000\nhi\n".encode("utf-16-le"), ":1: a NUL character"),
+        (b"1\n00:00:00,000 --> 00:00:01,000\n\nh\0i\n", ":4: a NUL character"),
+        (b"1\n00:00:00,5 --> 00:00:01,000\nhi\n", ":2: '00:00:00,5': write milliseconds"),
+        (b"1\n-00:00:01,000 --> 00:00:01,000\nhi\n", ":2: '-00:00:01,000' is not a time"),
+    ],
+)
+def test_subtitles_that_may_be_read_wrong_are_refused(tmp_path, content, why):
+    (tmp_path / "a.srt").write_bytes(content)
+    with pytest.raises(UserError, match=why) as error:
+        transcripts.read_transcript(tmp_path / "a.srt")
+    assert one_line(error)
 
 
 def test_speakers_are_kept_or_dropped(tmp_path):
@@ -215,6 +297,19 @@ def test_corrupted_ffmpeg_and_transcripts(folder, name, why):
         command.main(["video", "--videos=ffmpeg", *FLAGS])
     assert one_line(error) and why in str(error.value)
     assert not (folder / "data" / "video" / "meta.json").exists()
+
+
+def test_a_language_in_the_name_and_hidden_files(folder):
+    """one.en.srt is the transcript of one.mkv; what systems leave in folders is no film."""
+    path = folder / "ffmpeg" / "one.srt"
+    path.rename(folder / "ffmpeg" / "one.en-US.srt")
+    for name in ("._one.mkv", ".DS_Store", "Thumbs.db", "desktop.ini", "._one.en-US.srt"):
+        (folder / "ffmpeg" / name).write_bytes(b"\0\5\x16\7")
+    command.main(["video", "--videos=ffmpeg", *FLAGS])
+    assert Data("data/video").count("train", "samples")
+    (folder / "ffmpeg" / "one.de.srt").write_text(srt(SAID))
+    with pytest.raises(UserError, match="a second transcript beside"):
+        command.main(["video", "--videos=ffmpeg", *FLAGS])
 
 
 def test_an_unknown_speaker_is_named(folder):

@@ -18,7 +18,7 @@ from training import features, lora, models, resume
 from training.optimizer import make_optimizers, set_trainable
 from training.processes import Processes
 
-# Options that concern phases 2 and 3
+# Options that concern the phases after the first projector
 LATER_OPTIONS = ("dropout", "init", "lora_rank", "lora_alpha")
 # Options that concern every phase
 EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype")
