@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common import tiles
 from common.archives import ZipEntry, read_entry
@@ -136,9 +136,13 @@ def load_picture(location, reduced=0):
             check_size(name, *image.size)
             if reduced:
                 image.draft(None, (reduced, reduced))
+            depth = image.tile[0][3] if image.tile else ""
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
+            if "16" in str(depth) and image.mode == "RGB":  # Pillow makes it 8 bits, not this:
+                colour = image.info.get("transparency")
+                if isinstance(colour, tuple):
+                    image.info["transparency"] = tuple(value >> 8 for value in colour)
+            return upright(image)
     except (FileNotFoundError, NotADirectoryError):  # the latter: a path through a zip
         raise UserError(f"{name}: no such image") from None
     except Image.UnidentifiedImageError:
@@ -147,13 +151,39 @@ def load_picture(location, reduced=0):
         raise UserError(f"{name}: cannot be read whole ({error})") from None
 
 
+# What turns a photograph upright, for each value of the EXIF tag 274, "orientation"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image):
+    """A PIL image as its EXIF says that it was held. ImageOps.exif_transpose() does so too, but
+    writes the EXIF again, and fails on some that can only be read. Raises ValueError."""
+    try:
+        orientation = image.getexif().get(274)
+    except Exception as error:  # whatever Pillow meets in it
+        raise ValueError(f"its EXIF cannot be read: {error!r}") from None
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
 def open_picture(location, reduced=0):
     """A picture file or ZipEntry as an upright RGB PIL image. 16-bit, grey, palette and CMYK become
     RGB, and transparent pixels white. reduced: see load_picture(). Raises UserError."""
     image = load_picture(location, reduced)
     if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip at 255, not scale
-        high_byte = np.asarray(image, np.int32) >> 8
-        image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
+        values, transparent = np.asarray(image, np.int32), image.info.get("transparency")
+        grey = (values >> 8).clip(0, 255).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        image = Image.fromarray(grey)
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

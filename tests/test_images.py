@@ -2,8 +2,12 @@
 
 import multiprocessing
 import os
+import random
+import struct
 import tracemalloc
+import unicodedata
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_line
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import images
 from common.archives import Archives
@@ -260,3 +264,79 @@ def test_a_place_given_twice_is_one_place(tmp_path):
     whole = str(tmp_path / "1.png")
     assert Archives([tmp_path, other]).find(whole) == whole
     assert Archives([tmp_path, tmp_path]).find("1.png") == whole
+
+
+def png(path, bits, pixels, transparent):
+    """Write a PNG of 16 bits by hand: pixels (h, w) grey or (h, w, 3), a transparent colour."""
+    pixels = np.asarray(pixels, ">u2").reshape(len(pixels), len(pixels[0]), -1)
+    height, width, channels = pixels.shape
+
+    def chunk(name, content):
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 if channels == 3 else 0, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(f">{channels}H", *transparent))
+    content += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def test_a_transparent_colour_of_16_bits_is_white(tmp_path):
+    png(tmp_path / "grey.png", 16, [[1000, 51200], [51201, 65535]], [51200])
+    frame = np.asarray(images.open_picture(tmp_path / "grey.png"))
+    assert frame[..., 0].tolist() == [[3, 255], [200, 255]]
+    colours = [[(51200, 0, 256), (51200, 0, 512)], [(0, 0, 0), (65535, 1, 2)]]
+    png(tmp_path / "colour.png", 16, colours, [51200, 0, 256])
+    frame = np.asarray(images.open_picture(tmp_path / "colour.png"))
+    assert frame.tolist() == [[[255, 255, 255], [200, 0, 2]], [[0, 0, 0], [255, 0, 0]]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photograph_is_upright(tmp_path, orientation):
+    """As ImageOps.exif_transpose turns it, and also where that cannot write the EXIF again."""
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (4, 6, 3), np.uint8))
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as saved:
+        right = np.asarray(ImageOps.exif_transpose(saved))
+    assert (np.asarray(images.open_picture(tmp_path / "a.png")) == right).all()
+    exif[282] = 72.5  # a fraction, whose type is then overwritten by one of whole numbers
+    content = exif.tobytes().replace(struct.pack("<HH", 282, 5), struct.pack("<HH", 282, 4))
+    content = content.replace(struct.pack(">HH", 282, 5), struct.pack(">HH", 282, 4))
+    for damaged in (content, content[:-6]):
+        image.save(tmp_path / "b.png", exif=damaged)
+        assert (np.asarray(images.open_picture(tmp_path / "b.png")) == right).all()
+
+
+def test_exif_made_at_random_ends_in_a_picture_or_one_line(tmp_path):
+    rng, read = random.Random(0), 0
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (4, 6, 3), np.uint8))
+    for _ in range(300):
+        exif = Image.Exif()
+        exif[274], exif[282], exif[0x8825] = rng.randint(1, 8), 72.5, {2: (1.0, 2.0, 3.0)}
+        content = bytearray(exif.tobytes())
+        for _ in range(rng.randint(1, 4)):
+            content[rng.randrange(6, len(content))] = rng.randrange(256)
+        image.save(tmp_path / "a.png", exif=bytes(content))
+        try:
+            images.open_picture(tmp_path / "a.png")
+            read += 1
+        except UserError as error:
+            assert "EXIF" in str(error) and "\n" not in str(error)
+    assert read > 200
+
+
+@pytest.mark.parametrize("archive", ["folder", "zip"])
+@pytest.mark.parametrize("stored, asked", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_accents_are_the_same_in_both_forms(tmp_path, archive, stored, asked):
+    """macOS writes \u00e9 as e and an accent, in folders and in zips."""
+    name = unicodedata.normalize(stored, "caf\u00e9/b\u00e9b\u00e9.png")
+    (tmp_path / "folder" / name).parent.mkdir(parents=True)
+    path = picture(tmp_path / "folder" / name)
+    with zipfile.ZipFile(tmp_path / "zip", "w") as file:
+        file.write(path, name)
+    for wanted in ("caf\u00e9/b\u00e9b\u00e9.png", "b\u00e9b\u00e9.png"):
+        location = Archives([tmp_path / archive]).find(unicodedata.normalize(asked, wanted))
+        assert read_image(location, SMALL).shape == (8, 8, 3)
