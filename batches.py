@@ -100,9 +100,10 @@ class Order:
     def __call__(self, start, count):
         """The cards at the positions start .. start + count - 1 of the endless deck. `numbers` are
         passes, and `cards` positions in the permutation of a pass."""
-        chosen = np.arange(start, start + count)  # right as it is for the curriculum
-        later, used = chosen >= self.curriculum, {}
-        numbers, cards = np.divmod(chosen - self.curriculum, self.shuffled)
+        positions = np.arange(start, start + count)
+        chosen, used = positions.copy(), {}  # a position in the curriculum is its own card
+        later = positions >= self.curriculum
+        numbers, cards = np.divmod(positions - self.curriculum, self.shuffled)
         for number in np.unique(numbers[later]).tolist():
             used[number] = self.passes.get(number)
             if used[number] is None:
@@ -186,8 +187,8 @@ class SampleBatches:
             self.count_image_tokens(model, dataset.image_format)
         self.block_size = model.gpt.config.block_size
         self.check_lengths(dataset.directory, split)
-        # With "full", BabyLLaVA.prefix() is the number of image embeddings over that of rows, so
-        # padding would be counted.
+        # With "full", BabyLLaVA.prefix() divides the number of image embeddings by that of rows;
+        # padding would change the quotient.
         self.pads_images = model.image_attention != "full"
         if not self.pads_images:
             self.check_images_first(dataset.directory)
@@ -287,6 +288,7 @@ class SampleBatches:
         batch = Batch(
             tokens=stream[:, :-1],
             targets=np.pad(targets, (0, padding), constant_values=-100),
+            # edge, not 0: no position may be before first_target()
             positions=np.pad(positions, (0, padding), "edge" if len(positions) else "constant"),
             images=None,
             count=len(positions),

@@ -62,11 +62,11 @@ RENAMED = {
 }
 
 
-def option(default, low=None, high=None, choices=None, once=False):
+def option(default, low=None, high=None, choices=None, once=None):
     """A default with its allowed values: low <= value <= high, or one of `choices`.
 
-    once: a flag must not contradict a config file. True: never; a dict: {the file's value: (values
-    that a flag may put in its place)}."""
+    once: later settings must not change it, except as this dict {value: values that may follow}
+    allows: {"0": ("vision", "language")} allows --phase vision after phase = "0" in a file."""
     allowed = {"low": low, "high": high, "choices": choices, "once": once}
     return dataclasses.field(default=default, metadata=allowed)
 
@@ -272,8 +272,8 @@ def load(Config, argv, description=""):
         value = check_value(fields[name], value, where)
         before = getattr(config, name)
         once = fields[name].metadata.get("once")
-        may_replace = once.get(before, ()) if isinstance(once, dict) else ()
-        if once and config.given.get(name) and value not in (before, *may_replace):
+        may_follow = () if once is None else (before, *once.get(before, ()))
+        if once is not None and config.given.get(name) and value not in may_follow:
             message = f"{where}: {name} {value!r} contradicts {name} {before!r} of"
             raise UserError(f"{message} {config.given[name]}")
         setattr(config, name, value)

@@ -121,7 +121,7 @@ class SplitWriter:
         """Add a sample: tokens, their loss mask, and the image id of each <image>.
 
         Raises ValueError if these do not match, if no token or an <image> is in the loss, or if
-        <image> is the last token: the last token is only a target."""
+        <image> is the last token: the last token is only a target, the first is never one."""
         image = self.writer.tokenizer.image
         placeholders = tokens.count(image)
         image_in_loss = any(flag for token, flag in zip(tokens, loss_mask) if token == image)

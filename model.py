@@ -7,7 +7,7 @@ features of the tower, and the words after them attend to these:
     <image> x P   look , a red ball ! <eos>        loss on the words and <eos> only
 
 Parameter names are those of Hugging Face's Llama, except that q, k and v are one matrix, and gate
-and up another. A new projector is a change in this file alone: a class, and an entry in PROJECTORS.
+and up another. A new projector is a class here and an entry in PROJECTORS.
 Letters: B batch, T sequence length, C model width, H heads, D head width, V vocabulary, N images,
 P image tokens an image, E vision width, S image side in pixels, K targets.
 """
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         k = rotate(k, positions.cos, positions.sin)
         if positions.cache is not None:
             k, v = positions.cache.extend(self.layer, k, v)
-        q = q[:, first:]
+        q = q[:, first:]  # fewer queries than keys: they belong to the last keys
         if positions.maps is not None:
             positions.maps.append(attention_weights(q, k, positions.prefix))
         y = attention(q, k, v, positions.prefix, backend=self.backend)

@@ -135,8 +135,9 @@ class Conversation:
             self.cache = KVCache(model.gpt.config, model.gpt.embed_tokens.weight, 1, capacity)
         self.cache.grow(capacity)
         # An answer may be tokenized differently than it was generated: keep what is the same.
-        # At least one token is left to run: its output predicts the answer. And the last token of
-        # the answer before was never run, so `cached` is longer than the cache by one.
+        # At least one token is left to run: its output predicts the answer. For example, after
+        # "<bos> Q a b", of which b was never run, the cache holds 3, and of "<bos> Q a b R" these 3
+        # are kept and "b R" is run.
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self.cached, tokens[:-1]))
         self.cache.length = min(self.cache.length, len(list(same)))
         old, new = tokens[: self.cache.length], tokens[self.cache.length :]

@@ -145,8 +145,9 @@ class Tokenizer:
             piece = ""
             if token < len(self.ranks) and self.kind == "bpe":
                 text = utf8.decode(self.encoding.decode_single_token_bytes(int(token)))
+                # The first piece loses its space; "" (an incomplete character) is none yet.
                 piece = text.removeprefix(" ") if at_start else text
-                at_start = at_start and not text  # "" while a character is incomplete
+                at_start = at_start and not text
             elif token < len(self.ranks):
                 piece = self.spelling[int(token)] if at_start else " " + self.spelling[int(token)]
                 at_start = False
@@ -316,8 +317,8 @@ class MaskedText:
             if specials[part] is not None:
                 self.tokens.append(specials[part])
                 self.loss_mask.append(int(in_loss and part != "<image>"))
-            # transformers tokenizes the text first and puts bos before it then, so for the
-            # tokenizer the text after bos is still the start.
+            # bos does not count: the text after it is encoded as the first text, as transformers
+            # does, which puts bos before a text that is tokenized already.
             if part != "{bos}":
                 self.after = "special"
 

@@ -358,8 +358,7 @@ def train(settings, processes):
     if not names:
         raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
     for name in names:
-        # A phase overwrites options by those it inherits. The next phase must compare what the user
-        # gave with its own parents, so each gets a copy.
+        # resume.inherit() writes what a phase inherits into its settings, so each gets a copy.
         own = copy.copy(settings)
         option_name = PHASES[name].weights_option
         if option_name and getattr(settings, option_name):

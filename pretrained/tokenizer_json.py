@@ -1,26 +1,24 @@
 """
 Vocabularies in tokenizer.json files: reading other people's, and writing ours.
 
-Two kinds are read, which cover the language models of LLaVA: byte-level BPE (Llama 3, Qwen),
-encoded by tiktoken, and SentencePiece-style BPE with byte fallback (Llama 2, Vicuna, Mistral),
-encoded here. Both give the ids of the `tokenizers` package. Other kinds are refused by name.
+Two kinds are read, which cover the language models of LLaVA: byte-level BPE (Llama 3, Qwen,
+DeepSeek) and SentencePiece-style BPE with byte fallback (Llama 2, Vicuna, Mistral). Both give the
+ids of the `tokenizers` package. Other kinds are refused by name.
 """
 
 import codecs
 import hashlib
 import heapq
 import json
+import re
 import unicodedata
 from itertools import pairwise
 
-import tiktoken
-
 from config import UserError
+from pretrained.split_patterns import read_step, translate
 from tokenizer import PATTERN, Tokenizer
 
 MARK = "\u2581"  # SentencePiece's sign for a space
-# The pattern of a ByteLevel pre-tokenizer that names none: GPT-2's.
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def byte_letters():
@@ -54,40 +52,106 @@ def refuse(what, part):
 
 
 # ---------------------------------------------------------------------------------------------
+# Byte pairs, merged by pairs
+
+
+class Merges:
+    """The model of a tokenizer.json: the ids of a piece of text, by merging pairs of tokens.
+
+    Not tiktoken's encoding: that merges whatever makes a known token, these files name the pairs,
+    and the same token may be reached by another pair."""
+
+    def __init__(self, model):
+        self.ids, self.cache = model["vocab"], {}
+        self.unknown = self.ids.get(model.get("unk_token"))
+        self.fuses_unknown = bool(model.get("fuse_unk"))
+        self.falls_back = bool(model.get("byte_fallback"))
+        self.ignores_merges = bool(model.get("ignore_merges"))
+        self.merges = {}  # {(left id, right id): (rank, id of both)}
+        for rank, (left, right) in enumerate(read_merges(model)):
+            for token in (left, right, left + right):
+                if token not in self.ids:
+                    raise UserError(f"tokenizer.json: merges without {token!r} in the vocabulary")
+            pair = self.ids[left], self.ids[right]
+            self.merges[pair] = rank, self.ids[left + right]
+
+    def encode(self, piece):
+        """The ids of a piece of text."""
+        if piece not in self.cache:
+            if len(self.cache) > 1 << 17:
+                self.cache.clear()
+            whole = self.ids.get(piece) if self.ignores_merges else None
+            self.cache[piece] = [whole] if whole is not None else self.merge(self.single(piece))
+        return self.cache[piece]
+
+    def single(self, piece):
+        """The ids of single characters; an unknown one is spelt in bytes, or <unk>, or left out."""
+        ids, unknown = [], False  # unknown: whether an <unk> is due
+        for char in piece:
+            if char in self.ids:
+                ids += [self.unknown] * unknown + [self.ids[char]]
+                unknown = False
+                continue
+            in_bytes = [self.ids.get(f"<0x{byte:02X}>") for byte in char.encode("utf-8")]
+            if self.falls_back and None not in in_bytes:
+                ids += in_bytes
+            elif self.unknown is not None:
+                ids += [self.unknown] * (unknown and not self.fuses_unknown)
+                unknown = True
+        return ids + [self.unknown] * unknown
+
+    def merge(self, ids):
+        """Merge the neighbours with the earliest merge, again and again. A heap holds the
+        candidates; one whose neighbours have changed since, and no longer make the same token, is
+        skipped."""
+        ids, heap = list(ids), []
+        after, before = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
+
+        def consider(left):
+            if left >= 0 and after[left] < len(ids):
+                found = self.merges.get((ids[left], ids[after[left]]))
+                if found:
+                    heapq.heappush(heap, (found[0], left, found[1]))
+
+        for left in range(len(ids) - 1):
+            consider(left)
+        while heap:
+            _, left, both = heapq.heappop(heap)
+            right = after[left]
+            if ids[left] is None or right >= len(ids):
+                continue
+            found = self.merges.get((ids[left], ids[right]))
+            if not found or found[1] != both:
+                continue
+            ids[left], ids[right] = both, None
+            after[left] = after[right]
+            if after[right] < len(ids):
+                before[after[right]] = left
+            consider(before[left])
+            consider(left)
+        return [i for i in ids if i is not None]
+
+
+# ---------------------------------------------------------------------------------------------
 # The two kinds
 
 
 class ByteLevel:
-    """Byte-level BPE: bytes in GPT-2's spelling, merged within the pieces that a pattern splits."""
+    """Byte-level BPE: bytes in GPT-2's spelling, merged within the pieces that patterns split."""
 
     def __init__(self, content):
-        model, pattern = content["model"], None
-        for step in steps_of(content["pre_tokenizer"]):
-            if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-                pattern = step["pattern"]["Regex"]
-            elif step["type"] != "ByteLevel" or step["add_prefix_space"]:
-                refuse("the pre-tokenizer", step)
-            elif step["use_regex"]:
-                pattern = GPT2_PATTERN
-        self.normalizers = steps_of(content.get("normalizer"))
-        for step in self.normalizers:
-            if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
-                refuse("the normalizer", step)
-        self.ids = {self.to_bytes(token): i for token, i in model["vocab"].items()}
-        order = [bytes([byte]) for byte in range(256)]
-        order += [self.to_bytes(left + right) for left, right in read_merges(model)]
-        if model.get("ignore_merges"):  # tokens without a merge count as well
-            order += list(self.ids)
-        ranks = {token: i for i, token in enumerate(dict.fromkeys(order))}
-        missing = [token for token in ranks if token not in self.ids]
-        if missing or pattern is None:
-            what = f"without {missing[0]!r}" if missing else "without a pattern"
-            raise UserError(f"tokenizer.json: a byte-level vocabulary {what}")
-        self.id_of_rank = [self.ids[token] for token in ranks]
-        self.encoding = tiktoken.Encoding(
-            "tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        )
-        self.spelling = {i: token for token, i in self.ids.items()}
+        self.merges = Merges(content["model"])
+        *steps, last = steps_of(content["pre_tokenizer"])
+        if last["type"] != "ByteLevel":
+            refuse("the pre-tokenizer", last)
+        self.steps = [read_step(step) for step in (*steps, last)]
+        missing = [letter for letter in LETTERS if letter not in self.merges.ids]
+        if missing:
+            raise UserError(
+                f"tokenizer.json: a byte-level vocabulary without {bytes([LETTERS[missing[0]]])!r}"
+            )
+        self.spelling = {i: self.to_bytes(token) for token, i in self.merges.ids.items()}
+        self.letters = {byte: letter for letter, byte in LETTERS.items()}
 
     @staticmethod
     def to_bytes(token):
@@ -97,84 +161,76 @@ class ByteLevel:
             return token.encode("utf-8")
 
     def encode(self, text, after):
-        for step in self.normalizers:
-            text = unicodedata.normalize(step["type"], text)
-        return [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
+        pieces = [text]
+        for step in self.steps:
+            pieces = [part for piece in pieces for part in step(piece)]
+        ids = []
+        for piece in pieces:
+            ids += self.merges.encode("".join(self.letters[b] for b in piece.encode("utf-8")))
+        return ids
 
 
 class SentencePiece:
     """BPE over characters, spaces written as U+2581; unknown characters are spelt in bytes."""
 
     def __init__(self, content):
-        model = content["model"]
-        self.ids, self.prepends = model["vocab"], "never"
-        for step in steps_of(content.get("normalizer")):
-            if step["type"] == "Prepend" and step["prepend"] == MARK:
-                self.prepends = "each"  # before every segment, even one that starts with a space
-            elif step["type"] != "Replace" or step["content"] != MARK:
-                refuse("the normalizer", step)
-        self.splits = False
+        self.merges = Merges(content["model"])
+        self.marks, self.prepends, self.splits = False, "never", False
         for step in steps_of(content.get("pre_tokenizer")):
             if step["type"] != "Metaspace" or step["replacement"] != MARK:
                 refuse("the pre-tokenizer", step)
-            self.prepends = step.get("prepend_scheme", "always")
-            self.splits = step.get("split", True)
-        self.ranks = {merge: i for i, merge in enumerate(read_merges(model))}
-        self.unknown = self.ids.get(model.get("unk_token"))
-        self.spelling = {i: self.spell(token) for token, i in self.ids.items()}
+            self.prepends = step.get("prepend_scheme") or (
+                "always" if step.get("add_prefix_space", True) else "never"
+            )
+            self.marks, self.splits = True, step.get("split", True)
+        self.spelling = {i: self.spell(token) for token, i in self.merges.ids.items()}
 
     @staticmethod
     def spell(token):
-        if len(token) == 6 and token.startswith("<0x"):
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
         return token.replace(MARK, " ").encode("utf-8")
 
     def encode(self, text, after):
-        """after: "start", "special" or "text", see Tokenizer.encode_segment."""
-        text = text.replace(" ", MARK)
-        at_start = {"each": after != "text", "always": after != "text", "first": after == "start"}
-        if at_start.get(self.prepends, False) and (
-            self.prepends == "each" or not text.startswith(MARK)
-        ):
+        text = text.replace(" ", MARK) if self.marks else text
+        at_start = {"always": after != "text", "first": after == "start"}
+        if at_start.get(self.prepends, False) and not text.startswith(MARK):
             text = MARK + text
         words = [text]
         if self.splits:
             words = [MARK * (i > 0) + word for i, word in enumerate(text.split(MARK))]
-        return [i for word in words if word for i in self.encode_word(word)]
+        return [i for word in words if word for i in self.merges.encode(word)]
 
-    def encode_word(self, word):
-        """Merge the neighbours with the earliest merge, again and again. A heap holds the
-        candidates; one whose neighbours have changed since is skipped."""
-        pieces = list(word)
-        after, before = list(range(1, len(pieces) + 1)), list(range(-1, len(pieces) - 1))
-        heap = []
 
-        def consider(left):
-            if left >= 0 and after[left] < len(pieces):
-                pair = pieces[left], pieces[after[left]]
-                if pair in self.ranks:
-                    heapq.heappush(heap, (self.ranks[pair], left, pair))
+# ---------------------------------------------------------------------------------------------
+# Words added to a vocabulary
 
-        for left in range(len(pieces) - 1):
-            consider(left)
-        while heap:
-            _, left, pair = heapq.heappop(heap)
-            right = after[left]
-            if right >= len(pieces) or (pieces[left], pieces[right]) != pair:
+
+class AddedTokens:
+    """The added_tokens of a tokenizer.json that a text may contain: all but the special ones, which
+    text never becomes (the `tokenizers` package calls that encode_special_tokens)."""
+
+    def __init__(self, entries, normalise):
+        self.by_content = {normalise(entry["content"]): entry for entry in entries}
+        names = sorted(map(re.escape, self.by_content), key=len, reverse=True)
+        self.pattern = re.compile("|".join(names)) if names else None
+
+    def split(self, text):
+        """[(text, None) or (content, id), ...]: a text cut at the added tokens in it."""
+        parts, start, letter = [], 0, translate(r"[\w\u200c\u200d]")
+        for found in self.pattern.finditer(text) if self.pattern else ():
+            entry, (first, end) = self.by_content[found[0]], found.span()
+            in_word = letter.match(text[first - 1 : first]) or letter.match(text[end : end + 1])
+            if entry["special"] or (entry.get("single_word") and in_word):
                 continue
-            pieces[left], pieces[right] = pieces[left] + pieces[right], ""
-            after[left] = after[right]
-            if after[right] < len(pieces):
-                before[after[right]] = left
-            consider(before[left])
-            consider(left)
-        return [i for piece in pieces if piece for i in self.ids_of(piece)]
-
-    def ids_of(self, piece):
-        if piece in self.ids:
-            return [self.ids[piece]]
-        in_bytes = [self.ids.get(f"<0x{byte:02X}>", self.unknown) for byte in piece.encode("utf-8")]
-        return [self.unknown] if self.unknown in in_bytes else in_bytes
+            if entry.get("lstrip"):
+                first = max(start, len(text[:first].rstrip()))
+            if entry.get("rstrip"):
+                end = len(text) - len(text[end:].lstrip())
+            parts.append((text[start:first], None))
+            parts += [(found[0], entry["id"])] if end > first else []
+            start = max(start, end)
+        return [part for part in [*parts, (text[start:], None)] if part[0]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,6 +241,24 @@ def special_token(name, i):
     """An entry of tokenizer.json's added_tokens."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": name, **flags, "special": True}
+
+
+def read_normalizer(content):
+    """The normalizer of a tokenizer.json as a list of functions f(text, begins); begins: whether
+    nothing, or a special token, is before the text."""
+
+    def read(step):
+        kind = step["type"]
+        if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+            return lambda text, begins: unicodedata.normalize(kind, text)
+        if kind == "Prepend":  # before every piece of text, even one that starts with a space
+            return lambda text, begins: step["prepend"] + text if begins and text else text
+        if kind == "Replace" and "String" in step["pattern"]:
+            old = step["pattern"]["String"]
+            return lambda text, begins: text.replace(old, step["content"])
+        return refuse("the normalizer", step)
+
+    return [read(step) for step in steps_of(content.get("normalizer"))]
 
 
 class JsonTokenizer(Tokenizer):
@@ -210,31 +284,57 @@ class JsonTokenizer(Tokenizer):
             model = content["model"]
             if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix"):
                 refuse("the model", {"type": model.get("type")})
+            if model.get("end_of_word_suffix"):
+                refuse("the model", {"end_of_word_suffix": model["end_of_word_suffix"]})
             steps = [step["type"] for step in steps_of(content.get("pre_tokenizer"))]
             self.words = ByteLevel(content) if "ByteLevel" in steps else SentencePiece(content)
+            self.normalizers = read_normalizer(content)
+            added = self.content["added_tokens"]
+            as_it_is = [entry for entry in added if not entry.get("normalized")]
+            normalised = [entry for entry in added if entry.get("normalized")]
+            self.added = AddedTokens(as_it_is, lambda text: text)
+            self.added_normalised = AddedTokens(normalised, self.normalise)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"tokenizer.json: an unknown form ({error!r})") from None
         self.vocab_size = roles["vocab_size"]
-        self.silent = set(self.specials.values())
+        self.silent = {self.image} | {e["id"] for e in content["added_tokens"] if e["special"]}
+        self.spelling = self.words.spelling | {
+            entry["id"]: entry["content"].encode("utf-8") for entry in content["added_tokens"]
+        }
+
+    def normalise(self, text, begins=True):
+        for step in self.normalizers:
+            text = step(text, begins)
+        return text
 
     def encode(self, text):
         return self.encode_segment(text)
 
     def encode_segment(self, text, after="start"):
-        return self.words.encode(text, after) if text else []
+        """The ids of a text, as the `tokenizers` package makes them: added tokens are found, the
+        text between is normalised, further added tokens are found, the rest is split and merged."""
+        ids = []
+        for part, added in self.added.split(text):
+            if added is not None:
+                ids, after = [*ids, added], "special"
+                continue
+            for words, found in self.added_normalised.split(self.normalise(part, after != "text")):
+                ids += self.words.encode(words, after) if found is None else [found]
+                after = "special"
+        return ids
 
     def pieces(self, tokens):
         utf8, beginning = codecs.getincrementaldecoder("utf-8")("replace"), True
         for token in tokens:
             piece = ""
-            if int(token) not in self.silent and int(token) in self.words.spelling:
-                text = utf8.decode(self.words.spelling[int(token)])
+            if int(token) not in self.silent and int(token) in self.spelling:
+                text = utf8.decode(self.spelling[int(token)])
                 piece = text.removeprefix(" ") if beginning else text
                 beginning = beginning and not text
             yield piece
 
     def decode(self, tokens):
-        spelt = self.words.spelling
+        spelt = self.spelling
         kept = [spelt[int(t)] for t in tokens if int(t) in spelt and int(t) not in self.silent]
         return b"".join(kept).decode("utf-8", "replace").removeprefix(" ")
 

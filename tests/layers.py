@@ -12,7 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("config",),
-    ("common", "fast", "kernels", "tokenizer", "pretrained.tokenizer_json"),
+    (
+        "common",
+        "fast",
+        "kernels",
+        "tokenizer",
+        "pretrained.split_patterns",
+        "pretrained.tokenizer_json",
+    ),
     ("model", "vision", "dino", "pretrained.convnets"),
     ("checkpoint",),
     ("pretrained",),

@@ -115,7 +115,11 @@ def set_up(settings, name, phases, dataset, processes):
     torch.manual_seed(settings.seed)
     raw_model = models.make_model(settings, phase, dataset, parents)
     if saved:
-        models.restore(raw_model, saved)
+        try:
+            models.restore(raw_model, saved)
+        except RuntimeError as error:  # load_state_dict's, of several lines
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{settings.out}/{name}.pt: not of this model: {why}") from None
     raw_model.to(device)
     check_backends(settings, raw_model, device)
 
