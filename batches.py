@@ -91,15 +91,39 @@ def round_up(n, parts=8, least=8):
 
 class Order:
     """The numbers 0 .. n - 1 as an endless deck of cards: first the `curriculum` numbers, once and
-    in order, then passes over all others, each a fresh permutation."""
+    in order, then passes over all others, each a fresh permutation.
 
-    def __init__(self, n, seed, curriculum=0):
+    A batch at the end of a pass takes its last cards and the first ones of the next pass. No number
+    is in it twice: the first cards of a pass are exchanged for later ones if the pass before ended
+    with them. With fewer than two batches of cards all passes have the same order instead."""
+
+    def __init__(self, n, seed, curriculum=0, batch=1):
         self.seed, self.curriculum, self.shuffled = seed, curriculum, n - curriculum
+        self.batch = batch
         self.passes = {}  # {number of the pass: its permutation}, those of the last call
 
+    def shuffle(self, number):
+        number = number if self.shuffled >= 2 * self.batch else 0
+        return np.random.RandomState([self.seed, number]).permutation(self.shuffled)
+
+    def permutation(self, number):
+        """The cards of a pass, in order."""
+        cards = self.shuffle(number)
+        before = self.first_position(number) % self.batch  # cards of the pass before in its batch
+        if number and before and self.shuffled >= 2 * self.batch:
+            ended_with = np.isin(cards, self.shuffle(number - 1)[-before:])
+            first = self.batch - before
+            twice = np.flatnonzero(ended_with[:first])
+            others = first + np.flatnonzero(~ended_with[first:])[: len(twice)]
+            cards[twice], cards[others] = cards[others], cards[twice]
+        return cards
+
+    def first_position(self, number):
+        """The position of the first card of a pass in the deck."""
+        return self.curriculum + number * self.shuffled
+
     def __call__(self, start, count):
-        """The cards at the positions start .. start + count - 1 of the endless deck. `numbers` are
-        passes, and `cards` positions in the permutation of a pass."""
+        """The cards at the positions start .. start + count - 1 of the deck."""
         positions = np.arange(start, start + count)
         chosen, used = positions.copy(), {}  # a position in the curriculum is its own card
         later = positions >= self.curriculum
@@ -107,11 +131,23 @@ class Order:
         for number in np.unique(numbers[later]).tolist():
             used[number] = self.passes.get(number)
             if used[number] is None:
-                used[number] = np.random.RandomState([self.seed, number]).permutation(self.shuffled)
+                used[number] = self.permutation(number)
             own = later & (numbers == number)
             chosen[own] = self.curriculum + used[number][cards[own]]
         self.passes = used  # the next call will need one of these again
         return chosen
+
+    def window(self, step, most):
+        """(first, end) of the batches that may be mixed with batch number `step`: at most so many
+        that lie in one pass. A batch with cards of two passes is alone."""
+        number = max((step * self.batch - self.curriculum) // self.shuffled, -1)
+        start = self.first_position(number) if number >= 0 else 0  # -1 is the curriculum
+        end = self.first_position(number + 1) // self.batch  # batches that end in this pass
+        if step >= end:
+            return step, step + 1
+        first = math.ceil(start / self.batch)
+        first += (step - first) // most * most
+        return first, min(first + most, end)
 
 
 def fixed_rows(n, limit):
@@ -126,7 +162,9 @@ def fixed_rows(n, limit):
 
 
 class TextBatches:
-    """Rows of T tokens, cut from one long stream of utterances. Every position has a target."""
+    """Rows of T tokens, cut from one long stream of utterances. Every token of the stream but the
+    first is a target, once a pass: the last row ends with the stream, and the tokens that it shares
+    with the row before are in the loss there alone."""
 
     BIN = "text"
 
@@ -136,8 +174,8 @@ class TextBatches:
         self.T = min(model.gpt.config.block_size, len(self.text) - 1)
         if self.T < 1:
             raise UserError(f"{self.path}: {len(self.text)} tokens are too few")
-        self.rows = (len(self.text) - 1) // self.T
-        self.batch, self.order = batch, Order(self.rows, seed)
+        self.rows = math.ceil((len(self.text) - 1) / self.T)
+        self.batch, self.order = batch, Order(self.rows, seed, batch=batch)
 
     def plan(self, step):
         return Plan(self.order(step * self.batch, self.batch), self.T)
@@ -149,11 +187,14 @@ class TextBatches:
         return [Plan(rows[i : i + self.batch], self.T) for i in parts]
 
     def read(self, plan, part=slice(None)):
-        starts = plan.rows[part] * self.T
+        wanted = plan.rows[part] * self.T
+        starts = np.minimum(wanted, len(self.text) - 1 - self.T)
         stream = np.stack([self.text[i : i + self.T + 1] for i in starts]).astype(np.int64)
         check_tokens(stream, self.tokenizer, self.path)
-        targets = stream[:, 1:].reshape(-1)
-        return Batch(stream[:, :-1], targets, None, None, len(targets))
+        targets = stream[:, 1:].copy()
+        for row, shared in zip(targets, wanted - starts):
+            row[:shared] = -100
+        return Batch(stream[:, :-1], targets.reshape(-1), None, None, int((targets >= 0).sum()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -162,10 +203,11 @@ class TextBatches:
 
 class SampleBatches:
     """Samples of similar length. Samples with and without images are in different batches, except
-    for the one batch of a window in which the sorted texts end and the pictures begin.
+    for the one batch of a window in which the sorted texts end and the pictures begin, and for a
+    batch at the end of a pass.
 
-    A window is 32 batches of shuffled samples. Its samples are grouped by length, and the groups
-    are shuffled again. All rows of a batch are padded to one length (see round_up)."""
+    A window is up to 32 batches of one pass. Its samples are grouped by length, and the groups are
+    shuffled again. All rows of a batch are padded to one length (see round_up)."""
 
     BIN, WINDOW, ONE_PICTURE = "samples", 32, False
 
@@ -193,8 +235,8 @@ class SampleBatches:
         if not self.pads_images:
             self.check_images_first(dataset.directory)
         curriculum = 0 if self.ONE_PICTURE else dataset.count(split, "curriculum")
-        self.order = Order(self.rows, seed, curriculum)
-        self.window, self.plans = None, None  # the plans of the last window
+        self.order = Order(self.rows, seed, curriculum, batch)
+        self.window, self.plans = (0, 0), []  # the plans of the last window
 
     def count_image_tokens(self, model, image_format):
         """The number of tokens of each image, and the running total over image_ids."""
@@ -259,13 +301,12 @@ class SampleBatches:
         return [Plan(rows[group], length) for group, length in zip(groups, longest)]
 
     def plan(self, step):
-        window = step // self.WINDOW
-        if window != self.window:
-            size = self.WINDOW * self.batch
-            plans = self.group(self.order(window * size, size))
-            shuffled = np.random.RandomState([self.seed, window, 1]).permutation(len(plans))
-            self.window, self.plans = window, [plans[i] for i in shuffled]
-        return self.plans[step % self.WINDOW]
+        first, end = self.order.window(step, self.WINDOW)
+        if (first, end) != self.window:
+            plans = self.group(self.order(first * self.batch, (end - first) * self.batch))
+            shuffled = np.random.RandomState([self.seed, first, 1]).permutation(len(plans))
+            self.window, self.plans = (first, end), [plans[i] for i in shuffled]
+        return self.plans[step - first]
 
     def fixed_plan(self, limit=0):
         """The plans of a validation pass over `limit` samples (0: all), the curriculum left out."""
@@ -356,7 +397,7 @@ class ClipBatches:
         self.frames, self.clips = Rows(dataset.open(split, "frames")), dataset.open(split, "clips")
         self.rows, self.batch = len(self.clips), batch
         check_clips(self.clips, dataset.path(split, "clips"))
-        self.order = Order(self.rows, seed)
+        self.order = Order(self.rows, seed, batch=batch)
 
     def plan(self, step):
         return Plan(self.order(step * self.batch, self.batch), start=step * self.batch)
