@@ -59,6 +59,12 @@ TOWER_DEFAULTS = {
     "siglip": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
     "vit": {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
     "dinov2": {"patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6},
+    "dinov2_with_registers": {
+        "patch_size": 16,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "num_register_tokens": 4,
+    },
     "convnext": {"patch_size": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
 }
 NO_CONFIG_CLIP = {  # LLaVA's tower without a vision_config: CLIP ViT-L/14 at 336
@@ -186,21 +192,23 @@ def make_tower(folder, seen, alone=False):
         "activation": ACTIVATIONS[seen["hidden_act"]],
         "eps": positive(folder, seen, "layer_norm_eps"),
         "offset": 0.0,
-        "final_norm": alone and kind in ("vit", "dinov2"),
+        "final_norm": alone and kind not in ("clip", "siglip"),
     }
     if kind == "clip":
         arguments |= {"patch_bias": False, "first_norm": True}
     elif kind == "siglip":
         arguments["cls"] = False
-    elif kind == "dinov2":
+    elif kind in ("dinov2", "dinov2_with_registers"):
         if seen.get("use_swiglu_ffn"):
             refuse(folder, "use_swiglu_ffn", True)
         arguments |= {"scaled": True, "hidden": int(seen.get("mlp_ratio", 4) * seen["hidden_size"])}
+        registers = seen.get("num_register_tokens", 0)
+        arguments |= {"registers": registers, "antialias": kind == "dinov2_with_registers"}
     elif not seen.get("qkv_bias", True):
         refuse(folder, "qkv_bias", False)
     rules = CLIP if kind in ("clip", "siglip") else HUGGING_FACE_VIT
     if not arguments["final_norm"]:
-        rules = [(r"^layernorm\..*|^embeddings\.mask_token$", ""), *rules]
+        rules = [*rules, (r"^norm\..*", "")]
     return vision.ViT(**arguments), rules
 
 

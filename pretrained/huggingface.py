@@ -5,7 +5,8 @@ Hugging Face folders of a LLaVA, a language model or a tower, opened as models o
 
 Supported are LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision with language models of the Llama, Mistral
 and Qwen2 kind and towers CLIP, SigLIP, ViT and Dinov2, in safetensors, sharded or not, under the
-names of transformers 4 and 5; and such language models and towers alone. Weights are memory-mapped
+names of transformers 4 and 5; and such language models and towers alone, with a classifier or
+not. Weights are memory-mapped
 and used in place, except q, k, v and gate, up, which are stacked. What does not fit is refused.
 """
 
@@ -165,9 +166,18 @@ def read_config(folder):
     return settings
 
 
-def is_tied(settings, text, weights):
-    says_so = settings.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    return bool(says_so) or not any("lm_head" in name for name in weights)
+def is_tied(folder, settings, text, weights):
+    """Whether the head shares the weights of the embedding, as transformers 5 decides it: a head of
+    its own in the weights goes before tie_word_embeddings, at whichever level that stands. Raises
+    UserError if there is neither."""
+    says_so = bool(settings.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    heads = [name for name in weights if re.search(r"(^|\.)lm_head\.weight$", name)]
+    if not heads and not says_so:
+        raise UserError(f"{folder}: no lm_head.weight, and tie_word_embeddings is false")
+    if not (heads and says_so):
+        return says_so
+    embedding = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    return torch.equal(weights.home[heads[0]][heads[0]], weights.home[embedding][embedding])
 
 
 def choose_dtype(name, stored):
@@ -180,7 +190,7 @@ def make_llava(folder, settings, weights):
     defaults, text = LLAVA[kind], settings.get("text_config") or {}
     seen = settings.get("vision_config") or (NO_CONFIG_CLIP if kind != "llava_onevision" else {})
     seen = {"model_type": defaults["tower"]} | seen
-    if seen["model_type"].startswith("convnext"):
+    if seen["model_type"].startswith(("convnext", "dinov2_with_registers")):
         refuse(folder, "tower", seen["model_type"], "is none of a LLaVA of transformers")
     layer = settings.get("vision_feature_layer", defaults["layer"])
     strategy = settings.get("vision_feature_select_strategy", defaults["strategy"])
@@ -192,7 +202,7 @@ def make_llava(folder, settings, weights):
     )
     if projector != ("gelu", True):
         refuse(folder, "projector (activation, bias)", projector)
-    tied = is_tied(settings, text, weights)
+    tied = is_tied(folder, settings, text, weights)
     sizes = gpt_config(folder, text, tied)
     if sizes.fault():
         raise UserError(f"{folder}/config.json: {sizes.fault()}")
@@ -250,7 +260,8 @@ def restore(folder, settings, weights, device, dtype):
     ours = settings["nanobabyllava"]
     with understood(folder):
         _, rules = make_tower(folder, settings["vision_config"], alone=True)
-        stacks = stacks_of(weights, rules, is_tied(settings, settings["text_config"], weights))
+        tied = is_tied(folder, settings, settings["text_config"], weights)
+        stacks = stacks_of(weights, rules, tied)
         state = {n: weights.read(names, weights.shape(names), None) for n, names in stacks.items()}
         if vision.weights_digest(weights.all()) != ours["written"]:
             raise UserError(
@@ -293,7 +304,6 @@ def read_tower(folder, settings, weights):
     names = {re.sub(prefix, "", name): name for name in weights}
     if prefix != r"^$":
         names = {short: name for short, name in names.items() if short != name}
-    names = {re.sub(r"^(vit|dinov2|convnext|vision_model)\.", "", k): v for k, v in names.items()}
     stacks = {ours: [names[n] for n in theirs] for ours, theirs in plan(names, rules).items()}
     load_weights(folder, tower, stacks, weights, torch.float32)
     return tower.eval()
@@ -304,8 +314,8 @@ def load_language(folder):
     its vocabulary becomes the image token."""
     folder, tokenizer = Path(folder), language_tokenizer(folder)
     settings, weights = read_config(folder), Weights(folder)
-    tied = is_tied(settings, settings, weights)
     with understood(folder):
+        tied = is_tied(folder, settings, settings, weights)
         sizes = gpt_config(folder, settings, tied)
         with torch.device("meta"):
             model = BabyLLaVA(GPT(sizes))

@@ -39,7 +39,8 @@ def read_file(path):
 
 HUGGING_FACE_VIT = [
     (r"^(vit|dinov2(_with_registers)?)\.", ""),
-    (r"^pooler\..*", ""),
+    # for other uses than features: a pooled vector, classes, masked training
+    (r"^(pooler|classifier|decoder)\..*|^embeddings\.mask_token$", ""),
     (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
     (r"^embeddings\.", ""),
@@ -58,7 +59,7 @@ HUGGING_FACE_VIT = [
 CLIP = [  # and SigLIP
     (r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias).*", ""),
     (r"^vision_model\.", ""),
-    (r"^(post_layernorm|head)\..*|^embeddings\.position_ids$", ""),  # for the pooled vector alone
+    (r"^(post_layernorm|head|classifier)\..*|^embeddings\.position_ids$", ""),  # not for patches
     (r"^embeddings\.class_embedding", "cls_token"),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
     (r"^embeddings\.position_embedding\.weight", "pos_embed"),

@@ -23,6 +23,7 @@ from tokenizer import TEMPLATES, chat_sample
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 import fake_llava  # noqa: E402
+import safetensors.torch  # noqa: E402
 
 SIZES = [(28, 28), (50, 33), (33, 50), (100, 20), (20, 90), (61, 60), (300, 301)]
 LLAVAS = [
@@ -131,6 +132,37 @@ def test_padding_on_the_left_or_right_changes_nothing(tmp_path):
         ours = logits_after(loaded.model, right, embeds)
     assert (theirs[0] - ours[0]).abs().max() < 1e-4
     assert (theirs[1, 3:] - ours[1, :-3]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("head", ["its own", "none", "the embedding's"])
+@pytest.mark.parametrize("of_text", [None, True, False])
+@pytest.mark.parametrize("of_all", [None, True, False])
+def test_the_head_is_the_one_that_transformers_takes(tmp_path, of_all, of_text, head):
+    fake_llava.make(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    (own,) = [name for name in weights if "lm_head" in name]
+    (embedding,) = [name for name in weights if name.endswith("embed_tokens.weight")]
+    if head == "none":
+        del weights[own]
+    elif head != "its own":
+        weights[own] = weights[embedding].clone()
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for level, says in ((config, of_all), (config["text_config"], of_text)):
+        level.pop("tie_word_embeddings", None)
+        level |= {} if says is None else {"tie_word_embeddings": says}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if head == "none" and not of_all and not of_text:  # transformers makes a random one
+        with pytest.raises(UserError, match="no lm_head.weight, and tie_word") as error:
+            huggingface.load(tmp_path)
+        assert one_line(error)
+        return
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    gpt = huggingface.load(tmp_path).model.gpt
+    assert torch.equal(gpt.head_weight, theirs.get_output_embeddings().weight)
+    assert torch.equal(gpt.embed_tokens.weight, theirs.get_input_embeddings().weight)
+    assert gpt.config.tied == (head != "its own" and bool(of_all or of_text))
 
 
 @pytest.mark.parametrize("how", [LLAVAS[0], LLAVAS[2], TILED[0]], ids=name_of)

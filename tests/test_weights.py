@@ -169,6 +169,53 @@ def test_clip_and_siglip_are_transformers_own(kind, tmp_path):
         assert ours.num_patches(32) == 9
 
 
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+FOLDERS = [  # (class of transformers, where its features are)
+    ("ViTModel", ""),
+    ("ViTForImageClassification", "vit"),
+    ("ViTForMaskedImageModeling", "vit"),
+    ("Dinov2Model", ""),
+    ("Dinov2ForImageClassification", "dinov2"),
+    ("Dinov2WithRegistersModel", ""),
+    ("Dinov2WithRegistersForImageClassification", "dinov2_with_registers"),
+    ("CLIPVisionModel", ""),
+    ("CLIPForImageClassification", "vision_model"),
+    ("SiglipVisionModel", ""),
+    ("SiglipForImageClassification", "vision_model"),
+]
+
+
+@pytest.mark.parametrize("name, inner", FOLDERS, ids=[name for name, _ in FOLDERS])
+def test_a_folder_of_a_tower_with_or_without_a_classifier(tmp_path, name, inner):
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, name)
+    config = theirs.config_class
+    if config in (transformers.CLIPConfig, transformers.SiglipConfig):
+        config = config(vision_config=dict(SMALL), text_config={"num_hidden_layers": 1})
+    else:
+        config = config(**SMALL)
+    theirs = randomised(theirs(config))
+    theirs.save_pretrained(tmp_path)
+    ours, before_norm = load_tower(tmp_path), "CLIP" in name or "Siglip" in name
+    registers = getattr(config, "num_register_tokens", 0) if "Registers" in name else 0
+    backbone = getattr(theirs, inner) if inner else theirs
+    for size in (32, 48):
+        x = torch.randn(2, 3, size, size)
+        how = {"interpolate_pos_encoding": True} if "Dinov2" not in name else {}
+        with torch.no_grad():
+            out = backbone(x, output_hidden_states=True, **how)
+            found = ours(x, -2 if before_norm else -1)
+        wanted = out.hidden_states[-2] if before_norm else out.last_hidden_state
+        if registers:
+            wanted = torch.cat([wanted[:, :1], wanted[:, 1 + registers :]], 1)
+        if "Siglip" in name:
+            found = found[:, 1:]
+        assert (found - wanted).abs().max() < 1e-5, size
+
+
 def test_facebooks_names_tell_dinov2_and_its_registers():
     for shape in (
         {"scaled": True},
