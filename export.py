@@ -356,7 +356,8 @@ def processor_settings(loaded, kind, strategy):
     if form.fit == "pad":
         pictures |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     elif form.fit == "centre":
-        more = {"do_center_crop": True, "crop_size": side, "size": {"shortest_edge": form.size}}
+        edge = {"shortest_edge": form.edge or form.size}
+        more = {"do_center_crop": True, "crop_size": side, "size": edge}
         pictures |= {"image_processor_type": "CLIPImageProcessor"} | more
     elif form.fit == "crop":
         raise UserError("pictures cropped before they are resized: transformers crops after")

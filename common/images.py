@@ -39,7 +39,8 @@ class ImageFormat:
     """How pictures become frames of size x size pixels, and frames a tower's input.
 
     fit: squash changes the aspect ratio; pad centres the picture on a square of the mean colour
-    (LLaVA-1.5's); crop keeps the middle square; centre does so after resizing (CLIP's).
+    (LLaVA-1.5's); crop keeps the middle square; centre does so after resizing (CLIP's) the shorter
+    side to `edge` pixels, 0: to size (DINOv2 has 256 and 224).
     resample: the filter; reduced is bilinear, of JPEGs decoded at a lower resolution.
     canvases: sizes (width, height) in pixels, for pictures that are also cut into tiles (see
     tiles.py). max_tiles: interpolate larger maps of tiles down to so many; 0: never."""
@@ -51,6 +52,7 @@ class ImageFormat:
     std: tuple = IMAGENET_STD
     canvases: tuple = ()
     max_tiles: int = 0
+    edge: int = 0
 
     def __post_init__(self):
         check_format(self, FITS, RESAMPLING)
@@ -89,6 +91,9 @@ def check_format(image_format, fits, filters):
             raise ValueError(f"tiles on a canvas of {sides!r} pixels")
     if type(image_format.max_tiles) is not int or image_format.max_tiles < 0:
         raise ValueError(f"at most {image_format.max_tiles!r} tiles")
+    edge = image_format.edge
+    if type(edge) is not int or (edge and (image_format.fit != "centre" or edge < size)):
+        raise ValueError(f"resized to {edge!r} pixels, to cut out {size}")
 
 
 @dataclass
@@ -207,8 +212,9 @@ def to_square(image, image_format):
     elif image_format.fit == "crop" and width != height:
         image = middle(image, min(width, height), min(width, height))
     elif image_format.fit == "centre":
-        longer = int(size * side / min(width, height))
-        new = (size, longer) if width <= height else (longer, size)
+        edge = image_format.edge or size
+        longer = int(edge * side / min(width, height))
+        new = (edge, longer) if width <= height else (longer, edge)
         return middle(image.resize(new, resample), size, size)
     return image.resize((size, size), resample)
 

@@ -75,6 +75,30 @@ NO_CONFIG_CLIP = {  # LLaVA's tower without a vision_config: CLIP ViT-L/14 at 33
     "image_size": 336,
     "patch_size": 14,
 }
+# The image processors of transformers, by the names of their classes without "ImageProcessor".
+ALL_PROCESSORS = {
+    "do_resize": True,
+    "resample": 3,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_pad": False,
+}
+CROPPED = {"size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": True}
+OF_CLIP, OF_HALF = (
+    {"image_mean": mean, "image_std": std} for mean, std in (NORMS["clip"], NORMS["half"])
+)
+PROCESSORS = {
+    "CLIP": CROPPED | OF_CLIP,
+    "Bit": CROPPED | OF_CLIP,
+    "Llava": CROPPED | OF_CLIP,
+    "LlavaNext": CROPPED | OF_CLIP,
+    "LlavaOnevision": {"size": {"height": 384, "width": 384}} | OF_CLIP,
+    "Siglip": {"size": {"height": 224, "width": 224}} | OF_HALF,
+    "ViT": {"size": {"height": 224, "width": 224}, "resample": 2} | OF_HALF,
+}
+SQUARE = ("ViT",)  # a size that is a number is that of a square, else of the shorter side
 ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -212,37 +236,93 @@ def make_tower(folder, seen, alone=False):
     return vision.ViT(**arguments), rules
 
 
-def image_format(folder, settings, size):
-    """The ImageFormat of a folder's image processor. Raises UserError."""
+def processor_settings(folder, kind):
+    """(name of the image processor's class without its ending, its settings with defaults) of the
+    folder of a LLaVA of this kind."""
     found = read_json(folder / "processor_config.json", {}).get("image_processor")
     found = found or read_json(folder / "preprocessor_config.json")
-    sizes, kind = found.get("crop_size") or found.get("size") or {}, settings["model_type"]
-    wanted = sizes if isinstance(sizes, int) else sizes.get("shortest_edge", sizes.get("height"))
-    if wanted != size and found.get("do_resize", True):
-        raise UserError(f"{folder}: pictures of {wanted} pixels for a tower of {size}")
+    usual = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[kind]
+    name = found.get("image_processor_type") or found.get("feature_extractor_type") or usual
+    name = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
+    if name not in PROCESSORS:
+        raise UserError(
+            f"{folder}: the image processor {name} is not supported: one of {', '.join(PROCESSORS)}"
+        )
+    return name, ALL_PROCESSORS | PROCESSORS[name] | found  # a null is false, and no default
+
+
+def sides_of(folder, size, is_square):
+    """(shorter side, None) or (width, height) of a size of an image processor, a number or a dict."""
+    if isinstance(size, int):
+        return (size, size) if is_square else (size, None)
+    if not isinstance(size, dict):
+        raise UserError(f"{folder}: an image processor without a size to cut to")
+    if set(size) == {"shortest_edge"}:
+        return size["shortest_edge"], None
+    if set(size) == {"height", "width"}:
+        return size["width"], size["height"]
+    raise UserError(f"{folder}: pictures resized to {size} are not supported")
+
+
+def image_format(folder, settings, size):
+    """The ImageFormat of a folder's image processor, for a tower of `size` pixels. Raises
+    UserError for settings that an ImageFormat does not have."""
+    kind = settings["model_type"]
+    name, found = processor_settings(folder, kind)
     tiled = kind in ("llava_next", "llava_onevision")
-    fit = "centre" if found.get("do_center_crop", "crop_size" in found) else "squash"
-    if kind == "llava" and found.get("do_pad"):
+    side, height = sides_of(folder, found["size"], name in SQUARE)
+    crop = sides_of(folder, found.get("crop_size"), True) if found["do_center_crop"] else None
+    if not found["do_resize"] or side != (height or side) or (height is None and not crop):
+        raise UserError(f"{folder}: an image processor whose pictures are not squares")
+    final, fit, edge = side, "squash", 0
+    if crop and crop != (side, side):
+        if crop[0] != crop[1] or crop[0] > side or height is not None or tiled:
+            raise UserError(f"{folder}: pictures resized to {found['size']}, then cut to {crop}")
+        final, edge = crop[0], side
+    if height is None and not tiled:
+        fit = "centre"
+    if name == "Llava" and found["do_pad"]:
+        if edge:
+            raise UserError(f"{folder}: padded pictures resized to {side}, then cut to {final}")
         fit = "pad"
+    if final != size:
+        raise UserError(f"{folder}: pictures of {final} pixels for a tower of {size}")
+    mean, std = norm_of(folder, found, fit)
     pinpoints = settings.get("image_grid_pinpoints") or found.get("image_grid_pinpoints")
     if tiled and not pinpoints:
         pinpoints = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
     most = re.search(r"\d+", settings.get("vision_aspect_ratio") or "anyres_max_9")
-    resample = {2: "bilinear", 3: "bicubic"}.get(found.get("resample", 3))
+    resample = {2: "bilinear", 3: "bicubic"}.get(found["resample"])
     if resample is None:
         raise UserError(
             f"{folder}: pictures resized by filter {found['resample']}: 2 and 3 are taken"
         )
-    mean, std = NORMS["clip"]
     return ImageFormat(
         size,
-        "squash" if tiled else fit,
+        fit,
         resample,
-        tuple(found.get("image_mean", mean)),
-        tuple(found.get("image_std", std)),
+        mean,
+        std,
         tuple((w, h) for h, w in pinpoints) if tiled else (),
         int(most[0]) if kind == "llava_onevision" and most else 0,
+        edge,
     )
+
+
+def norm_of(folder, found, fit):
+    """(mean, std) of pixels in 0..1 that do what an image processor does to pixels in 0..255:
+    multiply by rescale_factor, subtract image_mean, divide by image_std; each may be left out."""
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if found["do_normalize"]:
+        mean, std = (
+            (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+            for value in (found["image_mean"], found["image_std"])
+        )
+    factor = found["rescale_factor"] if found["do_rescale"] else 1.0
+    scale = 1.0 if abs(factor * 255 - 1) < 1e-6 else 1 / (255 * factor)
+    if fit == "pad" and (scale != 1.0 or not found["do_normalize"]):
+        raise UserError(f"{folder}: padded pictures that are not normalised as usual")
+    return tuple(m * scale for m in mean), tuple(s * scale for s in std)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import export
 import inference
 import sample
 import train
-from common.images import ImageFormat, to_picture
+from common.images import ImageFormat, to_picture, to_pixels
 from config import UserError
-from pretrained import huggingface
+from pretrained import hf_config, huggingface
 from tokenizer import TEMPLATES, chat_sample
 
 transformers = pytest.importorskip("transformers")
@@ -132,6 +132,66 @@ def test_padding_on_the_left_or_right_changes_nothing(tmp_path):
         ours = logits_after(loaded.model, right, embeds)
     assert (theirs[0] - ours[0]).abs().max() < 1e-4
     assert (theirs[1, 3:] - ours[1, :-3]).abs().max() < 1e-4
+
+
+CUT = {"height": 28, "width": 28}
+PROCESSORS = [
+    {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 32}, "crop_size": CUT},
+    {"image_processor_type": "CLIPImageProcessor", "size": CUT, "crop_size": CUT},
+    {"image_processor_type": "CLIPImageProcessorFast", "size": 28, "crop_size": 28},
+    {"image_processor_type": "ViTImageProcessor", "size": CUT},
+    {"image_processor_type": "ViTImageProcessor", "size": 28, "resample": 3},
+    {"image_processor_type": "SiglipImageProcessor", "size": CUT, "do_center_crop": None},
+    {"image_processor_type": "ViTImageProcessor", "size": CUT, "do_normalize": False},
+    {"image_processor_type": "ViTImageProcessor", "size": CUT, "rescale_factor": 1 / 127.5},
+    {"image_processor_type": "ViTImageProcessor", "size": CUT, "do_rescale": False},
+    {"size": {"shortest_edge": 28}, "crop_size": CUT, "image_mean": [0.1, 0.2, 0.3]},
+    {"image_processor_type": "LlavaImageProcessor", "size": 28, "crop_size": 28, "do_pad": True},
+    {"image_processor_type": "CLIPImageProcessor", "size": 28, "crop_size": 28, "do_pad": True},
+]
+
+
+@pytest.mark.parametrize("settings", PROCESSORS, ids=range(len(PROCESSORS)))
+def test_pixels_are_those_of_the_image_processor(tmp_path, settings):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    form = hf_config.image_format(tmp_path, {"model_type": "llava"}, 28)
+    name = settings.get("image_processor_type", "CLIPImageProcessor").removesuffix("Fast")
+    processor = getattr(transformers, name).from_pretrained(tmp_path)
+    for size in SIZES:
+        theirs = processor(noise(*size), return_tensors="np")["pixel_values"][0]
+        ours = to_pixels(to_picture(noise(*size), form).frames, form)[0].numpy()
+        assert ours.shape == theirs.shape == (3, 28, 28)
+        assert np.abs(ours - theirs).max() <= 2e-5 * max(1, np.abs(theirs).max()), size
+
+
+@pytest.mark.parametrize(
+    "settings, why",
+    [
+        ({"do_resize": False}, "pictures are not squares"),
+        ({"size": {"height": 28, "width": 30}}, "pictures are not squares"),
+        ({"do_center_crop": False}, "pictures are not squares"),
+        ({"size": {"longest_edge": 28}}, "pictures resized to"),
+        ({"size": {"height": 32, "width": 32}}, "pictures resized to .* then cut"),
+        ({"size": 24}, "pictures resized to 24, then cut"),
+        ({"size": 32, "crop_size": 32}, "pictures of 32 pixels for a tower of 28"),
+        ({"resample": 1}, "filter 1: 2 and 3"),
+        ({"image_processor_type": "Idefics3ImageProcessor"}, "processor Idefics3 is not supported"),
+        (
+            {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "size": 32},
+            "padded pictures resized",
+        ),
+        (
+            {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_normalize": False},
+            "padded pictures that are not normalised",
+        ),
+    ],
+)
+def test_an_image_processor_that_makes_other_pixels_is_refused(tmp_path, settings, why):
+    settings = {"size": 28, "crop_size": 28} | settings
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=why) as error:
+        hf_config.image_format(tmp_path, {"model_type": "llava"}, 28)
+    assert one_line(error)
 
 
 @pytest.mark.parametrize("head", ["its own", "none", "the embedding's"])
