@@ -42,7 +42,7 @@ from common.images import ImageFormat
 from config import UserError, regular
 from model import GPT, BabyLLaVA, GPTConfig, make_projector
 from pretrained.tokenizer_json import parse_tokenizer
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATES, Tokenizer, read_template
 
 FORMAT = 3
 # the exceptions of unpickling a corrupted file
@@ -98,12 +98,18 @@ class Loaded:
         return self.checkpoint | {"weights": weights, "digest": digest, "done": True}
 
     def choose_template(self, name="", system=""):
-        """(name, system text) of the chat template for questions: those given, else those of its
-        training. ("", "") for "plain", or if it was trained on captions alone."""
-        if name == "plain":
-            return "", ""
-        trained = self.checkpoint.get("template") or {"name": "", "system": ""}
-        return name or trained["name"], system or trained["system"]
+        """(Template, system text) for questions: those given, else those it was trained with;
+        (None, "") for "plain", or if it was trained on captions alone.
+
+        Raises UserError if no template is given and that of its folder could not be read."""
+        trained = self.checkpoint.get("template")
+        if name == "plain" or not (name or trained):
+            return None, ""
+        if name:
+            return TEMPLATES[name], system or (trained or {}).get("system", "")
+        if trained.get("why"):
+            raise UserError(f"{trained['why']}; give --template, one of {', '.join(TEMPLATES)}")
+        return read_template(trained), system or trained["system"]
 
 
 def choose_device(name):

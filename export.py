@@ -12,6 +12,7 @@ Letters: E vision width, C model width.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from common.images import RESAMPLING
 from config import UserError
 from pretrained import safetensors, tokenizer_json
 from pretrained.exported import K  # 256: the factor of norm_as_layer(), which reading needs too
-from tokenizer import TEMPLATES, end_tokens
+from tokenizer import end_tokens, read_template
 
 LEFT_OUT = ("weights", "optimizers", "dino", "lora", "tokenizer")  # not in config.json
 VIT = {
@@ -285,7 +286,7 @@ def write_tokenizer(loaded, folder, template):
     if tokenizer.kind == "word":
         settings["unk_token"] = "<unk>"
     if template:
-        form = TEMPLATES[template["name"]]
+        form = read_template(template)
         settings["chat_template"] = chat_template(form, template["system"], settings)
         with writing(folder / "chat_template.jinja") as file:
             file.write(settings["chat_template"].encode("utf-8"))
@@ -303,19 +304,38 @@ def chat_template(template, default_system, settings):
             text = text.replace(mark, token or "")
         return "{{ " + json.dumps(text) + " }}" if text else ""
 
-    picture = json.dumps(template.picture)
+    picture, lead = json.dumps(template.picture), json.dumps(template.lead)
     (user, after), (system, system_end), (answer, answer_end) = (
         part.split("{}") if part else ("", "")
         for part in (template.user, template.system, template.answer)
     )
+    lead = (
+        "{% if message['role'] == 'user' %}{{ " + lead + " }}{% endif %}" if template.lead else ""
+    )
     parts = "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ " + picture
-    parts += " }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    words = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    parts += " }}{% else %}" + lead + "{{ part['text'] }}{% endif %}{% endfor %}"
+    words = "{% if message['content'] is string %}" + lead + "{{ message['content'] }}{% else %}"
     words += parts + "{% endif %}"
     default = ""
     if default_system:
         own = quoted(template.system.replace("{}", default_system))
         default = "{% if messages[0]['role'] != 'system' %}" + own + "{% endif %}"
+    end = answer_end + template.end + template.between
+    turn = [(user, after), (answer, end)]
+    past = turn
+    if template.past:  # an earlier turn of a prompt
+        before, middle, closing = re.split(r"\{question\}|\{answer\}", template.past)
+        past = [(before, middle), ("", closing)]
+
+    def said(number, is_past):
+        """A question (number 0) or an answer (1), with what is around it."""
+        plain, earlier = (
+            quoted(one[number][0]) + words + quoted(one[number][1]) for one in (turn, past)
+        )
+        if plain == earlier:
+            return plain
+        return "{% if " + is_past + " %}" + earlier + "{% else %}" + plain + "{% endif %}"
+
     return (
         quoted(template.begin)
         + default
@@ -324,13 +344,9 @@ def chat_template(template, default_system, settings):
         + words
         + quoted(system_end)
         + "{% elif message['role'] == 'user' %}"
-        + quoted(user)
-        + words
-        + quoted(after)
+        + said(0, "add_generation_prompt and not loop.last")
         + "{% else %}"
-        + quoted(answer)
-        + words
-        + quoted(answer_end + template.end + template.between)
+        + said(1, "add_generation_prompt")
         + "{% endif %}{% endfor %}"
     )
 
@@ -457,7 +473,7 @@ def export(loaded, folder, scores=None):
     write_tokenizer(loaded, folder, template)
     write_json(folder / "preprocessor_config.json", pictures)
     write_json(folder / "processor_config.json", processor)
-    ends = list(end_tokens(loaded.tokenizer, TEMPLATES[template["name"]] if template else None))
+    ends = list(end_tokens(loaded.tokenizer, read_template(template) if template else None))
     ids = {"eos_token_id": ends, "pad_token_id": loaded.tokenizer.pad}
     write_json(folder / "generation_config.json", ids)
     with writing(folder / "README.md") as file:

@@ -22,7 +22,7 @@ import checkpoint
 from common.images import read_picture, to_pixels
 from common.tiles import arrange
 from config import UserError
-from tokenizer import TEMPLATES, chat_sample, expand, with_pictures
+from tokenizer import chat_sample, expand, with_pictures
 
 QUESTION = "what is this ?"  # for a chat model, if no question is given
 
@@ -169,13 +169,13 @@ def caption_pictures(loaded, embeds, max_new_tokens=50, batch=100):
     return captions
 
 
-def make_prompt(loaded, embeds, words, template="", system=""):
-    """The tokens before an answer: pictures and the first words of a caption, or with a template a
+def make_prompt(loaded, embeds, words, template=None, system=""):
+    """The tokens before an answer: pictures and the first words of a caption, or with a Template a
     question about the pictures. Raises UserError if they leave no space for an answer."""
     tokenizer, block_size = loaded.tokenizer, loaded.model.gpt.config.block_size
-    if template:
-        question = with_pictures(TEMPLATES[template], words or QUESTION, len(embeds))
-        tokens, _ = chat_sample(tokenizer, TEMPLATES[template], [(question, None)], system)
+    if template is not None:
+        question = with_pictures(template, words or QUESTION, len(embeds))
+        tokens, _ = chat_sample(tokenizer, template, [(question, None)], system)
     else:
         before = tokenizer.start + [tokenizer.image] * len(embeds)
         before = before or [tokenizer.eos]  # a text alone follows <bos>, or else an <eos>

@@ -93,12 +93,12 @@ class Conversation:
     Keys and values are cached, so that a turn costs only its new tokens."""
 
     def __init__(self, loaded, template, system=""):
-        if not template:
+        if template is None:
             raise UserError(
                 "this model was trained on no conversations: give a checkpoint of phase 3, a LLaVA "
                 f"folder, or --template, one of {', '.join(TEMPLATES)}"
             )
-        self.loaded, self.template, self.system = loaded, TEMPLATES[template], system
+        self.loaded, self.template, self.system = loaded, template, system
         self.stop = end_tokens(loaded.tokenizer, self.template)
         self.reset()
 
@@ -269,8 +269,8 @@ def main(argv):
 
         return converse(conversation, embeds, settings, generator, look)
     tokens = make_prompt(loaded, embeds, settings.prompt, template, system)
-    first = [] if template else loaded.tokenizer.encode(settings.prompt)
-    stop = end_tokens(loaded.tokenizer, TEMPLATES.get(template))
+    first = [] if template is not None else loaded.tokenizer.encode(settings.prompt)
+    stop = end_tokens(loaded.tokenizer, template)
     for number in range(settings.num_samples):
         answer = print_answer(loaded, tokens, embeds, settings, generator, first, stop)
         if settings.attention and number == 0:

@@ -238,10 +238,13 @@ class Template:
     user: a question, up to where the answer starts. answer, end: the answer and what closes it.
     The end needs {eos} or a special token: generation stops there. begin: before the conversation.
     system: around a system text; without it one is refused. between: after an answer. picture: an
-    <image> before a question that does not place its images itself.
+    <image> before a question that does not place its images itself. lead: before the words of a
+    question, after its images. past: an earlier turn in a prompt, with {question} and {answer}, if
+    it is not written as in training. own: read from the folder of its vocabulary, so <name> may be
+    plain text.
 
-    Folders of other people's models are recognised by `sign`, a text in their chat template; a
-    folder in which no sign is found gets the template that names its language model in `models`."""
+    A folder of another model without a chat template gets the one that names its language model in
+    `models`; for one with a chat template see pretrained/chat_templates.py."""
 
     user: str
     answer: str = "{}"
@@ -250,8 +253,10 @@ class Template:
     system: str = ""
     between: str = ""
     picture: str = "<image>\n"
-    sign: str = ""
     models: tuple = ()
+    lead: str = ""
+    past: str = ""
+    own: bool = False
 
 
 TEMPLATES = {
@@ -260,7 +265,6 @@ TEMPLATES = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         end="<|eot_id|>",
         system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        sign="<|start_header_id|>",
     ),
     # Qwen's
     "chatml": Template(
@@ -269,12 +273,11 @@ TEMPLATES = {
         system="<|im_start|>system\n{}<|im_end|>\n",
         between="\n",
         begin="",
-        sign="<|im_start|>",
         models=("qwen2",),
     ),
-    "mistral": Template("[INST] {} [/INST]", " {}", sign="[INST]", models=("mistral",)),
+    "mistral": Template("[INST] {} [/INST]", " {}", models=("mistral",)),
     # Vicuna's, used by LLaVA-1.5
-    "v1": Template("USER: {} ASSISTANT:", " {}", system="{} ", sign="ASSISTANT", models=("llama",)),
+    "v1": Template("USER: {} ASSISTANT:", " {}", system="{} ", models=("llama",)),
     # BabyLLaVA-V2's: v1 without a system text and without a newline after a picture. (Its code
     # writes a space before the first USER; our vocabularies put one there anyway.)
     "baby_v1": Template("USER: {} ASSISTANT:", " {}", picture="<image>"),
@@ -282,6 +285,13 @@ TEMPLATES = {
     # the toy world, whose small vocabulary would spell USER and ASSISTANT letter by letter.
     "bare": Template("{}", " {}", begin="", picture="<image>"),
 }
+
+
+def read_template(description):
+    """The Template of {"name", "system"} in a checkpoint or in prepared data, which for a template
+    of another model has its "fields" too."""
+    fields = description.get("fields")
+    return Template(**fields | {"models": ()}) if fields else TEMPLATES[description["name"]]
 
 
 class MaskedText:
@@ -350,12 +360,24 @@ def chat_sample(tokenizer, template, turns, system=""):
         text.add(words, of_words, in_loss)
         text.add(after, of_template, in_loss)
 
+    def add_past(question, answer):
+        words = {"{question}": question, "{answer}": answer}
+        for part in re.split(r"(\{question\}|\{answer\})", template.past):
+            specials = of_words if part in words else of_template
+            text.add(words.get(part, part), specials, in_loss=False)
+
     text.add(template.begin, of_template, in_loss=False)
     if system:
         if not template.system:
             raise UserError("this template has no place for a system text: leave it out")
         add(template.system, system)
+    is_prompt = turns[-1][1] is None
     for question, answer in turns:
+        if not question.startswith("<image>"):
+            question = template.lead + question
+        if is_prompt and template.past and answer is not None:
+            add_past(question, answer)
+            continue
         add(template.user, question)
         if answer is not None:
             add(template.answer, answer, in_loss=True)
@@ -369,7 +391,7 @@ def check_vocabulary(tokenizer, template):
     """Raise UserError if a vocabulary lacks one of a template's special tokens."""
     texts = (template.begin, template.system, template.user, template.picture)
     texts = "".join((*texts, template.answer, template.end, template.between))
-    for name in re.findall(SPECIAL, texts):
+    for name in [] if template.own else re.findall(SPECIAL, texts):
         if name not in tokenizer.specials:
             raise UserError(f"this template needs {name}, which the vocabulary does not have")
 
@@ -380,7 +402,7 @@ def with_pictures(template, words, count):
     placed = words.count("<image>")
     if placed not in (0, count):
         raise UserError(f"{placed} <image> in the question, for {count} pictures that are new")
-    return words if placed else template.picture * count + words
+    return words if placed or not count else template.picture * count + template.lead + words
 
 
 def end_tokens(tokenizer, template=None):

@@ -3,9 +3,9 @@ The settings of a Hugging Face folder: sizes, tower, image format, tokenizer, te
 setting has transformers' default; an unsupported one is refused.
 """
 
-import json
 import math
 import re
+import sys
 from itertools import pairwise
 
 import vision
@@ -13,6 +13,7 @@ from common import files
 from common.images import NORMS, ImageFormat
 from config import UserError
 from model import GPTConfig
+from pretrained import chat_templates
 from pretrained.convnets import ConvNeXt
 from pretrained.tokenizer_json import JsonTokenizer
 from pretrained.tower_names import CLIP, HUGGING_FACE_CONVNEXT, HUGGING_FACE_VIT
@@ -252,7 +253,7 @@ def processor_settings(folder, kind):
 
 
 def sides_of(folder, size, is_square):
-    """(shorter side, None) or (width, height) of a size of an image processor, a number or a dict."""
+    """(shorter side, None) or (width, height) of an image processor's size, a number or a dict."""
     if isinstance(size, int):
         return (size, size) if is_square else (size, None)
     if not isinstance(size, dict):
@@ -375,15 +376,21 @@ def read_tokenizer(folder, text, image_token):
     return JsonTokenizer(content, roles)
 
 
-def find_template(folder, kind):
-    """The name of the template that the folder's own chat template resembles, else that of most
-    language models of this kind."""
-    written = ""
-    for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json"):
-        written += json.dumps(read_json(folder / name, {}).get("chat_template", ""))
-    if (folder / "chat_template.jinja").exists():
-        written += files.read_text(folder / "chat_template.jinja")
-    for name, template in TEMPLATES.items():
-        if template.sign and template.sign in written:
-            return name
-    return next((name for name, template in TEMPLATES.items() if kind in template.models), "v1")
+def find_template(folder, kind, tokenizer):
+    """The description of a folder's chat template for checkpoint.Loaded, with "why" if it has one
+    that cannot be read; without one, that of most language models of this kind."""
+    source = chat_templates.find_program(folder, read_json)
+    if not source:
+        name = next(name for name, template in TEMPLATES.items() if kind in template.models)
+        print(f"{folder}: no chat template; --template {name} is taken", file=sys.stderr)
+        return {"name": name, "system": ""}
+    settings = read_json(folder / "tokenizer_config.json", {})
+    names = {
+        name: text["content"] if isinstance(text, dict) else text
+        for name, text in settings.items()
+        if name in ("bos_token", "eos_token", "pad_token", "unk_token") and text
+    }
+    try:
+        return chat_templates.read(source, tokenizer, names)
+    except chat_templates.Unlike as error:
+        return {"name": "", "system": "", "why": f"{folder}: its chat template: {error}"}

@@ -249,7 +249,7 @@ def load(folder, device="cpu", dtype=""):
     stored = weights.home[embedding[0]][embedding[0]].dtype if embedding else torch.float32
     load_weights(folder, model, stacks, weights, choose_dtype(dtype, stored))
     model.gpt.set_rotary()
-    template = {"name": find_template(folder, text.get("model_type", "llama")), "system": ""}
+    template = find_template(folder, text.get("model_type", "llama"), tokenizer)
     facts = checkpoint.describe_folder(folder, model, tokenizer, pictures, template)
     return checkpoint.Loaded(model.eval().to(device), tokenizer, pictures, facts)
 

@@ -20,7 +20,7 @@ from common.files import named, only_one, writing
 from common.images import read_all
 from config import UserError, option
 from data import BINS, Writer, known_sources, row_bytes
-from tokenizer import TEMPLATES, Tokenizer, caption_sample, chat_sample
+from tokenizer import Tokenizer, caption_sample, chat_sample
 
 
 @dataclass
@@ -229,15 +229,15 @@ def write_split(part, text, pictures, max_skipped, dialogues=(), write_dialogue=
 
 
 def dialogue_writer(template, system=""):
-    """write_dialogue() of write_split() for a name in TEMPLATES, or for "plain": the first answer
-    alone, as a caption."""
+    """write_dialogue() of write_split() for a Template, or for None: the first answer alone, as a
+    caption."""
 
     def write(part, turns, image_ids):
         tokenizer = part.writer.tokenizer
-        if template == "plain":
+        if template is None:
             part.sample(*caption_sample(tokenizer, turns[0][1], len(image_ids)), image_ids)
         else:
-            part.sample(*chat_sample(tokenizer, TEMPLATES[template], turns, system), image_ids)
+            part.sample(*chat_sample(tokenizer, template, turns, system), image_ids)
 
     return write
 

@@ -23,7 +23,7 @@ from config import UserError, option
 from data import Data
 from pretrained import huggingface
 from sources import Dialogue, dialogue_writer, hold_out, read_dialogue, report_fixed, write_split
-from tokenizer import TEMPLATES, Tokenizer, check_vocabulary
+from tokenizer import TEMPLATES, Tokenizer, check_vocabulary, read_template
 
 
 @dataclass
@@ -71,7 +71,8 @@ def read_file(path, archives, fix):
 
 
 def read_like(path):
-    """(tokenizer, ImageFormat or None, {"name", "system"} or None) of a model or prepared data."""
+    """(tokenizer, ImageFormat or None, description of a template or None) of a model or prepared
+    data."""
     folder = Path(path)
     if (folder / "meta.json").exists():
         dataset = Data(folder)
@@ -116,6 +117,16 @@ def image_format(settings, like=None):
         raise UserError(f"no such image format: {error}") from None
 
 
+def choose_template(settings, described):
+    """The description of the template to write: that of the options, else `described`. Raises
+    UserError."""
+    if settings.template not in ("", "plain"):
+        described = {"name": settings.template, "system": described["system"]}
+    if described.get("why") and settings.template != "plain":
+        raise UserError(f"{described['why']}; give --template, one of {', '.join(TEMPLATES)}")
+    return described | {"system": settings.system or described["system"]}
+
+
 def prepare(settings, writer):
     if not settings.json:
         raise UserError("llava: give --json FILE --images DIR")
@@ -130,27 +141,27 @@ def prepare(settings, writer):
             f"llava: {len(dialogues)} conversations about fewer than 10 pictures; want more, "
             "or --val"
         )
-    template, like, tokenizer = {"name": "baby_v1", "system": ""}, None, None
+    described, like, tokenizer = {"name": "baby_v1", "system": ""}, None, None
     if settings.like:
         tokenizer, like, trained = read_like(settings.like)
-        template = trained or template
+        described = trained or described
     frames = image_format(settings, like)
-    name = settings.template or template["name"]
-    system = settings.system or template["system"]
+    described = choose_template(settings, described)
     if tokenizer is None:
         words = (text for d in parts["train"] for turn in d.turns for text in turn)
         tokenizer = Tokenizer.train(
             (text.replace("<image>", " ") for text in words), settings.vocab_size
         )
-    is_plain = name == "plain"
+    is_plain = settings.template == "plain"
+    template = None if is_plain else read_template(described)
     longer = [d.label for d in dialogues if len(d.turns) > 1]
     if is_plain and longer:
         raise UserError(f"{longer[0]}--template plain is for captions: one answer each")
     if not is_plain:
-        check_vocabulary(tokenizer, TEMPLATES[name])
-    writer.start(tokenizer, frames, None if is_plain else {"name": name, "system": system})
+        check_vocabulary(tokenizer, template)
+    writer.start(tokenizer, frames, None if is_plain else described)
     for split, part in parts.items():
         text = [d.turns[0][1] for d in part] if is_plain else []
         whole = writer.split(split if is_plain else f"chat_{split}")
-        write = dialogue_writer(name, system)
+        write = dialogue_writer(template, described["system"])
         write_split(whole, text, [], settings.max_skipped, part, write)

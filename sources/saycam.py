@@ -221,5 +221,5 @@ def prepare(settings, writer):
             pictures[split],
             settings.max_skipped,
             dialogues[split],
-            dialogue_writer(settings.template),
+            dialogue_writer(TEMPLATES[settings.template]),
         )

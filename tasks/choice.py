@@ -17,7 +17,7 @@ import inference
 from common.files import read_list
 from config import UserError
 from tasks.scores import accuracy, lowest, names_in
-from tokenizer import TEMPLATES, chat_sample, end_tokens, expand
+from tokenizer import chat_sample, end_tokens, expand
 
 
 def fault_of(item):
@@ -61,11 +61,11 @@ def prompt_of(item, loaded, template, system, counts):
     """The tokens before an answer; without a template the pictures, then the last question."""
     texts = [turn["value"] for turn in item["conversations"]]
     turns = [*zip(texts[:-1:2], texts[1::2]), (texts[-1], None)]
-    if not template:
+    if template is None:
         words = loaded.tokenizer.encode(texts[-1].replace("<image>", " ").strip())
         tokens = loaded.tokenizer.start + [loaded.tokenizer.image] * len(counts) + words
     else:
-        tokens, _ = chat_sample(loaded.tokenizer, TEMPLATES[template], turns, system)
+        tokens, _ = chat_sample(loaded.tokenizer, template, turns, system)
     return expand(tokens, loaded.tokenizer.image, counts)
 
 
@@ -87,19 +87,18 @@ def choice(rows, subject, ties):
     """{"likelihood", "generation"} of questions, asked of a tasks.Subject."""
     loaded = subject.loaded
     template, system = loaded.choose_template(subject.settings.template)
-    form = TEMPLATES.get(template)
     embeds = [subject.embeds(row["image"]) for row in rows]
     counts = [[len(embed) for embed in own] for own in embeds]
     prompts = [prompt_of(r, loaded, template, system, c) for r, c in zip(rows, counts)]
     all_prompts, all_embeds, words = [], [], []  # one for each choice
     for row, prompt, own in zip(rows, prompts, embeds):
         for text in row["choices"]:
-            answer = form.answer.replace("{}", text) if form else " " + text
+            answer = template.answer.replace("{}", text) if template else " " + text
             all_prompts.append(prompt)
             all_embeds.append(own)
             words.append(loaded.tokenizer.encode_segment(answer, after="text"))
     nll = inference.nll_after(loaded, all_prompts, all_embeds, words, subject.settings.batch)
-    answers = answer_all(loaded, prompts, embeds, end_tokens(loaded.tokenizer, form))
+    answers = answer_all(loaded, prompts, embeds, end_tokens(loaded.tokenizer, template))
     likeliest, generated, chances, first = [], [], [], 0
     for row, answer in zip(rows, answers):
         own = nll[first : first + len(row["choices"])]

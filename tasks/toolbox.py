@@ -144,8 +144,8 @@ def ask(rows, subject):
     answers stay in the context; rounds that no longer fit into it get "", and a line says how
     many."""
     loaded, settings = subject.loaded, subject.settings
-    name, system = loaded.choose_template(settings.template)
-    template = TEMPLATES[name or "bare"]  # bare if it was trained on captions alone
+    template, system = loaded.choose_template(settings.template)
+    template = template or TEMPLATES["bare"]  # if it was trained on captions alone
     stop = end_tokens(loaded.tokenizer, template)
     said, full, block_size = [[] for _ in rows], 0, loaded.model.gpt.config.block_size
     for number in range(max(len(turns_of(row)) for row in rows)):

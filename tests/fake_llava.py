@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import jinja_templates
 import torch
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]  # (height, width)
@@ -173,7 +174,7 @@ def write_large(folder):
     folder = Path(folder)
     specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     byte_level(LINES * 50, 2000, nfc=True, specials=specials).save(str(folder / "tokenizer.json"))
-    words = {"eos_token": "<|im_end|>", "chat_template": "{{ '<|im_start|>' }}"}
+    words = {"eos_token": "<|im_end|>", "chat_template": jinja_templates.CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}

@@ -50,8 +50,8 @@ def test_what_computes_knows_no_files_and_no_command_line(name):
 
 
 def test_only_the_named_packages_are_imported():
-    """torch, numpy, tiktoken, pillow, triton, tqdm; nltk and imageio-ffmpeg are optional, each
-    tried in one place."""
+    """torch, numpy, tiktoken, pillow, triton, tqdm; nltk, imageio-ffmpeg and jinja2 (which torch
+    needs itself) are optional, each tried in one place."""
     known = (
         set(sys.stdlib_module_names)
         | PACKAGES
@@ -59,7 +59,11 @@ def test_only_the_named_packages_are_imported():
         | {"torch", "numpy", "tiktoken", "PIL", "triton", "tqdm"}
     )
     for path in MODULES:
-        optional = {"scores": {"nltk"}, "ffmpeg": {"imageio_ffmpeg"}}.get(path.stem, set())
+        optional = {
+            "scores": {"nltk"},
+            "ffmpeg": {"imageio_ffmpeg"},
+            "chat_templates": {"jinja2"},
+        }.get(path.stem, set())
         assert imports(path) - known <= optional, path.name
 
 

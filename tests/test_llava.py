@@ -18,6 +18,7 @@ from config import UserError
 from data import Data
 from pretrained.convnets import ConvNeXt
 from sources import command
+from tokenizer import TEMPLATES
 
 TALK = [{"from": "human", "value": "<image>\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}]
 
@@ -216,7 +217,7 @@ def trained(place, recipe):
 
 def test_conversations_are_trained_on_and_held(trained, capsys):
     loaded = checkpoint.load("out/chat/phase3.pt")
-    assert loaded.choose_template() == ("baby_v1", "")
+    assert loaded.choose_template() == (TEMPLATES["baby_v1"], "")
     sample.main(["--checkpoint=out/chat/phase3.pt", "--image=pictures/0.png", "--prompt=what ?"])
     assert capsys.readouterr().out
     assert loaded.model.gpt.config.block_size == 200  # longer than the recipe's 48
@@ -312,7 +313,7 @@ def test_training_goes_on_from_a_folder(place):
     train.main([*flags, *steps])
     loaded = checkpoint.load("out/on/phase3.pt")
     assert loaded.tokenizer.dump() == dataset.tokenizer.dump()
-    assert loaded.choose_template() == ("v1", "")
+    assert loaded.choose_template() == (TEMPLATES["v1"], "")
     log = [json.loads(line) for line in open("out/on/log.jsonl")]
     for option, has in [
         ("projector=linear", "mlp2x_gelu"),
@@ -416,7 +417,9 @@ def test_what_learnt_conversations_is_exported_with_its_template(trained, recipe
     theirs, processor = opened("there")
     loaded = checkpoint.load(source)
     embeds = inference.embed_pictures(loaded, inference.read_pictures(loaded, ["pictures/3.png"]))
-    tokens = torch.tensor([inference.make_prompt(loaded, embeds, "what is it ?", "baby_v1")])
+    tokens = torch.tensor(
+        [inference.make_prompt(loaded, embeds, "what is it ?", TEMPLATES["baby_v1"])]
+    )
     content = [{"type": "image"}, {"type": "text", "text": "what is it ?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}])
     picture = Image.open("pictures/3.png").convert("RGB")
@@ -427,7 +430,7 @@ def test_what_learnt_conversations_is_exported_with_its_template(trained, recipe
         assert (theirs(**inputs).logits - ours).abs().max() < 1e-4
     back = inference.open_model("there")
     assert same(back.model.state_dict(), loaded.model.state_dict())
-    assert back.choose_template() == ("baby_v1", "")
+    assert back.choose_template() == (TEMPLATES["baby_v1"], "")
 
 
 def test_a_ready_convnext_gets_a_stage_more(place, recipe):
