@@ -4,7 +4,7 @@ Batches: what step number `step` reads is a function of (seed, step) alone.
 So a resumed run reads what it would have read, and validation does not disturb training. Each kind
 of batches has:
 
-    Batches(dataset, split, batch, seed, model, features)   `batch` rows a step
+    Batches(dataset, split, batch, seed, model, features, truncate)     `batch` rows a step
     .BIN                the bin that it needs
     .rows               rows of the split: one pass
     .plan(step)         a Plan: which rows make up the batch of this step
@@ -168,7 +168,7 @@ class TextBatches:
 
     BIN = "text"
 
-    def __init__(self, dataset, split, batch, seed, model=None, features=None):
+    def __init__(self, dataset, split, batch, seed, model=None, features=None, truncate=False):
         self.text, self.tokenizer = dataset.open(split, "text"), dataset.tokenizer
         self.path = dataset.path(split, "text")
         self.T = min(model.gpt.config.block_size, len(self.text) - 1)
@@ -207,11 +207,14 @@ class SampleBatches:
     batch at the end of a pass.
 
     A window is up to 32 batches of one pass. Its samples are grouped by length, and the groups are
-    shuffled again. All rows of a batch are padded to one length (see round_up)."""
+    shuffled again. All rows of a batch are padded to one length (see round_up).
+
+    truncate: of a sample that is longer than block_size, only the turns that fit are used; else
+    such a sample is refused."""
 
     BIN, WINDOW, ONE_PICTURE = "samples", 32, False
 
-    def __init__(self, dataset, split, batch, seed, model, features=None):
+    def __init__(self, dataset, split, batch, seed, model, features=None, truncate=False):
         check_pointers(dataset, split)
         self.samples, self.tokens = dataset.open(split, "samples"), dataset.open(split, "tokens")
         self.loss_mask = dataset.open(split, "loss_mask")
@@ -227,7 +230,7 @@ class SampleBatches:
             )
             self.pictures = Rows(dataset.open(split, "frames") if features is None else features)
             self.count_image_tokens(model, dataset.image_format)
-        self.block_size = model.gpt.config.block_size
+        self.block_size, self.truncate = model.gpt.config.block_size, truncate
         self.check_lengths(dataset.directory, split)
         # With "full", BabyLLaVA.prefix() divides the number of image embeddings by that of rows;
         # padding would change the quotient.
@@ -253,13 +256,21 @@ class SampleBatches:
 
     def check_lengths(self, directory, split):
         """Raise UserError if a sample does not fit into block_size."""
-        longest = int(max(self.lengths(rows).max() for rows in self.blocks()))
-        if longest > self.block_size:
-            raise UserError(
-                f"{directory}: the longest {split} sample makes {longest} tokens, those of "
-                f"its images included, over block_size {self.block_size}: "
-                "raise block_size, or shorten the samples"
-            )
+        for rows in self.blocks():
+            lengths = self.full_lengths(rows)
+            for row in rows[lengths > self.block_size] if self.truncate else ():
+                if not len(self.read_sample(*self.samples[row].tolist())[0]):
+                    raise UserError(
+                        f"{directory}: {split} sample {row}: not even its first answer fits into "
+                        f"block_size {self.block_size}: raise it"
+                    )
+            longest = int(lengths.argmax())
+            if not self.truncate and lengths[longest] > self.block_size:
+                raise UserError(
+                    f"{directory}: {split} sample {rows[longest]} makes {lengths[longest]} tokens, "
+                    f"those of its images included, over block_size {self.block_size}: raise "
+                    "block_size, shorten the samples, or give --truncate"
+                )
 
     def check_images_first(self, directory):
         """Raise UserError unless all samples start with the same number of images: these are the
@@ -278,7 +289,11 @@ class SampleBatches:
                 )
 
     def lengths(self, rows):
-        """The positions that each sample takes. Its last token is only a target."""
+        """The positions that each sample takes in a batch, at most; see full_lengths()."""
+        return np.minimum(self.full_lengths(rows), self.block_size)
+
+    def full_lengths(self, rows):
+        """The positions that each whole sample takes. Its last token is only a target."""
         samples = self.samples[rows].astype(np.int64)
         lengths = samples[:, 1] - 1
         if self.image_ids is not None:
@@ -340,17 +355,24 @@ class SampleBatches:
 
     def read_sample(self, first_token, n_tokens, first_image, n_images):
         """(tokens, loss_mask, image ids) of a row of the bin `samples`, with each <image> repeated
-        for each of its image tokens."""
+        for each of its image tokens, truncated to block_size."""
         tokens = self.tokens[first_token : first_token + n_tokens]
         loss_mask = self.loss_mask[first_token : first_token + n_tokens]
         is_image = tokens == self.tokenizer.image
         if is_image.sum() != n_images:
             raise corrupted(self.path)
-        if not n_images:
+        if not n_images and n_tokens - 1 <= self.block_size:
             return tokens, loss_mask, []
-        images = self.image_ids[first_image : first_image + n_images].tolist()
-        repeats = np.ones(len(tokens), np.int64)
-        repeats[is_image] = self.image_tokens[images]
+        images, repeats = [], np.ones(len(tokens), np.int64)
+        if n_images:
+            images = self.image_ids[first_image : first_image + n_images].tolist()
+            repeats[is_image] = self.image_tokens[images]
+        if repeats.sum() - 1 > self.block_size:  # keep what ends with the last answer that fits
+            ends = np.flatnonzero(np.diff(np.append(loss_mask, 0).astype(int)) == -1) + 1
+            ends = ends[repeats.cumsum()[ends - 1] - 1 <= self.block_size]
+            kept = ends[-1] if len(ends) else 0
+            tokens, loss_mask, repeats = tokens[:kept], loss_mask[:kept], repeats[:kept]
+            images = images[: is_image[:kept].sum()]
         return np.repeat(tokens, repeats), np.repeat(loss_mask, repeats), images
 
     def add_images(self, batch, images):
@@ -393,7 +415,7 @@ class ClipBatches:
 
     BIN = "frames"
 
-    def __init__(self, dataset, split, batch, seed, model=None, features=None):
+    def __init__(self, dataset, split, batch, seed, model=None, features=None, truncate=False):
         self.frames, self.clips = Rows(dataset.open(split, "frames")), dataset.open(split, "clips")
         self.rows, self.batch = len(self.clips), batch
         check_clips(self.clips, dataset.path(split, "clips"))

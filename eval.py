@@ -98,7 +98,8 @@ def losses(loaded, dataset):
         # nats per token x tokens per character = nats per character; / ln 2 = bits
         return {"val_loss": loss, "bits_per_character": loss * tokens_per_character / math.log(2)}
     stored = features.open_stored(dataset, split, model)
-    samples = kind(dataset, split, 64, 0, model, stored)
+    truncate = saved["settings"].get("truncate", False)
+    samples = kind(dataset, split, 64, 0, model, stored, truncate)
     return {"val_loss": validation.val_loss(model, samples, dataset.image_format)}
 
 

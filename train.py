@@ -74,6 +74,7 @@ class Config(config.Options):
     n_embd: int = option(128, low=2, high=1 << 16)  # C
     n_hidden: int = option(0, low=0, high=1 << 18)  # width of the MLP; 0: 8/3 of n_embd, rounded up
     block_size: int = option(128, low=2, high=1 << 20)  # the longest sequence, images included
+    truncate: bool = False  # cut samples over block_size after an answer that fits; else refuse
     dropout: float = option(0.0, low=0.0, high=0.99)  # in the GPT, while it is trained
     # each phase: steps, highest learning rate, and batch over all processes
     vision_steps: int = option(1500, low=1)  # DINO

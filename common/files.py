@@ -96,17 +96,28 @@ def read_lines(path):
 
 
 def read_json(path):
-    """The content of a JSON file. Raises OSError, UserError."""
+    """The content of a JSON file; of a .jsonl, which has a value in each line, the list of them.
+    Raises OSError, UserError."""
     text = read_text(path)
+    if str(path).lower().endswith(".jsonl"):
+        content = []
+        for number, line in enumerate(text.split("\n"), 1):
+            content += [parse_json(line, f"{path}:{number}")] if line.strip() else []
+        return content
+    return parse_json(text, path)
+
+
+def parse_json(text, where):
+    """The value of a text in JSON. Raises UserError."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{where}: not JSON ({error})") from None
     if r"\ud" in text.lower():  # half of a surrogate pair is no character
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{path}: not in Unicode ({error.reason})") from None
+            raise UserError(f"{where}: not in Unicode ({error.reason})") from None
     return content
 
 

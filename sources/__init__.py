@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import config
-from common.files import named, only_one, writing
+from common.files import about, named, only_one, writing
 from common.images import read_all
 from config import UserError, option
 from data import BINS, Writer, known_sources, row_bytes
@@ -117,11 +117,13 @@ class Captioned:
 @dataclass
 class Dialogue:
     """A conversation: the locations of its pictures, in the order of its <image>s, and its turns
-    [(question, answer)]. label: what an error about it starts with."""
+    [(question, answer)]. label: what an error about it starts with; system: a text of its own
+    before the turns."""
 
     locations: list
     turns: list
     label: str
+    system: str = ""
 
 
 def read_images(part, locations, clips, labels, max_skipped):
@@ -204,7 +206,7 @@ def adopt(part):
 def write_split(part, text, pictures, max_skipped, dialogues=(), write_dialogue=None):
     """Write utterances, Captioned pictures and Dialogues to `part`, a data.SplitWriter.
 
-    write_dialogue(part, turns, image ids): see dialogue_writer(). A dialogue with a picture that
+    write_dialogue(part, dialogue, image ids): see dialogue_writer(). A dialogue with a picture that
     cannot be read is left out; a picture that it shares with `pictures` is stored once."""
     part.text(text)
     locations, clips, labels = (
@@ -225,19 +227,21 @@ def write_split(part, text, pictures, max_skipped, dialogues=(), write_dialogue=
     for dialogue in dialogues:
         own = [id_of[location] for location in dialogue.locations]
         if None not in own:
-            write_dialogue(part, dialogue.turns, own)
+            write_dialogue(part, dialogue, own)
 
 
 def dialogue_writer(template, system=""):
     """write_dialogue() of write_split() for a Template, or for None: the first answer alone, as a
     caption."""
 
-    def write(part, turns, image_ids):
-        tokenizer = part.writer.tokenizer
+    def write(part, dialogue, image_ids):
+        tokenizer, turns = part.writer.tokenizer, dialogue.turns
         if template is None:
             part.sample(*caption_sample(tokenizer, turns[0][1], len(image_ids)), image_ids)
-        else:
-            part.sample(*chat_sample(tokenizer, template, turns, system), image_ids)
+            return
+        with about(dialogue.label.rstrip(": ")):
+            sample = chat_sample(tokenizer, template, turns, dialogue.system or system)
+        part.sample(*sample, image_ids)
 
     return write
 
@@ -247,11 +251,21 @@ def dialogue_writer(template, system=""):
 
 
 def read_turns(conversations):
-    """[(question, answer)] of a list of {"from", "value"}. Raises ValueError."""
-    texts = [(turn["from"], turn["value"]) for turn in conversations]
+    """(system text, [(question, answer)]) of a list of {"from", "value"}. A first turn of gpt is
+    dropped, as LLaVA's code does. Raises ValueError."""
+    texts, system = [(turn["from"], turn["value"]) for turn in conversations], ""
+    if not all(isinstance(words, str) for _, words in texts):
+        raise ValueError("what a turn says must be a text")
+    if texts and texts[0][0] == "system":
+        system, texts = texts[0][1].strip(), texts[1:]
     unknown = [speaker for speaker, _ in texts if speaker not in ("human", "gpt")]
     if unknown:
-        raise ValueError(f"nobody is called {unknown[0]!r}: want human and gpt")
+        raise ValueError(f"nobody is called {unknown[0]!r}: want human and gpt, or system at first")
+    media = [mark for mark in ("<video>", "<audio>") if any(mark in words for _, words in texts)]
+    if media:
+        raise ValueError(f"it contains {media[0]}: pictures alone are supported, one <image> each")
+    if texts and texts[0][0] == "gpt":
+        texts = texts[1:]
     if [speaker for speaker, _ in texts] != ["human", "gpt"] * (len(texts) // 2):
         raise ValueError("want human and gpt in turn, the human first and gpt last")
     turns = [
@@ -261,13 +275,29 @@ def read_turns(conversations):
         raise ValueError("a conversation without turns")
     if not all(answer for _, answer in turns):
         raise ValueError("an answer is empty: nothing to learn")
-    return turns
+    return system, turns
+
+
+def images_of(item):
+    """The names of an item's pictures, under "image" or "images". Raises ValueError, TypeError."""
+    given = [key for key in ("image", "images") if item.get(key)]
+    other = [key for key in ("video", "videos", "audio") if item.get(key)]
+    if other:
+        raise ValueError(f"it has a {other[0]!r}: pictures alone are supported")
+    if len(given) > 1:
+        raise ValueError("it has both image and images")
+    names = item[given[0]] if given else []
+    names = [names] if isinstance(names, str) else list(names)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("its image must be a name, or a list of names")
+    return names
 
 
 def lacks_placeholders(item):
     """Whether an item has pictures, but no <image> in its conversation."""
-    is_dialogue = isinstance(item, dict) and item.get("image") and "conversations" in item
-    return bool(is_dialogue) and not any("<image>" in t["value"] for t in item["conversations"])
+    if not (isinstance(item, dict) and "conversations" in item and images_of(item)):
+        return False
+    return not any("<image>" in turn["value"] for turn in item["conversations"])
 
 
 def report_fixed(path, items):
@@ -278,23 +308,28 @@ def report_fixed(path, items):
 
 
 def read_dialogue(item, fix=False):
-    """(names of its pictures, turns) of an item. Raises ValueError, KeyError or TypeError.
+    """(names of its pictures, turns, system text) of an item. Raises ValueError, KeyError or
+    TypeError.
 
     fix: add missing <image>s: one before each question if there are as many pictures, else all
     before the first question."""
-    names, turns = item.get("image") or [], read_turns(item["conversations"])
-    names = [names] if isinstance(names, str) else list(names)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("its image must be a name, or a list of names")
+    names, (system, turns) = images_of(item), read_turns(item["conversations"])
     if any("<image>" in answer for _, answer in turns):
         raise ValueError("an <image> in an answer")
     placeholders = sum(question.count("<image>") for question, _ in turns)
     if placeholders == 0 and names and fix:
         if len(names) == len(turns):
-            return names, [("<image>" + question, answer) for question, answer in turns]
+            return names, [("<image>" + question, answer) for question, answer in turns], system
         (question, answer), *rest = turns
-        return names, [("<image>" * len(names) + question, answer), *rest]
+        return names, [("<image>" * len(names) + question, answer), *rest], system
     if placeholders != len(names):
         more = "; --fix adds them" if not placeholders else ""
         raise ValueError(f"{placeholders} <image> for {len(names)} pictures{more}")
-    return names, turns
+    return names, turns, system
+
+
+def image_first(question):
+    """A question whose only <image> stands before its words, as LLaVA's code moves it there."""
+    if question.count("<image>") != 1:
+        return question
+    return "<image>\n" + question.replace("<image>", "").strip()

@@ -6,9 +6,10 @@ Conversations about pictures in LLaVA's JSON form, for phase 3; or captions, for
     python data.py llava --json chat.json --images DIR --like DIR2             # for a LLaVA folder
 
 A JSON is a list of {"image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": "human", "value":
-"<image>\\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}, ...]}: any number of turns, with
-one <image> in the questions for each picture; pictures are optional. --like takes vocabulary,
-template and image format from a model (a .pt or a folder) or from prepared data.
+"<image>\\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}, ...]}, or a .jsonl of them: any
+number of turns, with one <image> in the questions for each picture; pictures are optional, and so is
+a first turn from "system". A first turn from gpt is dropped, as in LLaVA's code. --like takes
+vocabulary, template and image format from a model (a .pt or a folder) or from prepared data.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +23,15 @@ from common.images import FITS, NORMS, RESAMPLING, ImageFormat
 from config import UserError, option
 from data import Data
 from pretrained import huggingface
-from sources import Dialogue, dialogue_writer, hold_out, read_dialogue, report_fixed, write_split
+from sources import (
+    Dialogue,
+    dialogue_writer,
+    hold_out,
+    image_first,
+    read_dialogue,
+    report_fixed,
+    write_split,
+)
 from tokenizer import TEMPLATES, Tokenizer, check_vocabulary, read_template
 
 
@@ -33,6 +42,7 @@ class Config(config.Options):
     val: tuple[str, ...] = ()  # files to validate on; empty: hold out a tenth
     images: tuple[str, ...] = (".",)  # folders or zips of the pictures
     fix: bool = False  # add missing <image>s to items that have pictures
+    image_first: bool = False  # move an <image> to the front of its question, as LLaVA does
     like: str = ""  # a model or prepared data: take its vocabulary, template, image format
     template: str = option("", choices=("", "plain", *TEMPLATES))  # empty: of --like, or baby_v1
     system: str = ""  # text before each conversation
@@ -47,25 +57,27 @@ class Config(config.Options):
     )  # tolerated fraction of unreadable pictures
 
 
-def read_item(item, archives, label, fix):
+def read_item(item, archives, label, settings):
     """The Dialogue of an item. Raises ValueError, KeyError or TypeError."""
-    names, turns = read_dialogue(item, fix)
+    names, turns, system = read_dialogue(item, settings.fix)
+    if settings.image_first:
+        turns = [(image_first(question), answer) for question, answer in turns]
     locations = [archives.find(name) or str(Path(archives.paths[0]) / name) for name in names]
-    return Dialogue(locations, turns, label)
+    return Dialogue(locations, turns, label, system)
 
 
-def read_file(path, archives, fix):
-    """The Dialogues of a JSON file. fix: see sources.read_dialogue. Raises UserError."""
+def read_file(path, archives, settings):
+    """The Dialogues of a JSON file. Raises UserError."""
     items, dialogues = read_list(path, "conversations"), []
     for i, item in enumerate(items):
         try:
-            dialogues.append(read_item(item, archives, f"{path}: item {i}: ", fix))
+            dialogues.append(read_item(item, archives, f"{path}: item {i}: ", settings))
         except (KeyError, TypeError, AttributeError) as error:
             why = f'no {{"image", "conversations": [{{"from", "value"}}]}} ({error!r})'
             raise UserError(f"{path}: item {i}: {why}") from None
         except ValueError as error:
             raise UserError(f"{path}: item {i}: {error}") from None
-    if fix:
+    if settings.fix:
         report_fixed(path, items)
     return dialogues
 
@@ -131,7 +143,7 @@ def prepare(settings, writer):
     if not settings.json:
         raise UserError("llava: give --json FILE --images DIR")
     archives = Archives(settings.images)
-    read = lambda paths: [d for path in paths for d in read_file(path, archives, settings.fix)]
+    read = lambda paths: [d for path in paths for d in read_file(path, archives, settings)]
     dialogues = read(settings.json)
     parts = {"train": dialogues, "val": read(settings.val)}
     if not settings.val:

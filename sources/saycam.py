@@ -30,6 +30,7 @@ from sources import (
     Filtered,
     dialogue_writer,
     hold_out,
+    images_of,
     keep_out,
     make_tokenizer,
     read_dialogue,
@@ -82,15 +83,15 @@ def read_item(item, fix):
     if "utterance" in item:
         words, names = item["utterance"], item["frame_filenames"]
     else:
-        names, texts = item["image"], item["conversations"]
-        several = not isinstance(names, str) and len(names) > 1
+        names, texts = images_of(item), item["conversations"]
+        several = len(names) > 1
         if not several and len(texts) == 2 and not texts[1]["value"].strip():
             return Utterance("", [])  # no utterance
         if several and len(texts) == 2 and texts[0]["value"].count("<image>") == 1:
             # one <image> for several pictures: BabyLLaVA's frames of an utterance, each a pair
-            _, turns = read_dialogue(item | {"image": names[0]})
+            _, turns, _ = read_dialogue({"image": names[0], "conversations": texts})
         else:
-            names, turns = read_dialogue(item, fix)
+            names, turns, _ = read_dialogue(item, fix)
             if several or len(turns) > 1:
                 return Utterance(turns[0][1], names, turns=turns)
         words = turns[0][1]

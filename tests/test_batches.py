@@ -112,6 +112,41 @@ def test_every_sample_once_a_pass(mixed, batch, curriculum, monkeypatch):
         assert (missing <= next_batch).all()
 
 
+def test_a_sample_that_is_too_long_is_named_or_cut_after_an_answer(tmp_path):
+    """Three turns of 8, 8 and 8 tokens, an image of 4 tokens in the first and in the last."""
+    make_corpus(tmp_path, {"train": [("a ball", 1)], "val": [("a ball", 1)]})
+    dataset = Data(tmp_path)
+    image, words = dataset.tokenizer.image, [[9, 9, 9, 9, 1, 2, 3, 4]] * 3
+    tokens = sum(words, [])
+    tokens[0] = tokens[16] = image
+    loss_mask = [0, 0, 0, 0, 1, 1, 1, 1] * 3
+    for kind, values in (
+        ("tokens", tokens),
+        ("loss_mask", loss_mask),
+        ("image_ids", [0, 0]),
+        ("samples", [0, 24, 0, 2]),
+    ):
+        np.array(values, dataset.open("train", kind).dtype).tofile(dataset.path("train", kind))
+        rows = len(values) // (4 if kind == "samples" else 1)
+        dataset.meta["splits"]["train"][kind] = rows
+    read = lambda size: SampleBatches(
+        dataset, "train", 1, 1, make_model(dataset, block_size=size), truncate=True
+    )
+    with pytest.raises(UserError, match="train sample 0 makes 29 tokens.*--truncate") as error:
+        SampleBatches(dataset, "train", 1, 1, make_model(dataset, block_size=28))
+    assert one_line(error)
+    with pytest.raises(UserError, match="sample 0: not even its first answer") as error:
+        read(9)
+    assert one_line(error)
+    for size, kept in ((29, 24), (28, 16), (18, 16), (17, 8), (10, 8)):
+        batch = read(size).read(read(size).plan(0))
+        whole = sum(([i] * (4 if i == image else 1) for i in tokens[:kept]), [])
+        assert batch.tokens[0, : len(whole) - 1].tolist() == whole[:-1]
+        assert batch.count == sum(loss_mask[:kept])
+        assert batch.targets[: batch.count].tolist() == [1, 2, 3, 4] * (kept // 8)
+        assert len(batch.images) == (2 if kept == 24 else 1)
+
+
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 32, 33, 100])
 def test_no_batch_has_a_number_twice(n):
     for batch in (1, 2, 7, 16):

@@ -82,6 +82,46 @@ def test_conversations_are_samples_with_their_pictures(place):
     assert len(shown) == samples[:, 3].sum()
 
 
+def words_of(dataset, split="chat_train"):
+    """The samples of a split as text, special tokens included."""
+    names = {i: name for name, i in dataset.tokenizer.specials.items()}
+    tokens, written = dataset.open(split, "tokens"), []
+    for first, count, *_ in dataset.open(split, "samples").astype(int).tolist():
+        ids = tokens[first : first + count].tolist()
+        decode = lambda i: dataset.tokenizer.encoding.decode([i])
+        written.append("".join(names.get(i) or decode(i) for i in ids))
+    return written
+
+
+def test_items_as_others_write_them(place):
+    """images for image, a system text, a first turn of gpt, an <image> inside a question, and
+    one item a line."""
+    system, gpt = {"from": "system", "value": "Be kind."}, {"from": "gpt", "value": "Hello."}
+    inside = [{"from": "human", "value": "what is <image> this ?"}, TALK[1]]
+    kinds = [
+        {"images": ["0.png"], "conversations": [system, *TALK]},
+        {"images": "1.png", "conversations": [gpt, *TALK]},
+        {"image": "2.png", "conversations": inside},
+    ]
+    items = [kinds[i % 3] | {list(kinds[i % 3])[0]: f"{i % 20}.png"} for i in range(60)]
+    dataset = prepare(items, "--template=v1")
+    written = words_of(dataset)
+    assert set(written) == {
+        " Be kind. USER: <image> \nwhat is it ? ASSISTANT: a ball .<eos>",
+        " USER: <image> \nwhat is it ? ASSISTANT: a ball .<eos>",
+        " USER: what is <image>  this ? ASSISTANT: a ball .<eos>",
+    }
+    (place / "lines.jsonl").write_text("\n".join(json.dumps(one) for one in items) + "\n\n")
+    flags = ["--images=pictures", "--size=16", "--vocab_size=300", "--template=v1"]
+    command.main(["llava", "--name=lines", "--json=lines.jsonl", *flags])
+    assert Data("data/lines").meta["corpus"] == dataset.meta["corpus"]
+    moved = prepare(items, "--template=v1", "--image_first", name="moved")
+    assert " USER: <image> \nwhat is  this ? ASSISTANT: a ball .<eos>" in words_of(moved)
+    (place / "lines.jsonl").write_text(json.dumps(items[0]) + "\n{\n")
+    with pytest.raises(UserError, match="lines.jsonl:2: not JSON"):
+        command.main(["llava", "--name=lines", "--json=lines.jsonl", *flags])
+
+
 def test_plain_is_captions(place):
     said = [
         {"from": "human", "value": "describe it\n<image>"},
@@ -100,7 +140,15 @@ def test_plain_is_captions(place):
         (item(["0.png", "1.png"]), "item 3: 1 <image> for 2 pictures"),
         (item([]), "item 3: 1 <image> for 0 pictures"),
         (item(said=TALK[:1]), "item 3: want human and gpt in turn"),
-        (item(said=TALK[::-1]), "item 3: want human and gpt in turn"),
+        (item(said=[TALK[0], *TALK[::-1]]), "item 3: want human and gpt in turn"),
+        (
+            item(said=[{"from": "system", "value": "Be kind."}, *TALK]),
+            "item 3: .*no place for a sys",
+        ),
+        (item(said=[{"from": "human", "value": ["<image>"]}, TALK[1]]), "must be a text"),
+        (item(said=[{"from": "human", "value": "<image> <video>"}, TALK[1]]), "contains <video>"),
+        ({"video": "a.mp4", "conversations": TALK}, "item 3: it has a 'video'"),
+        (item() | {"images": ["1.png"]}, "item 3: it has both image and images"),
         (item(said=[]), "item 3: a conversation without turns"),
         (item(said=[TALK[0], {"from": "gpt", "value": " "}]), "item 3: an answer is empty"),
         (item(said=[TALK[0], {"from": "cat", "value": "meow"}]), "nobody is called 'cat'"),

@@ -21,7 +21,7 @@ from training.processes import Processes
 # Options that concern the phases after the first projector
 LATER_OPTIONS = ("dropout", "init", "lora_rank", "lora_alpha")
 # Options that concern every phase
-EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype")
+EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype", "truncate")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def set_up(settings, name, phases, dataset, processes):
         steps = 0
     stored = stored_features(settings, dataset, phase.splits, raw_model, device)
     batches = [
-        phase.batches(dataset, split, batch, settings.seed, raw_model, of_split)
+        phase.batches(dataset, split, batch, settings.seed, raw_model, of_split, settings.truncate)
         for split, of_split in zip(phase.splits, stored)
     ]
     if saved:
