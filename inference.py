@@ -11,7 +11,6 @@ A trained model at work: pictures and words in, words or their likelihoods out.
 Letters: N images, S image side in pixels, E vision width, C model width.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +46,12 @@ def open_model(path, device="cpu", dtype=""):
 # Pictures
 
 
-def read_pictures(loaded, paths, earlier=0):
-    """The Pictures of some files, of which `earlier` others precede in the conversation. OneVision
-    shows several pictures without tiles."""
+def read_pictures(loaded, paths, others=0):
+    """The Pictures of some files that are shown together, with so many others; see
+    ImageFormat.beside_others()."""
     image_format = loaded.image_format
-    if len(paths) + earlier > 1 and image_format.max_tiles:
-        image_format = replace(image_format, fit="pad", canvases=())
+    if len(paths) + others > 1:
+        image_format = image_format.beside_others()
     return [read_picture(path, image_format) for path in paths]
 
 
@@ -105,6 +104,16 @@ def nll_after(loaded, prompts, embeds, words, batch=256):
     (tokens, C); embeds None: no pictures. Computed in the model's dtype, summed in float64.
     Raises UserError for words that are empty or too long, or a score that is not finite."""
     model, scores = loaded.model, np.zeros(len(words))
+    if model.image_attention == "full" and embeds:
+        counts = np.array([sum(map(len, own)) for own in embeds])
+        if len(set(counts.tolist())) > 1:  # rows of a batch must have equally many image tokens
+            for count in set(counts.tolist()):
+                same = np.flatnonzero(counts == count)
+                some = [[values[i] for i in same] for values in (prompts, embeds, words)]
+                scores[same] = nll_after(loaded, *some, batch)
+            return scores
+        for prompt in prompts:
+            check_leading(model, prompt)
     for start in range(0, len(words), batch):
         own = words[start : start + batch]
         rows = [p + w for p, w in zip(prompts[start : start + batch], own)]
@@ -145,8 +154,20 @@ def nll_after(loaded, prompts, embeds, words, batch=256):
 # Words
 
 
+def check_leading(model, tokens):
+    """Raise UserError for a prompt whose images are not all at its start, if they attend to each
+    other."""
+    if model.image_attention == "full" and not model.leads_alike(torch.tensor([tokens])):
+        raise UserError(
+            "image_attention=full: this model was trained on images before all words, and here "
+            "some stand after words"
+        )
+
+
 def generate_text(loaded, prompts, embeds, stop, max_new_tokens):
     """Greedy continuations of prompts of equal length: a string each. embeds: as in nll_after."""
+    for prompt in prompts:
+        check_leading(loaded.model, prompt)
     tokens = torch.tensor(prompts, device=loaded.device)
     image_embeds = join_embeds(embeds, loaded.device)
     steps = list(loaded.model.generate(tokens, image_embeds, max_new_tokens, stop=stop))
@@ -181,6 +202,7 @@ def make_prompt(loaded, embeds, words, template=None, system=""):
         before = before or [tokenizer.eos]  # a text alone follows <bos>, or else an <eos>
         tokens = before + tokenizer.encode(words)
     tokens = expand(tokens, tokenizer.image, [len(embed) for embed in embeds])
+    check_leading(loaded.model, tokens)
     if len(tokens) >= block_size:
         raise UserError(
             f"{len(embeds)} images and the prompt make {len(tokens)} tokens; this "

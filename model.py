@@ -371,7 +371,8 @@ class BabyLLaVA(nn.Module):
     image_token: the id of the placeholder
     select_layer, keep_cls: which features are taken from the tower
     image_pool: 2 averages 2 x 2 image tokens into one, so that more images fit
-    image_attention: "causal", or "full": leading images attend to all of themselves
+    image_attention: "causal", or "full": leading images attend to all of themselves; all rows of a
+    batch must then start with equally many image tokens, and have no others (leads_alike())
     tiled: images are cut into tiles (see common/tiles.py), with a learnt newline after each row"""
 
     def __init__(
@@ -396,6 +397,8 @@ class BabyLLaVA(nn.Module):
 
     def use_tiles(self):
         """Accept images in tiles from now on, with a newline vector that is still random."""
+        if self.image_attention == "full":
+            raise ValueError("image_attention=full: images in tiles are unlike in length")
         self.tiled = True
         if not hasattr(self, "image_newline"):
             width = self.gpt.config.n_embd
@@ -473,6 +476,13 @@ class BabyLLaVA(nn.Module):
             return 0
         return len(image_embeds) // len(tokens)
 
+    def leads_alike(self, tokens):
+        """Whether each row of tokens (B, T) starts with the same number of placeholders, and has no
+        others: what image_attention "full" needs."""
+        is_image = tokens == self.image_token
+        counts = is_image.sum(1)
+        return bool((counts == counts[0]).all() and is_image[:, : counts[0]].all())
+
     def hidden_states(self, tokens, image_embeds=None, positions=None, first=0, maps=None):
         """Tokens (B, T) and image embeddings (M, C) -> hidden states (B, T - first, C).
 
@@ -540,6 +550,8 @@ class BabyLLaVA(nn.Module):
                 f"{tokens.shape[1]} tokens with {placeholders} image placeholders for "
                 f"{given} image embeddings: they must match, and the text not be empty"
             )
+        if given and self.image_attention == "full" and not (cache or self.leads_alike(tokens)):
+            raise ValueError("image_attention=full needs rows that start with all their images")
         x, prefix = self.embed(tokens, image_embeds), self.prefix(tokens, image_embeds)
         if cache is None:
             capacity = min(self.gpt.config.block_size, tokens.shape[1] + max_new_tokens)

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw
 import checkpoint
 import config
 from config import UserError, option
-from inference import embed_pictures, make_prompt, open_model, read_pictures
+from inference import check_leading, embed_pictures, make_prompt, open_model, read_pictures
 from model import KVCache
 from tokenizer import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
 
@@ -110,6 +110,19 @@ class Conversation:
     def block_size(self):
         return self.loaded.model.gpt.config.block_size
 
+    def show(self, paths, path, new):
+        """The embeddings of the pictures that are still to be asked about, `new` and the one at
+        `path`. paths: of all pictures before it. Where pictures look otherwise beside others, the
+        first one is embedded again."""
+        loaded, image_format = self.loaded, self.loaded.image_format
+        if len(paths) != 1 or image_format.beside_others() == image_format:
+            pictures = read_pictures(loaded, [path], others=len(paths))
+            return [*new, *embed_pictures(loaded, pictures)]
+        both = embed_pictures(loaded, read_pictures(loaded, [*paths, path]))
+        asked = len(self.embeds)
+        self.embeds, self.cached, self.cache = both[:asked], [], None
+        return both[asked:]
+
     def make_tokens(self, question, embeds):
         """All tokens up to where the answer to a question starts."""
         turns = [*self.turns, (question, None)]
@@ -125,6 +138,7 @@ class Conversation:
         question = with_pictures(self.template, words, len(embeds))
         all_embeds = [*self.embeds, *embeds]
         tokens = self.make_tokens(question, all_embeds)
+        check_leading(model, tokens)
         if len(tokens) >= self.block_size:
             raise UserError(
                 f"the context is full: with this question {len(tokens)} tokens, the model holds "
@@ -163,13 +177,11 @@ class Conversation:
         self.ended = bool(answer) and answer[-1] in self.stop
 
 
-def converse(conversation, embeds, settings, generator, look):
-    """Read questions from the keyboard or a file and answer them until there are no more.
-
-    embeds: those of the first pictures; look(path, earlier): those of another picture, after so
-    many."""
+def converse(conversation, embeds, settings, generator):
+    """Read questions from the keyboard or a file and answer them until there are no more. embeds:
+    those of the first pictures."""
     how = settings.max_new_tokens, settings.temperature, settings.top_k, generator
-    embeds, words = list(embeds), settings.prompt
+    embeds, words, paths = list(embeds), settings.prompt, list(settings.image)
     while True:
         try:
             words = words or input("> ").strip()
@@ -180,10 +192,10 @@ def converse(conversation, embeds, settings, generator, look):
         try:
             if command == "/reset":
                 conversation.reset()
-                embeds = []
+                embeds, paths = [], []
             elif command == "/image":
-                earlier = len(conversation.embeds) + len(embeds)
-                embeds.append(look(argument.strip(), earlier))
+                embeds = conversation.show(paths, argument.strip(), embeds)
+                paths = [*paths, argument.strip()]
             elif command.startswith("/"):
                 print("/image FILE shows a picture, /reset starts again, Ctrl-D ends")
             elif words:
@@ -262,12 +274,7 @@ def main(argv):
     embeds = embed_pictures(loaded, pictures) if pictures else []
     generator = torch.Generator(loaded.device).manual_seed(settings.seed)
     if settings.chat:
-        conversation = Conversation(loaded, template, system)
-
-        def look(path, earlier):
-            return embed_pictures(loaded, read_pictures(loaded, [path], earlier))[0]
-
-        return converse(conversation, embeds, settings, generator, look)
+        return converse(Conversation(loaded, template, system), embeds, settings, generator)
     tokens = make_prompt(loaded, embeds, settings.prompt, template, system)
     first = [] if template is not None else loaded.tokenizer.encode(settings.prompt)
     stop = end_tokens(loaded.tokenizer, template)

@@ -7,7 +7,7 @@ Letters: N images, S image side in pixels.
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,11 @@ class ImageFormat:
     @property
     def reduced(self):
         return self.size if self.resample == "reduced" else 0
+
+    def beside_others(self):
+        """The format of a picture that is in one sequence with others: LLaVA-OneVision, the only
+        one with max_tiles, pads it and makes no tiles."""
+        return replace(self, fit="pad", canvases=()) if self.max_tiles else self
 
     @classmethod
     def parse(cls, fields):
@@ -240,10 +245,20 @@ def read_image(location, image_format):
     return np.array(to_square(open_picture(location, image_format.reduced), image_format))
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The location of a picture that is in one sequence with others, for read_all()."""
+
+    location: object
+
+
 def read_job(job):
     """The Picture of (location, image_format), or an error message."""
+    location, image_format = job
     try:
-        return read_picture(*job)
+        if isinstance(location, Beside):
+            return read_picture(location.location, image_format.beside_others())
+        return read_picture(location, image_format)
     except UserError as error:
         return str(error)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import config
 from common.files import about, named, only_one, writing
-from common.images import read_all
+from common.images import Beside, read_all
 from config import UserError, option
 from data import BINS, Writer, known_sources, row_bytes
 from tokenizer import Tokenizer, caption_sample, chat_sample
@@ -209,6 +209,10 @@ def write_split(part, text, pictures, max_skipped, dialogues=(), write_dialogue=
     write_dialogue(part, dialogue, image ids): see dialogue_writer(). A dialogue with a picture that
     cannot be read is left out; a picture that it shares with `pictures` is stored once."""
     part.text(text)
+    if part.writer.image_format.max_tiles:  # such pictures may be tiled alone, and not together
+        for dialogue in dialogues:
+            if len(dialogue.locations) > 1:
+                dialogue.locations = [Beside(location) for location in dialogue.locations]
     locations, clips, labels = (
         [getattr(picture, field) for picture in pictures] for field in ("location", "clip", "label")
     )

@@ -7,8 +7,8 @@ Conversations about pictures in LLaVA's JSON form, for phase 3; or captions, for
 
 A JSON is a list of {"image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": "human", "value":
 "<image>\\nwhat is it ?"}, {"from": "gpt", "value": "a ball ."}, ...]}, or a .jsonl of them: any
-number of turns, with one <image> in the questions for each picture; pictures are optional, and so is
-a first turn from "system". A first turn from gpt is dropped, as in LLaVA's code. --like takes
+number of turns, with one <image> in the questions for each picture; pictures are optional, and so
+is a first turn from "system". A first turn from gpt is dropped, as in LLaVA's code. --like takes
 vocabulary, template and image format from a model (a .pt or a folder) or from prepared data.
 """
 

@@ -119,21 +119,31 @@ for name in TESTS:
 class Subject:
     """A model that is tested on the pictures of a test.
 
-    Every picture is embedded once; likelihoods, captions and answers are remembered, because each
-    subset asks for them again. rows: all rows of the test; names, locations: of its pictures.
-    shuffle: each name stands for another, random picture."""
+    Every picture is embedded once (twice, if it looks otherwise beside others); likelihoods,
+    captions and answers are remembered, because each subset asks for them again. rows: all rows of
+    the test; names, locations: of its pictures. shuffle: each name stands for another, random
+    picture."""
 
     def __init__(self, loaded, rows, names, locations, settings):
         self.loaded, self.rows, self.settings = loaded, rows, settings
         self.index = {name: i for i, name in enumerate(names)}
         if settings.shuffle:
             self.index = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
-        self.locations, self.picture_embeds = locations, []  # (tokens, C) each
-        for start in tqdm(range(0, len(names), 64), "pictures", unit_scale=64, unit="image"):
-            pictures = self.read_pictures(locations[start : start + 64])
-            embeds = inference.embed_pictures(loaded, pictures)
-            self.picture_embeds += [embed.cpu() for embed in embeds]
+        self.locations = locations
+        self.picture_embeds = self.embed_all(loaded.image_format)
+        self.beside_others = None  # as picture_embeds, for together(); made when it is needed
         self.forget()
+
+    def embed_all(self, image_format):
+        """The embeddings of all pictures in a format, (tokens, C) each."""
+        found, numbers = [], range(0, len(self.locations), 64)
+        for start in tqdm(numbers, "pictures", unit_scale=64, unit="image"):
+            pictures = [
+                read_picture(location, image_format)
+                for location in self.locations[start : start + 64]
+            ]
+            found += [embed.cpu() for embed in inference.embed_pictures(self.loaded, pictures)]
+        return found
 
     def forget(self):
         """Drop all results: {(name, phrase): NLL}, {name: caption}, {key: [one for each row]}."""
@@ -142,12 +152,11 @@ class Subject:
     def blinded(self):
         """The same model, which is shown the mean of all pictures (with as many tokens) instead of
         each picture."""
-        means = {}
-        for length in {len(embed) for embed in self.picture_embeds}:
-            same = [embed for embed in self.picture_embeds if len(embed) == length]
-            means[length] = torch.stack(same).float().mean(0).to(same[0].dtype)
         other = copy.copy(self)
-        other.picture_embeds = [means[len(embed)] for embed in self.picture_embeds]
+        other.picture_embeds = means_of(self.picture_embeds)
+        if self.loaded.image_format.max_tiles:
+            self.together([])
+            other.beside_others = means_of(self.beside_others)
         other.forget()
         return other
 
@@ -157,16 +166,24 @@ class Subject:
             self.of_rows[key] = make(self.rows)
         return [self.of_rows[key][row["number"]] for row in rows]
 
-    def read_pictures(self, locations):
-        return [read_picture(location, self.loaded.image_format) for location in locations]
-
     def frames(self, names):
         """The pictures of these names as whole frames: (n, S, S, 3) uint8."""
-        pictures = self.read_pictures([self.locations[self.index[name]] for name in names])
+        locations = [self.locations[self.index[name]] for name in names]
+        pictures = [read_picture(location, self.loaded.image_format) for location in locations]
         return np.stack([picture.frames[0] for picture in pictures])
 
     def embeds(self, names):
+        """The embeddings of pictures, each of which is shown alone."""
         return [self.picture_embeds[self.index[name]] for name in names]
+
+    def together(self, names):
+        """The embeddings of pictures that are shown in one sequence."""
+        image_format = self.loaded.image_format.beside_others()
+        if len(names) == 1 or image_format == self.loaded.image_format:
+            return self.embeds(names)
+        if self.beside_others is None:
+            self.beside_others = self.embed_all(image_format)
+        return [self.beside_others[self.index[name]] for name in names]
 
     def nll(self, names, phrases):
         """Mean NLL per token of each phrase after each picture, float64 (n,)."""
@@ -185,6 +202,15 @@ class Subject:
             captions = inference.caption_pictures(self.loaded, self.embeds(new), 25)
             self.captions |= dict(zip(new, captions))
         return [self.captions[name] for name in names]
+
+
+def means_of(embeds):
+    """The mean of all embeddings (tokens, C) with as many tokens, for each."""
+    means = {}
+    for length in {len(embed) for embed in embeds}:
+        same = [embed for embed in embeds if len(embed) == length]
+        means[length] = torch.stack(same).float().mean(0).to(same[0].dtype)
+    return [means[len(embed)] for embed in embeds]
 
 
 def phrase_nll(loaded, embeds, phrases, batch=256):

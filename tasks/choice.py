@@ -87,7 +87,7 @@ def choice(rows, subject, ties):
     """{"likelihood", "generation"} of questions, asked of a tasks.Subject."""
     loaded = subject.loaded
     template, system = loaded.choose_template(subject.settings.template)
-    embeds = [subject.embeds(row["image"]) for row in rows]
+    embeds = [subject.together(row["image"]) for row in rows]
     counts = [[len(embed) for embed in own] for own in embeds]
     prompts = [prompt_of(r, loaded, template, system, c) for r, c in zip(rows, counts)]
     all_prompts, all_embeds, words = [], [], []  # one for each choice

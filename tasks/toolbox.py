@@ -155,7 +155,7 @@ def ask(rows, subject):
             if number >= len(turns_of(row)):
                 continue
             pictures = sum(question.count("<image>") for question in questions)
-            embeds = subject.embeds(row["image"][:pictures])
+            embeds = subject.together(row["image"][:pictures])
             turns = [*zip(questions, own), (questions[-1], None)]
             tokens, _ = chat_sample(loaded.tokenizer, template, turns, system)
             tokens = expand(tokens, loaded.tokenizer.image, [len(e) for e in embeds])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from conftest import ROOT, make_corpus, one_line
 
 import checkpoint
+import inference
 from batches import Batch, ClipBatches, Order, SampleBatches, TextBatches, round_up
+from common.images import ImageFormat
 from config import UserError
 from data import Data, check_meta
 from model import GPT, BabyLLaVA, GPTConfig, make_projector
-from training import features
+from training import features, models
 from vision import ViT
 
 
@@ -484,3 +487,35 @@ def test_processes_share_the_work_and_make_one_file(own_copy):
     stored, frames = features.open_stored(dataset, "train", model), dataset.open("train", "frames")
     live = next(features.extract(model, frames, dataset.image_format, "cpu"))
     assert np.abs(stored - live).max() < 1e-2
+
+
+def test_full_attention_of_unlike_rows_is_scored_a_row_at_a_time(mixed):
+    """One, two and no images in one call: the prefix of each row is its own."""
+    model = make_model(mixed, image_attention="full")
+    loaded = checkpoint.Loaded(model.eval(), mixed.tokenizer, mixed.image_format, {})
+    image, rows = mixed.tokenizer.image, (1, 2, 0, 2, 1)
+    embeds = [[torch.randn(4, 16) for _ in range(count)] for count in rows]
+    prompts = [[image] * 4 * count + [5] for count in rows]
+    words = [[7, 8, 9], [9, 8], [7], [8, 7], [9, 9, 9]]
+    together = inference.nll_after(loaded, prompts, embeds, words)
+    alone = [
+        inference.nll_after(loaded, [p], [e], [w])[0] for p, e, w in zip(prompts, embeds, words)
+    ]
+    assert np.allclose(together, alone, atol=1e-6)
+    prompts[1] = [5] + prompts[1]
+    with pytest.raises(UserError, match="images before all words") as error:
+        inference.nll_after(loaded, prompts, embeds, words)
+    assert one_line(error)
+    with pytest.raises(ValueError, match="all their images"):
+        list(model.generate(torch.tensor([prompts[1]]), torch.cat(embeds[1]), 2))
+
+
+def test_full_attention_and_tiles_are_refused(mixed):
+    with pytest.raises(ValueError, match="images in tiles"):
+        make_model(mixed, image_attention="full", tiled=True)
+    tiled = SimpleNamespace(
+        image_format=ImageFormat(16, canvases=((32, 16),)), directory="data/tiled"
+    )
+    with pytest.raises(UserError, match="data/tiled has pictures in tiles.*use causal") as error:
+        models.new_projector(SimpleNamespace(image_attention="full"), tiled, {})
+    assert one_line(error)

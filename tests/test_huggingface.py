@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +15,15 @@ import checkpoint
 import export
 import inference
 import sample
+import tasks
 import train
+from batches import Plan, SampleBatches
 from common.images import ImageFormat, to_picture, to_pixels
 from config import UserError
+from data import Data
 from pretrained import hf_config, huggingface
-from tokenizer import TEMPLATES, chat_sample
+from sources import command
+from tokenizer import TEMPLATES, chat_sample, expand
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -112,6 +117,54 @@ def test_several_pictures_of_onevision_have_no_tiles(tmp_path):
         theirs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **inputs).logits
         ours = logits_after(loaded.model, tokens, torch.cat(embeds))
     assert (theirs - ours).abs().max() < 1e-4
+
+
+def test_pictures_of_onevision_are_alike_in_data_prompts_tests_and_talk(tmp_path, monkeypatch):
+    """A picture has tiles alone, and none beside others, everywhere."""
+    monkeypatch.chdir(tmp_path)
+    fake_llava.make(tmp_path / "ov", **TILED[2])
+    loaded = huggingface.load(tmp_path / "ov")
+    for i in range(12):
+        noise(40 + i, 30, i).save(f"{i}.png")
+    turn = lambda images: [
+        {"from": "human", "value": "<image>" * images + "?"},
+        {"from": "gpt", "value": "a"},
+    ]
+    alone = [{"image": f"{i}.png", "conversations": turn(1)} for i in range(12)]
+    both = [{"image": ["0.png", f"{i}.png"], "conversations": turn(2)} for i in range(1, 12)]
+    Path("chat.json").write_text(json.dumps(alone + both))
+    Path("val.json").write_text(json.dumps(alone[:1]))
+    flags = ["--json=chat.json", "--val=val.json", "--images=.", "--like=ov", "--template=v1"]
+    command.main(["llava", "--name=ov", *flags])
+    dataset = Data("data/ov")
+    samples = SampleBatches(dataset, "chat_train", 1, 1, loaded.model)
+    show = lambda *paths: torch.cat(
+        inference.embed_pictures(loaded, inference.read_pictures(loaded, paths))
+    )
+    read = lambda row: samples.read(Plan(np.array([row]), 400)).to("cpu", loaded.image_format)
+    for row, item in enumerate(alone + both):
+        names = [item["image"]] if isinstance(item["image"], str) else item["image"]
+        _, _, _, images, arrangement, _ = read(row)
+        with torch.no_grad():
+            found = loaded.model.embed_images(images, arrangement)
+        assert torch.equal(found, show(*names)), row
+    settings = SimpleNamespace(shuffle=False)
+    subject = tasks.Subject(loaded, [], ["0.png", "1.png"], ["0.png", "1.png"], settings)
+    assert torch.equal(torch.cat(subject.together(["0.png"])), show("0.png"))
+    assert torch.equal(torch.cat(subject.together(["0.png", "1.png"])), show("0.png", "1.png"))
+    blind = subject.blinded().together(["0.png", "1.png"])
+    assert torch.equal(blind[0], blind[1]) and len(torch.cat(blind)) == len(show("0.png", "1.png"))
+    talk = sample.Conversation(loaded, TEMPLATES["v1"])
+    list(talk.ask("?", talk.show([], "0.png", []), max_new_tokens=2))
+    assert torch.equal(talk.embeds[0], show("0.png"))
+    first = talk.turns[0][1]
+    answer = list(talk.ask("?", talk.show(["0.png"], "1.png", []), max_new_tokens=2))
+    assert torch.equal(torch.cat(talk.embeds), show("0.png", "1.png"))
+    turns = [("<image>\n?", first), ("<image>\n?", None)]
+    tokens, _ = chat_sample(loaded.tokenizer, TEMPLATES["v1"], turns)
+    tokens = expand(tokens, loaded.tokenizer.image, [17, 17])
+    again = loaded.model.generate(torch.tensor([tokens]), show("0.png", "1.png"), 2, stop=talk.stop)
+    assert [int(token) for token in again] == answer
 
 
 def test_padding_on_the_left_or_right_changes_nothing(tmp_path):

@@ -423,7 +423,8 @@ def test_forgotten_images_of_moments_are_mended_in_turn():
     item = {"image": ["0", "1"], "conversations": turns}
     names, said, _ = sources.read_dialogue(item, fix=True)
     assert names == ["0", "1"] and said == [("<image>a", "a")] * 2
-    names, said = sources.read_dialogue({"image": ["0"] * 3, "conversations": turns}, fix=True)
+    item = {"image": ["0"] * 3, "conversations": turns}
+    names, said, _ = sources.read_dialogue(item, fix=True)
     assert said == [("<image><image><image>a", "a"), ("a", "a")]
 
 

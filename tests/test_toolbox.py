@@ -630,7 +630,7 @@ def test_a_context_that_is_full_counts_as_unread(made, trained, capsys):
     settings = evaluation.Config()
     embed = torch.zeros(4, loaded.model.gpt.config.n_embd)
     subject = SimpleNamespace(
-        loaded=loaded, settings=settings, embeds=lambda images: [embed] * len(images)
+        loaded=loaded, settings=settings, together=lambda images: [embed] * len(images)
     )
     rows = toolbox.read_items("memory", made / "eval" / "memory.json")[:2]
     said = toolbox.ask(rows, subject)

@@ -42,8 +42,18 @@ def new_language_model(settings, dataset, parents):
     return BabyLLaVA(GPT(sizes), image_token=dataset.tokenizer.image)
 
 
+def refuse_tiles(image_attention, dataset):
+    """Raise UserError for tiles with image_attention "full"."""
+    if image_attention == "full" and dataset.image_format.canvases:
+        raise UserError(
+            f"image_attention=full: {dataset.directory} has pictures in tiles, whose numbers differ; "
+            "use causal"
+        )
+
+
 def new_projector(settings, dataset, parents):
     """The tower and the GPT of earlier phases, with a new projector between them."""
+    refuse_tiles(settings.image_attention, dataset)
     size = dataset.image_format.size
     backends = {"attention": settings.attention, "norm": settings.norm}
     parent = with_gpt(parents["language"], block_size=settings.block_size)
@@ -112,6 +122,7 @@ def from_phase_before(settings, dataset, parents):
     parent = with_gpt(parent, **sizes)
     model = checkpoint.build(parent, attention=settings.attention, norm=settings.norm).model
     if dataset.image_format.canvases:
+        refuse_tiles(model.image_attention, dataset)
         model.use_tiles()
     check_grid(model, dataset.image_format.size)
     return model
