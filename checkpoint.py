@@ -238,12 +238,17 @@ def read_torch(path, safe=()):
         with torch.serialization.safe_globals(list(safe)):
             return torch.load(regular(path), map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such checkpoint; python train.py configs/toy.py makes one"
-        ) from None
+        raise UserError(f"{path}: {why_missing(path)}") from None
     except DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from None
+
+
+def why_missing(path):
+    """What to do about a checkpoint that does not exist."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and Path(path).suffix != ".pt":
+        return "no such folder; if it is a model on the Hugging Face hub, download it first"
+    return "no such checkpoint; python train.py configs/toy.py makes one"
 
 
 def convert(checkpoint):

@@ -283,7 +283,11 @@ def load(Config, argv, description=""):
 
 def run(main):
     """Call main(arguments). A UserError or an OSError becomes one line and exit code 1; any other
-    exception is a bug of ours and shows its traceback."""
+    exception is a bug of ours and shows its traceback. What a terminal cannot print is escaped."""
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"),
+                           (sys.stdin, "replace")):  # fmt: skip
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:

@@ -93,6 +93,14 @@ def losses(loaded, dataset):
     if words_alone:
         text = kind(dataset, split, 16, 0, model)
         loss = validation.val_loss(model, text, dataset.image_format)
+        if dataset.tokenizer.kind == "word":
+            unknown = dataset.tokenizer.words["<unk>"]
+            count = int((dataset.open(split, "text") == unknown).sum())
+            if count:  # a guessed <unk> would count as a guessed word
+                print(
+                    f"no bits per character: {count:,} words of {split} are not in the vocabulary"
+                )
+                return {"val_loss": loss}
         counts = dataset.meta["splits"][split]
         tokens_per_character = counts["text"] / counts["characters"]
         # nats per token x tokens per character = nats per character; / ln 2 = bits

@@ -57,6 +57,8 @@ class Config(config.Options):
     conv_stages: tuple[int, ...] = ()  # blocks in each stage of a convnext
     extra_stage: int = option(0, low=0, high=100)  # blocks of one more stage on a trained convnext
     prototypes: int = option(128, low=1, high=1 << 20)  # K, outputs of DINO's head
+    head_hidden: int = option(256, low=1, high=1 << 16)  # width of DINO's head inside
+    head_bottleneck: int = option(64, low=1, high=1 << 16)  # and before the prototypes
     local_views: int = option(0, low=0, high=100)  # small crops, besides the two large ones
     teacher_temperature: float = option(0.04, low=1e-4, high=10.0)  # lower is sharper
     momentum: float = option(0.99, low=0.0, high=1.0)  # of the teacher at the start; it rises to 1
@@ -145,7 +147,14 @@ PHASES = {
             "conv_stages",
             "vision_weights",
         ),
-        options=("prototypes", "local_views", "teacher_temperature", "momentum"),
+        options=(
+            "prototypes",
+            "head_hidden",
+            "head_bottleneck",
+            "local_views",
+            "teacher_temperature",
+            "momentum",
+        ),
         weights_option="vision_weights",
         load_weights=resume.load_tower,
         fixes_images=False,

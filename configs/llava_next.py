@@ -4,8 +4,8 @@ LLaVA-NeXT with Llama 3 8B, its second stage, by the command on its model card.
     A="You are a helpful language and visual assistant. You are able to understand the visual"
     B="content that the user provides, and assist the user with a variety of tasks using natural"
     python data.py llava --name llava_next --json llava_1_6.json --images DIR \
-        --template llama3 --system "$A $B language." --like out/llava_next/phase1.pt --size 336 \
-        --norm clip --canvases 336x672 672x336 672x672 1008x336 336x1008
+        --image_first --template llama3 --system "$A $B language." --like out/llava_next/phase1.pt \
+        --size 336 --norm clip --canvases 336x672 672x336 672x672 1008x336 336x1008
     torchrun --nproc_per_node=8 train.py configs/llava_next.py
 
 Stage 1 is configs/llava15_stage1.py with this tower, --language_weights Meta-Llama-3-8B-Instruct
@@ -41,6 +41,7 @@ data = "data/llava_next"
 out = "out/llava_next"
 init = "out/llava_next/phase1.pt"
 phase3_learn = ("projector", "gpt", "tower=2e-6")
+truncate = True  # where LLaVA cuts too, at block_size, but after an answer
 phase3_lr = 1e-5
 phase3_batch = 32  # 4 a GPU, of eight
 phase3_steps = 760000 // 32  # one pass of about 760,000 conversations: 23,750

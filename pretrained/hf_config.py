@@ -365,13 +365,22 @@ def read_tokenizer(folder, text, image_token):
         )
     bos = token_id(specials, settings.get("bos_token"))
     pad = token_id(specials, settings.get("pad_token"))
+    size = text["vocab_size"]
+    needed = {"<image>": image_token, "eos": stops[0], "bos": bos}
+    for name, token in needed.items():
+        if token is not None and not 0 <= token < size:
+            raise UserError(
+                f"{folder}: the token {name} has the id {token}, and there are {size} embeddings"
+            )
+    if pad is None or not 0 <= pad < size:  # any id does: what is padding is in no loss
+        pad = stops[0]
     roles = {
         "eos": stops[0],
         "stops": sorted(set(stops)),
         "bos": bos if adds_bos(content, settings) else None,
-        "pad": stops[0] if pad is None else pad,
+        "pad": pad,
         "image": image_token,
-        "vocab_size": text["vocab_size"],
+        "vocab_size": size,
     }
     return JsonTokenizer(content, roles)
 

@@ -161,6 +161,17 @@ def stacks_of(weights, tower_rules, tied):
 def read_config(folder):
     """The config.json of a folder, as a dict with a model_type."""
     settings = read_json(folder / "config.json")
+    own = {"mm_vision_tower", "mm_projector_type", "mm_hidden_size"} & set(settings)
+    if own:
+        raise UserError(
+            f"{folder}: a folder of LLaVA's own code, not of transformers: take the converted one, "
+            "such as llava-hf/llava-1.5-7b-hf"
+        )
+    if settings.get("quantization_config"):
+        kind = settings["quantization_config"].get("quant_method", "some method")
+        raise UserError(
+            f"{folder}: weights quantized by {kind} are not supported: take the original"
+        )
     if not isinstance(settings.get("model_type"), str):
         raise UserError(f"{folder}/config.json: model_type {settings.get('model_type')!r}")
     return settings

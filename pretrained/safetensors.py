@@ -44,6 +44,8 @@ class TensorFile:
             end = max(begin + length for _, _, begin, length in self.entries.values())
             if len(self.map) != end:
                 raise ValueError(f"{len(self.map)} bytes, but its header says {end}")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from None
@@ -51,6 +53,11 @@ class TensorFile:
     @staticmethod
     def entry(start, dtype, shape, data_offsets):
         """(dtype, shape, first byte in the file, bytes) of a header's entry."""
+        if dtype not in TYPES:
+            raise UserError(
+                f"weights stored as {dtype} are not supported: take the model in float16, bfloat16 "
+                "or float32"
+            )
         first, end = data_offsets
         if math.prod(shape) * TYPES[dtype].itemsize != end - first:
             raise ValueError(f"{end - first} bytes for {dtype} {shape}")

@@ -489,6 +489,19 @@ def test_processes_share_the_work_and_make_one_file(own_copy):
     assert np.abs(stored - live).max() < 1e-2
 
 
+@pytest.mark.parametrize("value, why", [(7e4, "reach 7e\\+04"), (float("nan"), "are not finite")])
+def test_features_that_float16_does_not_hold_are_refused(mixed, tmp_path, value, why):
+    """They were stored as inf, and training ended later with other advice."""
+    model = make_model(mixed, select_layer=-1)
+    model.tower.norm.bias.data[3] = value
+    with pytest.raises(UserError, match=f"this vit at select_layer -1 {why}.*--features live") as e:
+        list(features.extract(model, mixed.open("val", "frames"), mixed.image_format, "cpu"))
+    assert one_line(e)
+    model.tower.norm.bias.data[3] = 6e4
+    (found,) = features.extract(model, mixed.open("val", "frames"), mixed.image_format, "cpu")
+    assert np.isfinite(found).all() and found.dtype == np.float16
+
+
 def test_full_attention_of_unlike_rows_is_scored_a_row_at_a_time(mixed):
     """One, two and no images in one call: the prefix of each row is its own."""
     model = make_model(mixed, image_attention="full")

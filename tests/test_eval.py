@@ -7,13 +7,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, one_line
+from conftest import ROOT, SMALL, one_line
 
 import checkpoint
 import data
 import eval as evaluation
 import inference
 import tasks
+import train
 from batches import Plan, SampleBatches, TextBatches
 from config import UserError
 from sources import command, toy
@@ -405,6 +406,22 @@ def test_another_vocabulary_gets_no_loss_and_says_so(recipe, home, capsys):
     assert evaluation.losses(loaded, data.Data("data/other")) == {}
     assert "has another vocabulary" in capsys.readouterr().out
     assert evaluation.losses(loaded, data.Data("data/tiny"))["bits_per_character"] > 0
+
+
+def test_unknown_words_are_no_guessed_characters(home, tmp_path, monkeypatch, capsys):
+    """With a vocabulary of words, an <unk> stands for words of any length."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a red ball .\n" * 200)
+    for name, words in (("all", "a red ball ."), ("some", "a red .")):
+        vocab = {word: i for i, word in enumerate(["<unk>", *words.split()])}
+        (tmp_path / f"{name}.json").write_text(json.dumps(vocab))
+        flags = [f"--name={name}", "--text=text.txt", f"--vocab={name}.json"]
+        command.main(["pairs", *flags])
+        train.main([f"--data=data/{name}", f"--out=out/{name}", "--phase=language", *SMALL])
+        loaded = checkpoint.load(f"out/{name}/language.pt")
+        found = evaluation.losses(loaded, data.Data(f"data/{name}"))
+        assert ("bits_per_character" in found) == (name == "all") and found["val_loss"] > 0
+    assert "no bits per character: 20 words of val are not" in capsys.readouterr().out
 
 
 def test_grammar_pairs_prefer_the_likelier_sentence(recipe, home, tmp_path):

@@ -21,7 +21,7 @@ from batches import Plan, SampleBatches
 from common.images import ImageFormat, to_picture, to_pixels
 from config import UserError
 from data import Data
-from pretrained import hf_config, huggingface
+from pretrained import hf_config, huggingface, tokenizer_json
 from sources import command
 from tokenizer import TEMPLATES, chat_sample, expand
 
@@ -433,6 +433,11 @@ CORRUPTED = [
     ),
     ("config.json", {"vision_config": {"layer_norm_eps": ""}}, "layer_norm_eps '' is not a number"),
     ("config.json", {"vision_config": {"model_type": "dinov3"}}, "tower 'dinov3'"),
+    ("config.json", {"mm_vision_tower": "openai/clip"}, "a folder of LLaVA's own code"),
+    ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "quantized by gptq"),
+    ("config.json", {"image_token_index": 700}, "the token <image> has the id 700, and there are"),
+    ("config.json", {"text_config": {"model_type": "qwen3"}}, "text model 'qwen3'"),
+    ("config.json", {"text_config": {"head_dim": 64}}, "head_dim 64"),
     ("model.safetensors", None, "no model.safetensors"),
     ("model.safetensors", "xxxxxxxxxx", "not a checkpoint, or cut short"),
     ("model.safetensors.index.json", {"weight_map": {"a": "b.safetensors"}}, "not there"),
@@ -468,6 +473,48 @@ def test_a_corrupted_folder_is_one_clear_line(folder, name, content, message):
         except OSError as error:
             raise UserError(str(error)) from None
     assert one_line(error)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "F4"])
+def test_weights_of_eight_bits_are_named_as_such(folder, dtype):
+    path = folder / "llava" / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(b'"F32"', f'"{dtype}"'.encode(), 1)
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with pytest.raises(UserError, match=f"weights stored as {dtype} are not supported") as error:
+        huggingface.load(folder / "llava")
+    assert one_line(error) and "cut short" not in str(error.value)
+
+
+def test_padding_outside_of_the_embedding_is_another_token(folder):
+    path = folder / "llava" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append(tokenizer_json.special_token("<pad>", 705))
+    path.write_text(json.dumps(content))
+    settings = json.loads((folder / "llava/tokenizer_config.json").read_text())
+    (folder / "llava/tokenizer_config.json").write_text(
+        json.dumps(settings | {"pad_token": "<pad>"})
+    )
+    loaded = huggingface.load(folder / "llava")
+    assert loaded.tokenizer.pad == loaded.tokenizer.eos
+    words = inference.nll_after(loaded, [[5], [5, 6]], None, [[7, 8], [9]])
+    alone = [
+        inference.nll_after(loaded, [p], None, [w])[0] for p, w in (([5], [7, 8]), ([5, 6], [9]))
+    ]
+    assert np.allclose(words, alone, atol=1e-5)
+
+
+def test_an_image_token_that_others_would_number_otherwise_is_not_exported(folder):
+    """The vocabulary ends before the id that config.json gives to <image>."""
+    loaded = huggingface.load(folder / "llava")
+    with pytest.raises(UserError, match="id 699: transformers would give it .* 325") as error:
+        export.check_image_token(loaded.tokenizer)
+    assert one_line(error)
+    roles = loaded.tokenizer.roles | {"image": 325}
+    content = json.loads((folder / "llava/tokenizer.json").read_text())
+    export.check_image_token(tokenizer_json.JsonTokenizer(content, roles))
 
 
 # ---- out

@@ -1,5 +1,8 @@
 """The quick caption, as a user types it, and every way to get it wrong."""
 
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -113,6 +116,7 @@ def test_the_same_words_from_stored_features_and_from_frames(recipe, home):
     "args, message",
     [
         (["--checkpoint=none.pt"], "no such checkpoint"),
+        (["--checkpoint=llava-hf/llava-1.5-7b-hf"], "Hugging Face hub, download it first"),
         (["--checkpoint=data/tiny/meta.json"], "not a checkpoint, or cut short"),
         (["--checkpoint=out/full/vision.pt"], "a tower alone"),
         (["--checkpoint=out/full/language.pt", "--image=frame.png"], "cannot see"),
@@ -134,6 +138,27 @@ def test_mistakes_are_one_clear_line(recipe, home, args, message):
     with pytest.raises(UserError, match=message) as error:
         sample.main(args)
     assert one_line(error)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_that_is_not_in_unicode_gets_escapes(tmp_path, encoding):
+    """Words and errors that it cannot print, and questions that it writes in its own way."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import config\n"
+        "def main(argv):\n    print(input(), '\\u2603 \\u00e9')\n"
+        "    raise config.UserError('no \\u2603')\nconfig.run(main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)],
+        input="caf\u00e9\n".encode("latin-1"),
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    right = "\u2603" if encoding == "utf-8" else "\\u2603"
+    assert done.stderr.decode(encoding).strip() == f"error: no {right}"
+    assert right in done.stdout.decode(encoding)
 
 
 @pytest.mark.parametrize(

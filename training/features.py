@@ -18,9 +18,11 @@ from tqdm import tqdm
 import vision
 from common.files import claimed, named, open_or_create
 from common.images import to_pixels
+from config import UserError
 from data import open_bin
 
 BLOCK = 256  # frames per work unit; a kill loses at most this much
+LARGEST = 65504  # of the numbers in float16
 
 
 def fingerprint(tower, select_layer=-1, keep_cls=False):
@@ -63,10 +65,20 @@ def store(dataset, split, model, device):
 
 @torch.no_grad()
 def extract(model, frames, image_format, device, batch=64):
-    """Yield the features of frames (F, S, S, 3) uint8, in order, as float16 arrays (n, P, E)."""
+    """Yield the features of frames (F, S, S, 3) uint8, in order, as float16 arrays (n, P, E).
+    Raises UserError for features that float16 does not hold."""
     for start in range(0, len(frames), batch):
         pixels = to_pixels(frames[start : start + batch], image_format, device)
-        yield model.encode_images(pixels).cpu().numpy().astype(np.float16)
+        features = model.encode_images(pixels).float()
+        largest = float(features.abs().max())
+        if not largest <= LARGEST:
+            kind, layer = vision.describe_tower(model.tower)["kind"], model.select_layer
+            what = f"reach {largest:.3g}" if largest > LARGEST else "are not finite numbers"
+            raise UserError(
+                f"the features of this {kind} at select_layer {layer} {what}, and are stored in "
+                f"float16, up to {LARGEST:,}: give --features live, or another --select_layer"
+            )
+        yield features.cpu().numpy().astype(np.float16)
 
 
 def compute(model, frames, image_format, device, path, row_bytes):

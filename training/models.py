@@ -26,6 +26,8 @@ def new_dino(settings, dataset, parents):
         settings.local_views,
         settings.teacher_temperature,
         settings.momentum,
+        settings.head_hidden,
+        settings.head_bottleneck,
     )
 
 
@@ -46,8 +48,8 @@ def refuse_tiles(image_attention, dataset):
     """Raise UserError for tiles with image_attention "full"."""
     if image_attention == "full" and dataset.image_format.canvases:
         raise UserError(
-            f"image_attention=full: {dataset.directory} has pictures in tiles, whose numbers differ; "
-            "use causal"
+            f"image_attention=full: {dataset.directory} has pictures in tiles, whose numbers "
+            "differ; use causal"
         )
 
 
