@@ -289,7 +289,8 @@ class JsonTokenizer(Tokenizer):
             steps = [step["type"] for step in steps_of(content.get("pre_tokenizer"))]
             self.words = ByteLevel(content) if "ByteLevel" in steps else SentencePiece(content)
             self.normalizers = read_normalizer(content)
-            added = self.content["added_tokens"]
+            # of two entries for one word the last counts
+            added = {entry["content"]: entry for entry in self.content["added_tokens"]}.values()
             as_it_is = [entry for entry in added if not entry.get("normalized")]
             normalised = [entry for entry in added if entry.get("normalized")]
             self.added = AddedTokens(as_it_is, lambda text: text)

@@ -98,7 +98,8 @@ def said_of(cues):
     """The Said of cues, one for each speaker of a cue."""
     lines = [[line for line in cue[3] if without_tags(line).strip()] for cue in cues]
     said = []
-    for (start, end, number, _), own in zip(cues, without_repeats(lines)):
+    follows = [one[0] - before[1] < 0.05 for before, one in pairwise(cues)]  # seconds
+    for (start, end, number, _), own in zip(cues, without_repeats(lines, follows)):
         before, *named = VOICE.split(" ".join(own))
         voices = [["", before]]
         for speaker, words in zip(named[::2], named[1::2]):
@@ -117,19 +118,20 @@ def without_tags(text):
     return html.unescape(TAG.sub("", re.sub(r"<br\s*/?>", " ", text)))
 
 
-def without_repeats(cues):
+def without_repeats(cues, follows):
     """The lines of each cue without those that stand there still from the cue before.
 
     Automatic captions roll: a cue is the line before and a new one. People say things twice too, so
-    this is done only in a file of which most cues of several lines begin with the last of the cue
-    before."""
+    this is done only in a file of which most cues of several lines, and two at least, begin with
+    the last of the cue before, which ends where they begin. follows: for each cue but the first,
+    whether it does so."""
     words = [[without_tags(line).split() for line in lines] for lines in cues]
     repeats = [0]
-    for before, after in pairwise(words):
-        lengths = range(min(len(before), len(after)), 0, -1)
+    for (before, after), follows_it in zip(pairwise(words), follows):
+        lengths = range(min(len(before), len(after)) if follows_it else 0, 0, -1)
         repeats.append(next((n for n in lengths if before[-n:] == after[:n]), 0))
     several = [repeat > 0 for lines, repeat in zip(cues, repeats) if len(lines) > 1]
-    if 2 * sum(several) <= len(several):
+    if sum(several) < 2 or 2 * sum(several) <= len(several):
         return cues
     return [lines[repeat:] for lines, repeat in zip(cues, repeats)]
 

@@ -69,8 +69,8 @@ def messages_of(turns, system, images, lists):
         said += [("user", question)] + ([("assistant", answer)] if answer else [])
     messages = [{"role": role, "content": words} for role, words in said]
     if lists:
-        for message in messages:
-            own = images if message["content"] == turns[0][0] else 0
+        for number, message in enumerate(messages):
+            own = images if number == bool(system) else 0
             text = {"type": "text", "text": message["content"]}
             message["content"] = [{"type": "image"}] * own + [text]
     return messages
