@@ -427,25 +427,9 @@ def check_exportable(loaded):
         raise UserError("only checkpoints of train.py are exported")
 
 
-def check_image_token(tokenizer):
-    """Raise UserError if transformers would give <image> another id than the model has for it: to a
-    token that is added it gives the next free one."""
-    if tokenizer.kind != "json":
-        return
-    content = tokenizer.content
-    taken = {entry["id"] for entry in content["added_tokens"] if entry["content"] != "<image>"}
-    taken |= set(content["model"]["vocab"].values())
-    if tokenizer.image not in taken and tokenizer.image != max(taken) + 1:
-        raise UserError(
-            f"its vocabulary has no <image>, which the model has as id {tokenizer.image}: "
-            f"transformers would give it the next free id, {max(taken) + 1}"
-        )
-
-
 def export(loaded, folder, scores=None):
     """Write the folder of a checkpoint.Loaded. scores: eval.py's results, for the model card."""
     check_exportable(loaded)
-    check_image_token(loaded.tokenizer)
     folder, model, saved = Path(folder), loaded.model, loaded.checkpoint
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: not empty; give a new or empty folder")

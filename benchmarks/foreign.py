@@ -17,7 +17,7 @@ processor   transformers' pixel_values
 tokenizer   ids of the package tokenizers, of 20 texts each
 template    transformers' apply_chat_template, for 1 to 3 turns
 
-same: read as the truth; refused: one line; different: read otherwise, in silence. There must be none.
+same: read as the truth; refused: one line; different: read otherwise in silence, which must not be.
 """
 
 import html

@@ -243,6 +243,16 @@ def special_token(name, i):
     return {"id": i, "content": name, **flags, "special": True}
 
 
+def with_token(content, name, i):
+    """The content of a tokenizer.json with one more special token. The `tokenizers` package gives
+    an added token the next free id, unless the vocabulary has it with another."""
+    entries, model = content["added_tokens"], content["model"]
+    taken = {entry["id"] for entry in entries} | set(model["vocab"].values())
+    if i != max(taken) + 1:
+        model = model | {"vocab": model["vocab"] | {name: i}}
+    return content | {"added_tokens": [*entries, special_token(name, i)], "model": model}
+
+
 def read_normalizer(content):
     """The normalizer of a tokenizer.json as a list of functions f(text, begins); begins: whether
     nothing, or a special token, is before the text."""
@@ -276,11 +286,11 @@ class JsonTokenizer(Tokenizer):
         )
         self.stops = tuple(roles["stops"])
         self.specials = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
-        if "<image>" not in self.specials:  # a language model's own vocabulary
-            entry = special_token("<image>", self.image)
-            self.content = content | {"added_tokens": [*content["added_tokens"], entry]}
+        has_image = "<image>" in self.specials
         self.specials["<image>"] = self.image
         try:
+            if not has_image:  # a language model's own vocabulary
+                self.content = with_token(content, "<image>", self.image)
             model = content["model"]
             if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix"):
                 refuse("the model", {"type": model.get("type")})

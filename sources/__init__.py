@@ -254,6 +254,9 @@ def dialogue_writer(template, system=""):
 # Conversations in LLaVA's JSON form
 
 
+FILMS = ("video", "videos", "audio")  # keys of what is no picture
+
+
 def read_turns(conversations):
     """(system text, [(question, answer)]) of a list of {"from", "value"}. A first turn of gpt is
     dropped, as LLaVA's code does. Raises ValueError."""
@@ -283,11 +286,12 @@ def read_turns(conversations):
 
 
 def images_of(item):
-    """The names of an item's pictures, under "image" or "images". Raises ValueError, TypeError."""
+    """The names of an item's pictures, under "image" or "images"; of a film the picture beside it,
+    which report_films() counts. Raises ValueError, TypeError."""
     given = [key for key in ("image", "images") if item.get(key)]
-    other = [key for key in ("video", "videos", "audio") if item.get(key)]
-    if other:
-        raise ValueError(f"it has a {other[0]!r}: pictures alone are supported")
+    other = [key for key in FILMS if item.get(key)]
+    if other and not given:
+        raise ValueError(f"it has a {other[0]!r} and no image: pictures alone are supported")
     if len(given) > 1:
         raise ValueError("it has both image and images")
     names = item[given[0]] if given else []
@@ -295,6 +299,17 @@ def images_of(item):
     if not all(isinstance(name, str) for name in names):
         raise TypeError("its image must be a name, or a list of names")
     return names
+
+
+def report_films(path, items):
+    """Print how many items of a file have a film of which only the picture beside it is used."""
+    films = [
+        i for i, item in enumerate(items)
+        if isinstance(item, dict) and any(item.get(key) for key in FILMS)
+    ]  # fmt: skip
+    if films:
+        what = f"{len(films)} items have a film, item {films[0]} first"
+        print(f"{path}: {what}; its image alone is used")
 
 
 def lacks_placeholders(item):

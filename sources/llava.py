@@ -29,6 +29,7 @@ from sources import (
     hold_out,
     image_first,
     read_dialogue,
+    report_films,
     report_fixed,
     write_split,
 )
@@ -79,6 +80,7 @@ def read_file(path, archives, settings):
             raise UserError(f"{path}: item {i}: {error}") from None
     if settings.fix:
         report_fixed(path, items)
+    report_films(path, items)
     return dialogues
 
 

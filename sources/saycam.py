@@ -34,6 +34,7 @@ from sources import (
     keep_out,
     make_tokenizer,
     read_dialogue,
+    report_films,
     report_fixed,
     write_split,
 )
@@ -126,6 +127,7 @@ def read_annotations(path, fix):
             ) from None
     if fix:
         report_fixed(path, items)
+    report_films(path, items or [])
     return [utterance for utterance in utterances if utterance.words]
 
 

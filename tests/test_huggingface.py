@@ -506,15 +506,20 @@ def test_padding_outside_of_the_embedding_is_another_token(folder):
     assert np.allclose(words, alone, atol=1e-5)
 
 
-def test_an_image_token_that_others_would_number_otherwise_is_not_exported(folder):
-    """The vocabulary ends before the id that config.json gives to <image>."""
+@pytest.mark.parametrize("image", [699, 325, 340])
+def test_an_image_token_that_is_added_has_one_id_in_all_files(folder, tmp_path, image):
+    """The vocabulary has ids up to 324, and config.json another one for <image>."""
+    path = folder / "llava" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_token_index": image}))
     loaded = huggingface.load(folder / "llava")
-    with pytest.raises(UserError, match="id 699: transformers would give it .* 325") as error:
-        export.check_image_token(loaded.tokenizer)
-    assert one_line(error)
-    roles = loaded.tokenizer.roles | {"image": 325}
-    content = json.loads((folder / "llava/tokenizer.json").read_text())
-    export.check_image_token(tokenizer_json.JsonTokenizer(content, roles))
+    export.write_tokenizer(loaded, tmp_path, None)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_tokens_to_ids("<image>") == image == loaded.tokenizer.image
+    assert theirs("a <image>")["input_ids"][-1] == image
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    again = tokenizer_json.JsonTokenizer(content, loaded.tokenizer.roles)
+    assert again.dump() == loaded.tokenizer.dump()
+    assert again.encode("look at <image>") == loaded.tokenizer.encode("look at <image>")
 
 
 # ---- out

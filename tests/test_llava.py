@@ -93,7 +93,7 @@ def words_of(dataset, split="chat_train"):
     return written
 
 
-def test_items_as_others_write_them(place):
+def test_items_as_others_write_them(place, capsys):
     """images for image, a system text, a first turn of gpt, an <image> inside a question, and
     one item a line."""
     system, gpt = {"from": "system", "value": "Be kind."}, {"from": "gpt", "value": "Hello."}
@@ -117,6 +117,11 @@ def test_items_as_others_write_them(place):
     assert Data("data/lines").meta["corpus"] == dataset.meta["corpus"]
     moved = prepare(items, "--template=v1", "--image_first", name="moved")
     assert " USER: <image> \nwhat is  this ? ASSISTANT: a ball .<eos>" in words_of(moved)
+    films = [one | {"video": "a.mp4"} for one in items[:2]] + items[2:]
+    assert prepare(films, "--template=v1", name="films").meta["corpus"] == dataset.meta["corpus"]
+    assert (
+        "chat.json: 2 items have a film, item 0 first; its image alone" in capsys.readouterr().out
+    )
     (place / "lines.jsonl").write_text(json.dumps(items[0]) + "\n{\n")
     with pytest.raises(UserError, match="lines.jsonl:2: not JSON"):
         command.main(["llava", "--name=lines", "--json=lines.jsonl", *flags])
@@ -147,7 +152,7 @@ def test_plain_is_captions(place):
         ),
         (item(said=[{"from": "human", "value": ["<image>"]}, TALK[1]]), "must be a text"),
         (item(said=[{"from": "human", "value": "<image> <video>"}, TALK[1]]), "contains <video>"),
-        ({"video": "a.mp4", "conversations": TALK}, "item 3: it has a 'video'"),
+        ({"video": "a.mp4", "conversations": TALK}, "item 3: it has a 'video' and no image"),
         (item() | {"images": ["1.png"]}, "item 3: it has both image and images"),
         (item(said=[]), "item 3: a conversation without turns"),
         (item(said=[TALK[0], {"from": "gpt", "value": " "}]), "item 3: an answer is empty"),
