@@ -104,7 +104,7 @@ def nll_after(loaded, prompts, embeds, words, batch=256):
     (tokens, C); embeds None: no pictures. Computed in the model's dtype, summed in float64.
     Raises UserError for words that are empty or too long, or a score that is not finite."""
     model, scores = loaded.model, np.zeros(len(words))
-    if model.image_attention == "full" and embeds:
+    if embeds and model.image_attention == "full":
         counts = np.array([sum(map(len, own)) for own in embeds])
         if len(set(counts.tolist())) > 1:  # rows of a batch must have equally many image tokens
             for count in set(counts.tolist()):
