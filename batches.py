@@ -46,7 +46,7 @@ class Batch:
     tokens (n, T). targets (K,); positions (K,): the index in tokens.flatten() of the token that
     predicts each target, None if every token predicts one. images: features (N, F, E), frames
     (N, S, S, 3) or None; arrangement: see common/tiles.py. The first `count` targets are real, the
-    others padding of -100; images after those that tokens stand for are padding too."""
+    others padding of -100; images beyond the last one that has tokens are padding too."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -95,7 +95,10 @@ class Order:
 
     A batch at the end of a pass takes its last cards and the first ones of the next pass. No number
     is in it twice: the first cards of a pass are exchanged for later ones if the pass before ended
-    with them. With fewer than two batches of cards all passes have the same order instead."""
+    with them. With fewer than two batches of cards all passes have the same order instead.
+
+    Of 5 cards in batches of 2, the third batch has the last card of the first pass and the first
+    card of the second, so window() is (0, 2) for the steps 0 and 1, and (2, 3) for step 2."""
 
     def __init__(self, n, seed, curriculum=0, batch=1):
         self.seed, self.curriculum, self.shuffled = seed, curriculum, n - curriculum
@@ -109,13 +112,14 @@ class Order:
     def permutation(self, number):
         """The cards of a pass, in order."""
         cards = self.shuffle(number)
-        before = self.first_position(number) % self.batch  # cards of the pass before in its batch
+        # how many cards of the pass before are in a batch with the first cards of this one
+        before = self.first_position(number) % self.batch
         if number and before and self.shuffled >= 2 * self.batch:
-            ended_with = np.isin(cards, self.shuffle(number - 1)[-before:])
-            first = self.batch - before
-            twice = np.flatnonzero(ended_with[:first])
-            others = first + np.flatnonzero(~ended_with[first:])[: len(twice)]
-            cards[twice], cards[others] = cards[others], cards[twice]
+            is_there = np.isin(cards, self.shuffle(number - 1)[-before:])
+            first = self.batch - before  # so many cards of this pass are in that batch
+            twice = np.flatnonzero(is_there[:first])
+            later = first + np.flatnonzero(~is_there[first:])[: len(twice)]
+            cards[twice], cards[later] = cards[later], cards[twice]
         return cards
 
     def first_position(self, number):
@@ -202,9 +206,9 @@ class TextBatches:
 
 
 class SampleBatches:
-    """Samples of similar length. Samples with and without images are in different batches, except
-    for the one batch of a window in which the sorted texts end and the pictures begin, and for a
-    batch at the end of a pass.
+    """Samples of similar length. Samples with and without images are in different batches. Two
+    kinds of batches mix them: one a window, at the border of the sort, and one that spans two
+    passes.
 
     A window is up to 32 batches of one pass. Its samples are grouped by length, and the groups are
     shuffled again. All rows of a batch are padded to one length (see round_up).
@@ -232,8 +236,7 @@ class SampleBatches:
             self.count_image_tokens(model, dataset.image_format)
         self.block_size, self.truncate = model.gpt.config.block_size, truncate
         self.check_lengths(dataset.directory, split)
-        # With "full", BabyLLaVA.prefix() divides the number of image embeddings by that of rows;
-        # padding would change the quotient.
+        # "full" needs equally many image tokens in every row, so no image may be padding.
         self.pads_images = model.image_attention != "full"
         if not self.pads_images:
             self.check_images_first(dataset.directory)
@@ -368,9 +371,9 @@ class SampleBatches:
             images = self.image_ids[first_image : first_image + n_images].tolist()
             repeats[is_image] = self.image_tokens[images]
         if repeats.sum() - 1 > self.block_size:  # keep what ends with the last answer that fits
-            ends = np.flatnonzero(np.diff(np.append(loss_mask, 0).astype(int)) == -1) + 1
-            ends = ends[repeats.cumsum()[ends - 1] - 1 <= self.block_size]
-            kept = ends[-1] if len(ends) else 0
+            is_end = (loss_mask == 1) & (np.append(loss_mask[1:], 0) == 0)
+            ends = np.flatnonzero(is_end & (repeats.cumsum() - 1 <= self.block_size))
+            kept = ends[-1] + 1 if len(ends) else 0
             tokens, loss_mask, repeats = tokens[:kept], loss_mask[:kept], repeats[:kept]
             images = images[: is_image[:kept].sum()]
         return np.repeat(tokens, repeats), np.repeat(loss_mask, repeats), images

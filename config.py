@@ -65,8 +65,9 @@ RENAMED = {
 def option(default, low=None, high=None, choices=None, once=None):
     """A default with its allowed values: low <= value <= high, or one of `choices`.
 
-    once: later settings must not change it, except as this dict {value: values that may follow}
-    allows: {"0": ("vision", "language")} allows --phase vision after phase = "0" in a file."""
+    once: a flag must not change what a file has set; a dict of the exceptions, {value in the file:
+    values that may replace it}. With {"0": ("vision", "language")} a file may say phase = "0", and
+    --phase vision narrow it."""
     allowed = {"low": low, "high": high, "choices": choices, "once": once}
     return dataclasses.field(default=default, metadata=allowed)
 

@@ -259,6 +259,7 @@ class GPT(nn.Module):
     def backends(self, dtype):
         """The (attention, norm) backends that run on this device in `dtype`. Raises ValueError if
         one that was asked for by name cannot run."""
+        # choose() looks only at device, dtype and width
         query = self.cos.new_empty(0, self.config.head_width, dtype=dtype)
         hidden = self.cos.new_empty(0, self.config.n_embd, dtype=dtype)
         return (

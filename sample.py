@@ -112,8 +112,8 @@ class Conversation:
 
     def show(self, paths, path, new):
         """The embeddings of the pictures that are still to be asked about, `new` and the one at
-        `path`. paths: of all pictures before it. Where pictures look otherwise beside others, the
-        first one is embedded again."""
+        `path`. paths: of all pictures before it. LLaVA-OneVision makes no tiles of a picture as
+        soon as there are two, so when the second arrives, the first is embedded again."""
         loaded, image_format = self.loaded, self.loaded.image_format
         if len(paths) != 1 or image_format.beside_others() == image_format:
             pictures = read_pictures(loaded, [path], others=len(paths))

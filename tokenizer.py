@@ -31,7 +31,7 @@ from fast.bpe import train_bpe
 # counts) and tiktoken's regex (which encodes) agree on them.
 PATTERN = r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+| ?_+|\s+"
 SPECIALS = ("<pad>", "<eos>", "<image>")
-SPECIAL = r"<\|?\w+\|?>"  # the form of a special token in a chat template
+SPECIAL_PATTERN = r"<\|?\w+\|?>"  # the form of a special token in a chat template
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,8 +131,10 @@ class Tokenizer:
 
     def encode_segment(self, text, after="start"):
         """The ids of a segment of a conversation. after: what precedes it, "start" (nothing),
-        "special" (a special token) or "text"; no space is put before a segment after text. (For our
-        vocabularies "start" and "special" are the same; for others see JsonTokenizer.)"""
+        "special" (a special token) or "text"; no space is put before a segment after text.
+
+        For our vocabularies "start" and "special" are the same; those of Llama and Mistral write a
+        first word differently at the very start of a text."""
         if self.kind == "word":
             return self.encode(text)
         return self.encoding.encode_ordinary(text if after == "text" else " " + text)
@@ -145,7 +147,7 @@ class Tokenizer:
             piece = ""
             if token < len(self.ranks) and self.kind == "bpe":
                 text = utf8.decode(self.encoding.decode_single_token_bytes(int(token)))
-                # The first piece loses its space; "" (an incomplete character) is none yet.
+                # The first piece loses its space; "", of an incomplete character, is not the first.
                 piece = text.removeprefix(" ") if at_start else text
                 at_start = at_start and not text
             elif token < len(self.ranks):
@@ -240,8 +242,9 @@ class Template:
     system: around a system text; without it one is refused. between: after an answer. picture: an
     <image> before a question that does not place its images itself. lead: before the words of a
     question, after its images. past: an earlier turn in a prompt, with {question} and {answer}, if
-    it is not written as in training. own: read from the folder of its vocabulary, so <name> may be
-    plain text.
+    it is not written as in training, such as "USER: {question} ASSISTANT: {answer} ", without an
+    eos. own: read from the folder of its vocabulary; a <name> that is no token there is plain text.
+    (lead, past and own are of templates that are read from a folder's Jinja.)
 
     A folder of another model without a chat template gets the one that names its language model in
     `models`; for one with a chat template see pretrained/chat_templates.py."""
@@ -291,7 +294,9 @@ def read_template(description):
     """The Template of {"name", "system"} in a checkpoint or in prepared data, which for a template
     of another model has its "fields" too."""
     fields = description.get("fields")
-    return Template(**fields | {"models": ()}) if fields else TEMPLATES[description["name"]]
+    if fields:
+        return Template(**(fields | {"models": ()}))  # as JSON it is a list
+    return TEMPLATES[description["name"]]
 
 
 class MaskedText:
@@ -327,8 +332,8 @@ class MaskedText:
             if specials[part] is not None:
                 self.tokens.append(specials[part])
                 self.loss_mask.append(int(in_loss and part != "<image>"))
-            # bos does not count: the text after it is encoded as the first text, as transformers
-            # does, which puts bos before a text that is tokenized already.
+            # After bos we are still at the start: transformers puts bos before a text that is
+            # tokenized already.
             if part != "{bos}":
                 self.after = "special"
 
@@ -391,14 +396,16 @@ def check_vocabulary(tokenizer, template):
     """Raise UserError if a vocabulary lacks one of a template's special tokens."""
     texts = (template.begin, template.system, template.user, template.picture)
     texts = "".join((*texts, template.answer, template.end, template.between))
-    for name in [] if template.own else re.findall(SPECIAL, texts):
+    for name in [] if template.own else re.findall(SPECIAL_PATTERN, texts):
         if name not in tokenizer.specials:
             raise UserError(f"this template needs {name}, which the vocabulary does not have")
 
 
 def with_pictures(template, words, count):
     """A question about `count` new pictures: the words as they are if they contain as many
-    <image>, else the pictures before them. Raises UserError for another number of <image>."""
+    <image>, else the pictures and the template's lead before them. (chat_sample() puts the lead
+    before a question that does not start with a picture.) Raises UserError for another number of
+    <image>."""
     placed = words.count("<image>")
     if placed not in (0, count):
         raise UserError(f"{placed} <image> in the question, for {count} pictures that are new")
@@ -409,6 +416,6 @@ def end_tokens(tokenizer, template=None):
     """The ids that end an answer: <eos> and the template's own end."""
     ends = set(tokenizer.stops)
     if template is not None:
-        names = re.findall(SPECIAL, template.end)
+        names = re.findall(SPECIAL_PATTERN, template.end)
         ends |= {tokenizer.specials[name] for name in names if name in tokenizer.specials}
     return tuple(sorted(ends))

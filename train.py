@@ -239,8 +239,8 @@ def read_batch(run, step):
 
 
 def take_step(run, step, batches):
-    """Forward, backward, update. Returns this process's share of the mean loss (their sum over all
-    processes is the mean), and the norm of the gradient."""
+    """Forward, backward, update. Returns this process's share of the loss, and the norm of the
+    gradient. The loss is the sum over processes and micro-batches of loss * count / total."""
     world, settings = run.processes.world, run.settings
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:

@@ -14,9 +14,10 @@ The interface of every tower (of a ViT, export.py and pretrained/ use more: bloc
     tower.fault(S, select_layer)  why it cannot take such images or give that layer, or ""
     from_options(options, S)      (class method) the tower that train.py's options describe
 
-A new tower is a class with this interface and an entry at the end of TOWERS: `--vision_tower NAME`
-then trains it. docs/contributing.md says what opens its published weights. Parameters keep the
-names of the code that published them, so that checkpoints load strictly.
+A new tower is a class with this interface and an entry in TOWERS (after "vit", so that describing a
+ViT imports no other): `--vision_tower NAME` then trains it. To open its published weights too, see
+docs/contributing.md. Parameters keep the names of the code that published them, so that checkpoints
+load strictly.
 Letters: N images, S image side in pixels, P patches, E vision width, H heads, D = E / H.
 """
 
