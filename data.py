@@ -9,8 +9,8 @@ The format on disk: writing it, and mapping it into memory.
     python data.py show data/toy 17                           # a sample as a person sees it
 
 A prepared folder data/<name>/ holds meta.json, tokenizer.tiktoken and, for each split, one file
-per bin (see BINS). All bins are read through np.memmap; none is ever loaded whole. A new source of data
-is a new file in sources/, see sources/__init__.py.
+per bin (see BINS). All bins are read through np.memmap; none is ever loaded whole. A new source of
+data is a new file in sources/, see sources/__init__.py.
 
 There is one kind of sample: tokens with one <image> for each picture, and a loss mask. A caption, a
 conversation of many turns and a text without pictures are all of that kind.

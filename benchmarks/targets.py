@@ -29,6 +29,7 @@ from model import GPT, BabyLLaVA, GPTConfig, make_projector
 class Config(config.Options):
     steps: int = option(30, low=3, high=10**6)  # of each kind, after three that do not count
     words: int = option(10, low=1, high=32)  # of the 32 that have a target
+    shapes: tuple[str, ...] = option(("S", "B"), choices=("S", "B"))  # of the model
 
 
 SHAPES = {"S": (36, 8, 4, 192), "B": (196, 4, 8, 384)}  # image tokens, batch, layers, tower width
@@ -60,7 +61,7 @@ def main(argv):
         "| shape | phase | all positions, ms | targets alone, ms | times as fast |\n"
         "|---|---|---|---|---|"
     )
-    for shape in SHAPES:
+    for shape in settings.shapes:
         for phase in ("phase 1", "phase 2"):
             model, optimizer, tokens, everywhere, positions, few, features = make(
                 shape, phase, settings.words

@@ -270,7 +270,7 @@ def test_a_pattern_that_has_no_translation_is_refused(pattern):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("pattern", [r"\w", r"[^\s\w]", r"\p{L}", r"\P{N}", r"[\p{P}\p{S}]", r"\s"])
+@pytest.mark.parametrize("pattern", [r"\w", r"[^\s\w]", r"[\p{P}\p{S}]"])
 def test_a_class_has_the_characters_that_it_has_there(pattern):
     """Every character of Unicode, also those that are younger than this Python."""
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
