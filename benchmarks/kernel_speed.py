@@ -40,6 +40,7 @@ from config import UserError, option
 @dataclasses.dataclass
 class Config(config.Options):
     compile: bool = False  # compile every kernel for sm_80 and sm_90 and show what it takes
+    gpus: tuple[str, ...] = option(("sm_80", "sm_90"), choices=("sm_80", "sm_90"))  # of --compile
     tiles: int = option(0, low=0, high=128)  # time other tiles than the table's, for this width
     quick: bool = False  # tiny shapes: does it run at all?
     repeats: int = option(30, low=2, high=10**6)  # runs a figure
@@ -139,13 +140,10 @@ def compile_one(launch, capability):
     ]
 
 
-def compile_all():
+def compile_all(gpus):
     """One row a kernel and entry of TILES. Returns them; main prints them and judges."""
-    jobs = [
-        (launch, capability)
-        for capability, families in ((80, ("ampere", "fp32")), (90, ("hopper", "fp32")))
-        for launch in record(families)
-    ]
+    families = {"sm_80": ("ampere", "fp32"), "sm_90": ("hopper", "fp32")}
+    jobs = [(launch, int(gpu[3:])) for gpu in gpus for launch in record(families[gpu])]
     global compile_job  # a forked process finds the jobs where they are: kernels do not pickle
 
     def compile_job(number):
@@ -458,7 +456,7 @@ def tiles_table(settings):
 def main(argv):
     settings = config.load(Config, argv, __doc__)
     if settings.compile:
-        rows = compile_all()
+        rows = compile_all(settings.gpus)
         table(
             "Compiled without a GPU",
             [
