@@ -102,6 +102,23 @@ class Archives:
         return whole[0] if whole else None
 
 
+class BesideFile:
+    """The pictures that a JSON names: beside the file itself first, then in Archives. Published
+    data have the same names in every split, each with its own pictures."""
+
+    def __init__(self, path, archives):
+        self.folder, self.archives = os.path.dirname(os.path.abspath(path)), archives
+        self.there = set(os.listdir(self.folder))  # so that few names need a look at the disk
+
+    def find(self, name):
+        """As Archives.find()."""
+        if name.split("/")[0] in self.there:
+            location = os.path.join(self.folder, name)
+            if os.path.isfile(location):
+                return location
+        return self.archives.find(name)
+
+
 def read_entry(entry):
     """The bytes of a picture in a zip. Raises UserError if they are corrupted or too many: a few
     kilobytes may unpack to more than the memory."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import checkpoint
 import config
-from common.archives import Archives
+from common.archives import Archives, BesideFile
 from common.files import read_list
 from common.images import FITS, NORMS, RESAMPLING, ImageFormat
 from config import UserError, option
@@ -41,7 +41,7 @@ class Config(config.Options):
     name: str = ""  # write to data/<name>; empty: llava
     json: tuple[str, ...] = ()  # files of conversations
     val: tuple[str, ...] = ()  # files to validate on; empty: hold out a tenth
-    images: tuple[str, ...] = (".",)  # folders or zips of the pictures
+    images: tuple[str, ...] = (".",)  # folders or zips of pictures that are not beside their JSON
     fix: bool = False  # add missing <image>s to items that have pictures
     image_first: bool = False  # move an <image> to the front of its question, as LLaVA does
     like: str = ""  # a model or prepared data: take its vocabulary, template, image format
@@ -58,21 +58,23 @@ class Config(config.Options):
     )  # tolerated fraction of unreadable pictures
 
 
-def read_item(item, archives, label, settings):
+def read_item(item, pictures, label, settings):
     """The Dialogue of an item. Raises ValueError, KeyError or TypeError."""
     names, turns, system = read_dialogue(item, settings.fix)
     if settings.image_first:
         turns = [(image_first(question), answer) for question, answer in turns]
-    locations = [archives.find(name) or str(Path(archives.paths[0]) / name) for name in names]
+    first = Path(pictures.archives.paths[0])  # where one that is missing is said to be
+    locations = [pictures.find(name) or str(first / name) for name in names]
     return Dialogue(locations, turns, label, system)
 
 
 def read_file(path, archives, settings):
     """The Dialogues of a JSON file. Raises UserError."""
+    pictures = BesideFile(path, archives)
     items, dialogues = read_list(path, "conversations"), []
     for i, item in enumerate(items):
         try:
-            dialogues.append(read_item(item, archives, f"{path}: item {i}: ", settings))
+            dialogues.append(read_item(item, pictures, f"{path}: item {i}: ", settings))
         except (KeyError, TypeError, AttributeError) as error:
             why = f'no {{"image", "conversations": [{{"from", "value"}}]}} ({error!r})'
             raise UserError(f"{path}: item {i}: {why}") from None

@@ -4,7 +4,8 @@ any captioned video in the same form.
 
     python data.py saycam --frames frames.txt --annotations train.json val.json test.json
 
---frames is a folder of JPEGs or a zip of them, whatever it is called. A JSON may be CVCL's
+--frames is a folder of JPEGs or a zip of them, whatever it is called; pictures that lie beside
+their JSON are found there first. A JSON may be CVCL's
 ({"data": [{"utterance", "frame_filenames", ...}]}), BabyLLaVA's ([{"image", "conversations"}]),
 BabyLLaVA-V2's (the same; of several pictures, a clip or moments in turn, which phase 2 reads), or a
 list of utterances without pictures: transcripts for the language model. A word in a file's name
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.archives import Archives
+from common.archives import Archives, BesideFile
 from common.files import read_json
 from common.images import FITS, RESAMPLING, ImageFormat
 from config import UserError, option
@@ -73,6 +74,7 @@ class Utterance:
     frames: list  # names of pictures; none in a transcript
     similarities: list | None = None  # of each picture to the words; optional
     turns: list | None = None  # of a clip or moments: [(question, answer)]
+    path: str = ""  # of the JSON
 
 
 def read_item(item, fix):
@@ -128,6 +130,8 @@ def read_annotations(path, fix):
     if fix:
         report_fixed(path, items)
     report_films(path, items or [])
+    for utterance in utterances:
+        utterance.path = path
     return [utterance for utterance in utterances if utterance.words]
 
 
@@ -198,13 +202,18 @@ def prepare(settings, writer):
     if not shown["val"]:
         count = len(shown["train"])
         raise UserError(f"{files}: {count} utterances with frames; need 10, or files for --val")
-    archives = Archives([settings.frames])
-    find = lambda name: archives.find(name) or os.path.join(settings.frames, name)
+    archives, beside = Archives([settings.frames]), {}
+
+    def find(name, path):
+        if path not in beside:
+            beside[path] = BesideFile(path, archives)
+        return beside[path].find(name) or os.path.join(settings.frames, name)
+
     pictures = {split: [] for split in shown if shown[split]}
     dialogues = {split: [] for split in pictures}
     for split in pictures:
         for clip, utterance in enumerate(shown[split]):
-            locations = [find(name) for name in utterance.frames]
+            locations = [find(name, utterance.path) for name in utterance.frames]
             if utterance.turns:
                 dialogues[split].append(Dialogue(locations, utterance.turns, ""))
                 continue

@@ -127,6 +127,27 @@ def test_items_as_others_write_them(place, capsys):
         command.main(["llava", "--name=lines", "--json=lines.jsonl", *flags])
 
 
+def test_pictures_are_found_beside_their_own_json_first(place):
+    """Published data have the same names in every split: validation once took its pictures from
+    training's folder, in silence."""
+    for split, shade in (("train", 40), ("val", 200)):
+        (place / split / "images").mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16), (shade + i,) * 3).save(place / split / f"images/{i}.png")
+        items = [item([f"images/{i % 3}.png"]) for i in range(12)]
+        (place / split / "data.json").write_text(json.dumps(items))
+    files = ["--json=train/data.json", "--val=val/data.json", "--images=train"]
+    command.main(["llava", "--name=two", *files, "--size=16", "--vocab_size=300"])
+    shades = lambda name, split: set(
+        Data(f"data/{name}").open(split, "frames")[:, 0, 0, 0].tolist()
+    )
+    assert shades("two", "chat_train") == {40, 41, 42}
+    assert shades("two", "chat_val") == {200, 201, 202}
+    files = ["--train=train/data.json", "--val=val/data.json", "--frames=train"]
+    command.main(["saycam", "--name=saycam", *files, "--size=16", "--vocab_size=300"])
+    assert shades("saycam", "train") == {40, 41, 42} and shades("saycam", "val") == {200, 201, 202}
+
+
 def test_plain_is_captions(place):
     said = [
         {"from": "human", "value": "describe it\n<image>"},
