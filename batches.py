@@ -112,7 +112,9 @@ class Order:
     def permutation(self, number):
         """The cards of a pass, in order."""
         cards = self.shuffle(number)
-        # how many cards of the pass before are in a batch with the first cards of this one
+        # How many cards of the pass before are in a batch with the first cards of this one: with 5
+        # cards in batches of 2 one, 5 % 2. If it is the first card here too, that is exchanged for
+        # the next; two batches of cards are enough to find others.
         before = self.first_position(number) % self.batch
         if number and before and self.shuffled >= 2 * self.batch:
             is_there = np.isin(cards, self.shuffle(number - 1)[-before:])

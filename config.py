@@ -65,9 +65,9 @@ RENAMED = {
 def option(default, low=None, high=None, choices=None, once=None):
     """A default with its allowed values: low <= value <= high, or one of `choices`.
 
-    once: a flag must not change what a file has set; a dict of the exceptions, {value in the file:
-    values that may replace it}. With {"0": ("vision", "language")} a file may say phase = "0", and
-    --phase vision narrow it."""
+    once: what a file or flag has set must not be changed by a later one; a dict of the exceptions,
+    {value: values that may replace it}, {} for none. With {"0": ("vision", "language")} a file may
+    say phase = "0", and --phase vision narrow it."""
     allowed = {"low": low, "high": high, "choices": choices, "once": once}
     return dataclasses.field(default=default, metadata=allowed)
 
@@ -273,8 +273,11 @@ def load(Config, argv, description=""):
         value = check_value(fields[name], value, where)
         before = getattr(config, name)
         once = fields[name].metadata.get("once")
-        may_follow = () if once is None else (before, *once.get(before, ()))
-        if once is not None and config.given.get(name) and value not in may_follow:
+        if (
+            once is not None
+            and name in config.given
+            and value not in (before, *once.get(before, ()))
+        ):
             message = f"{where}: {name} {value!r} contradicts {name} {before!r} of"
             raise UserError(f"{message} {config.given[name]}")
         setattr(config, name, value)

@@ -551,7 +551,9 @@ class BabyLLaVA(nn.Module):
                 f"{tokens.shape[1]} tokens with {placeholders} image placeholders for "
                 f"{given} image embeddings: they must match, and the text not be empty"
             )
-        if given and self.image_attention == "full" and not (cache or self.leads_alike(tokens)):
+        # with a cache the caller has checked the whole text, see inference.check_leading()
+        is_whole = cache is None
+        if given and is_whole and self.image_attention == "full" and not self.leads_alike(tokens):
             raise ValueError("image_attention=full needs rows that start with all their images")
         x, prefix = self.embed(tokens, image_embeds), self.prefix(tokens, image_embeds)
         if cache is None:

@@ -115,13 +115,14 @@ class Conversation:
         `path`. paths: of all pictures before it. LLaVA-OneVision makes no tiles of a picture as
         soon as there are two, so when the second arrives, the first is embedded again."""
         loaded, image_format = self.loaded, self.loaded.image_format
-        if len(paths) != 1 or image_format.beside_others() == image_format:
-            pictures = read_pictures(loaded, [path], others=len(paths))
-            return [*new, *embed_pictures(loaded, pictures)]
-        both = embed_pictures(loaded, read_pictures(loaded, [*paths, path]))
-        asked = len(self.embeds)
-        self.embeds, self.cached, self.cache = both[:asked], [], None
-        return both[asked:]
+        changes_the_first = len(paths) == 1 and image_format.beside_others() != image_format
+        if changes_the_first:
+            both = embed_pictures(loaded, read_pictures(loaded, [*paths, path]))
+            asked = len(self.embeds)  # 1 if there was a question about the first already
+            self.embeds, self.cached, self.cache = both[:asked], [], None
+            return both[asked:]
+        pictures = read_pictures(loaded, [path], others=len(paths))
+        return [*new, *embed_pictures(loaded, pictures)]
 
     def make_tokens(self, question, embeds):
         """All tokens up to where the answer to a question starts."""

@@ -237,17 +237,22 @@ class Template:
     In its texts {} is replaced by what is said, {bos} and {eos} by the vocabulary's tokens, and
     <name> and <|name|> by special tokens of the vocabulary. The loss is on the answer and its end.
 
-    user: a question, up to where the answer starts. answer, end: the answer and what closes it.
-    The end needs {eos} or a special token: generation stops there. begin: before the conversation.
-    system: around a system text; without it one is refused. between: after an answer. picture: an
-    <image> before a question that does not place its images itself. lead: before the words of a
-    question, after its images. past: an earlier turn in a prompt, with {question} and {answer}, if
-    it is not written as in training, such as "USER: {question} ASSISTANT: {answer} ", without an
-    eos. own: read from the folder of its vocabulary; a <name> that is no token there is plain text.
-    (lead, past and own are of templates that are read from a folder's Jinja.)
+    user      a question, up to where the answer starts
+    answer    the answer
+    end       what closes it: {eos} or a special token, at which generation stops, and text
+    begin     before the conversation
+    system    around a system text; without this field one is refused
+    between   after an answer, before the next question
+    picture   an <image> before a question that does not place its images itself
+    models    language models whose folders get this template if they have no chat template
 
-    A folder of another model without a chat template gets the one that names its language model in
-    `models`; for one with a chat template see pretrained/chat_templates.py."""
+    And of templates that are read from a folder's Jinja (pretrained/chat_templates.py):
+
+    lead      between the images and the words of a question
+    past      how turns that are answered already stand in a prompt, with {question} and {answer},
+              where that differs from training: LLaVA-1.5's writes no eos there; "": as in training
+    own       read from the folder of its vocabulary: a <name> that is no token there is plain text
+    """
 
     user: str
     answer: str = "{}"
@@ -378,7 +383,7 @@ def chat_sample(tokenizer, template, turns, system=""):
         add(template.system, system)
     is_prompt = turns[-1][1] is None
     for question, answer in turns:
-        if not question.startswith("<image>"):
+        if not question.startswith("<image>"):  # else with_pictures() put it after the images
             question = template.lead + question
         if is_prompt and template.past and answer is not None:
             add_past(question, answer)

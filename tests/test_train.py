@@ -563,6 +563,7 @@ def test_without_a_file_it_says_which_one_it_took(tmp_path):
         (["--phase=2", "--phase2_learn", "gpt=fast"], "out/fresh", "want a part, or part=rate"),
         (["--phase=2", "--phase2_learn", "gpt=-1"], "out/fresh", "want a part, or part=rate"),
         (["--phase=2", "--phase2_learn="], "out/fresh", "want a part, or part=rate"),
+        (["--phase=2", "--phase2_steps=0"], "out/fresh", "phase2_steps is 0: give"),
         (["--phase=2", "--phase2_learn", "gpt", "gpt.norm=1e-4"], "out/fresh", "trained already"),
     ],
 )

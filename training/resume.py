@@ -62,6 +62,8 @@ def choose_phases(settings, dataset, phases):
         ]
         return tuple(sorted(chosen, key=lambda name: count_ancestors(name, phases)))
     (name,) = (name for name in phases if phase_flag(name) == wanted)
+    if not getattr(settings, f"{name}_steps"):
+        raise UserError(f"--phase {wanted}: {name}_steps is 0: give --{name}_steps")
     ready = [
         parent
         for parent in phases[name].starts_from
