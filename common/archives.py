@@ -81,10 +81,10 @@ class Archives:
         whole path in one of the archives, else the end of its path.
 
         Raises UserError if several match: "1.jpg" could be a/1.jpg or b/1.jpg."""
-        raw, name = name, clean(name)
+        name = clean(name)
         whole = [entries[name] for entries in self.zips.values() if name in entries]
         for path in self.paths:
-            location = os.path.join(path, name if os.path.isabs(name) else clean(raw))
+            location = os.path.join(path, name)
             if path not in self.zips and os.path.isfile(location):
                 whole.append(location)
         if not whole:

@@ -6,8 +6,8 @@ Hugging Face folders of a LLaVA, a language model or a tower, opened as models o
 Supported are LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision with language models of the Llama, Mistral
 and Qwen2 kind and towers CLIP, SigLIP, ViT and Dinov2, in safetensors, sharded or not, under the
 names of transformers 4 and 5; and such language models and towers alone, with a classifier or
-not. Weights are memory-mapped
-and used in place, except q, k, v and gate, up, which are stacked. What does not fit is refused.
+not. Weights are memory-mapped and used in place, except q, k, v and gate, up, which are stacked.
+What does not fit is refused.
 """
 
 import re

@@ -262,7 +262,7 @@ def read_turns(conversations):
     dropped, as LLaVA's code does. Raises ValueError."""
     texts, system = [(turn["from"], turn["value"]) for turn in conversations], ""
     if not all(isinstance(words, str) for _, words in texts):
-        raise ValueError("what a turn says must be a text")
+        raise ValueError("the value of a turn must be a text")
     if texts and texts[0][0] == "system":
         system, texts = texts[0][1].strip(), texts[1:]
     unknown = [speaker for speaker, _ in texts if speaker not in ("human", "gpt")]
