@@ -6,6 +6,7 @@ loss.
     python eval.py --checkpoint out/toy/language.pt --zorro DIR     # grammar pairs, words alone
     python eval.py --shuffle                                   # random pictures: chance
     python eval.py --task vtwt --csv vtwt.csv --images frames.zip   # BabyVLM's published files
+    python eval.py --task toolbox --json DIR --scores scores.json   # the Toolbox's published files
 
 The score of a phrase is its mean negative log-likelihood (NLL) per token after the picture; lower
 is better, and a tie counts as its fair share. (Zorro sums; captions are generated.) Each accuracy
@@ -30,7 +31,9 @@ from common.files import read_json, read_log, remove_leftovers, write_json, writ
 from config import UserError, option
 from data import Data
 from sources.toolbox_prompts import TESTS
-from tasks import TASKS, report, run_task, toolbox
+from tasks import TASKS, board, report, run_task, toolbox
+from tasks.board import BOARD
+from tasks.toolbox_files import find_tests, known_name
 from tasks.zorro import zorro
 from tokenizer import TEMPLATES
 from training import features, validation
@@ -44,8 +47,10 @@ class Config(config.Options):
     csv: str = ""  # the test's file (of choice a JSON); empty: eval/<task>.csv in data
     template: str = option("", choices=("", "plain", *TEMPLATES))  # for questions; empty: its own
     json: str = ""  # of toolbox: a folder of its JSON files; empty: eval in data
-    images: tuple[str, ...] = ()  # folders or zips of its pictures; empty: eval/images
+    images: tuple[str, ...] = ()  # folders or zips of pictures that are not beside their file
     parse: str = option("strict", choices=("strict", "published"))  # of toolbox: reading answers
+    skip: bool = False  # of toolbox: leave out items that cannot be scored, and say how many
+    scores: str = ""  # of toolbox: also write the BabyVLM leaderboard's scores to this file
     human: str = ""  # of devbench: a CSV with the fraction of children who chose each answer
     ties: str = option("fair", choices=("fair", "published"))  # published: as BabyVLM's own scorer
     zorro: str = ""  # a folder of Zorro's .txt files: odd lines wrong, even lines right
@@ -58,13 +63,16 @@ class Config(config.Options):
 
 def check_options(settings, sees):
     """Raise UserError for options that do not go together. sees: whether the model has a tower."""
+    if settings.task not in TASKS:  # a test of the Toolbox under its published name
+        settings.task = known_name(settings.task) or settings.task
     task, asked = settings.task, settings.task or "nothing"
     if task not in ("", "toolbox", *TASKS):
         raise UserError(f"--task {task}: one of toolbox, {', '.join(TASKS)}")
     if settings.human and task != "devbench":
         raise UserError(f"--human is for --task devbench; asked for is {asked}")
-    if settings.parse != "strict" and task not in ("", "toolbox", *TESTS):
-        raise UserError(f"--parse is for the tests of the Toolbox; asked for is {asked}")
+    for name in ("parse", "skip", "scores"):
+        if name in settings.given and task not in ("", "toolbox", *TESTS):
+            raise UserError(f"--{name} is for the tests of the Toolbox; asked for is {asked}")
     if (settings.csv or settings.images) and not task:
         raise UserError(f"--csv and --images need a --task: one of {', '.join(TASKS)}")
     if settings.csv and task == "toolbox":
@@ -111,13 +119,20 @@ def losses(loaded, dataset):
     return {"val_loss": validation.val_loss(model, samples, dataset.image_format)}
 
 
-def choose_tasks(settings, sees):
-    """The names of the tests that were asked for."""
+def choose_files(settings, folder, sees):
+    """[(key of its results, test, path of its file)] of the tests that were asked for. Raises
+    UserError."""
+    tests = Path(settings.json or folder / "eval")
     if settings.task == "toolbox":
-        return list(TESTS)
+        return find_tests(tests)
     if settings.task:
-        return [settings.task]
-    return list(TASKS) if sees else []
+        suffix = TASKS[settings.task].suffix
+        path = Path(settings.csv or tests / f"{settings.task}.{suffix}")
+        if settings.json and settings.task in TESTS:
+            path = next((p for _, test, p in find_tests(tests) if test == settings.task), path)
+        return [(settings.task, settings.task, path)]
+    paths = {name: tests / f"{name}.{task.suffix}" for name, task in TASKS.items()}
+    return [(name, name, path) for name, path in paths.items() if sees and path.exists()]
 
 
 def needs_folder(settings, folder):
@@ -129,8 +144,8 @@ def needs_folder(settings, folder):
 
 
 def evaluate(loaded, settings):
-    """(results, a dict {"tasks": {...}, "val_loss": ..., ...}; entries of the contact sheet; and
-    examples, see tasks.run_task). Raises UserError."""
+    """(results, a dict {"tasks": {...}, "val_loss": ..., ...}; the tasks.Report of each test).
+    Raises UserError."""
     sees, saved = loaded.model.projector is not None, loaded.checkpoint
     check_options(settings, sees)
     folder = Path(settings.data or saved["settings"]["data"])
@@ -156,27 +171,29 @@ def evaluate(loaded, settings):
         results["tasks"]["grammar"] = zorro(pairs, loaded, settings.batch)
     if dataset:
         results |= {"source": dataset.meta["source"], **losses(loaded, dataset)}
-    entries, examples = [], []
-    tests = Path(settings.json or folder / "eval")
-    for name in choose_tasks(settings, sees):
-        path = Path(settings.csv or tests / f"{name}.{TASKS[name].suffix}")
-        if path.exists() or settings.task not in ("", "toolbox"):
-            images = settings.images or [path.parent / "images"]
-            results["tasks"][name], more, some = run_task(name, path, images, loaded, settings)
-            entries, examples = more or entries, examples + some
-    if settings.task == "toolbox" and not results["tasks"]:
-        raise UserError(f"{tests}: none of {', '.join(f'{name}.json' for name in TESTS)}")
+    reports = {}
+    for key, name, path in choose_files(settings, folder, sees):
+        images = settings.images or [path.parent / "images"]
+        images = [directory for directory in images if settings.images or directory.exists()]
+        if key != name or settings.task == "toolbox":
+            print(f"{key}: {path}")
+        reports[key] = run_task(name, path, images, loaded, settings)
+        results["tasks"][key] = reports[key].results
     results["tasks"] |= toolbox.overall(results["tasks"])
-    return results, entries, examples
+    entries = {key: report.board for key, report in reports.items() if report.board}
+    results["board"] = {name: own for name, own in entries.items() if name in BOARD}
+    return results, list(reports.values())
 
 
-def write(results, entries, examples, out, task):
-    """Write results.json, report.html, captions.png and toolbox.png to the folder `out`; returns
-    their names, which say if one task was run alone, pictures were shuffled, or answers were read
-    as published."""
+def write(results, reports, out, task):
+    """Write results.json, report.html, captions.png, toolbox.png, and scores.json if all tests of
+    the leaderboard were run, to the folder `out`; returns their names, which say if one task was
+    run alone, pictures were shuffled, or answers were read as published."""
     how = "_shuffled" if results["shuffled"] else ""
     how += "_published" if results["parse"] == "published" else ""
     suffix = (f"_{task}" if task else "") + how
+    entries = [entry for one in reports for entry in one.entries]
+    examples = [example for one in reports for example in one.examples]
     sheet = report.contact_sheet(entries) if entries else None
     names = [f"results{suffix}.json", f"report{suffix}.html"]
     remove_leftovers(out)
@@ -189,6 +206,9 @@ def write(results, entries, examples, out, task):
             names.append(f"{name}{how}.png")
             with writing(out / names[-1]) as file:
                 drawn.save(file, "PNG")
+    if len(results["board"]) == len(BOARD):
+        names.append(f"scores{'_shuffled' if results['shuffled'] else ''}.json")
+        board.write(out / names[-1], results["board"])
     return names
 
 
@@ -214,10 +234,15 @@ def main(argv):
     loaded = inference.open_model(settings.checkpoint, device, settings.dtype)
     if loaded.model.gpt is None:
         raise UserError(f"{settings.checkpoint}: a tower alone; train.py logs its linear probes")
-    results, entries, examples = evaluate(loaded, settings)
+    results, reports = evaluate(loaded, settings)
     out = Path(settings.out or Path(settings.checkpoint).parent)
-    names = write(results, entries, examples, out, settings.task)
+    names = write(results, reports, out, settings.task)
     print(*report.table(results["tasks"]), sep="\n")
+    if results["board"] and (settings.scores or len(results["board"]) == len(BOARD)):
+        print("", *board.table(results["board"]), "", sep="\n")
+    if settings.scores:
+        board.write(settings.scores, results["board"])
+        print(f"written: {settings.scores}, of {len(results['board'])} of {len(BOARD)} tests")
     if settings.csv and TASKS[settings.task].published:
         print_beside_the_paper(results, loaded, out)
     for name in ("val_loss", "bits_per_character"):

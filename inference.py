@@ -7,6 +7,8 @@ A trained model at work: pictures and words in, words or their likelihoods out.
     make_prompt         the tokens of a caption's start or of a question
     nll_after           how likely given words are
     generate_text       words, greedily
+    answer_prompts      the same for prompts of any lengths
+    answer_dialogues    several questions in a row, with the model's own answers in between
 
 Letters: N images, S image side in pixels, E vision width, C model width.
 """
@@ -21,7 +23,7 @@ import checkpoint
 from common.images import read_picture, to_pixels
 from common.tiles import arrange
 from config import UserError
-from tokenizer import chat_sample, expand, with_pictures
+from tokenizer import chat_sample, end_tokens, expand, with_pictures
 
 QUESTION = "what is this ?"  # for a chat model, if no question is given
 
@@ -172,6 +174,53 @@ def generate_text(loaded, prompts, embeds, stop, max_new_tokens):
     image_embeds = join_embeds(embeds, loaded.device)
     steps = list(loaded.model.generate(tokens, image_embeds, max_new_tokens, stop=stop))
     return [loaded.tokenizer.decode(row).strip() for row in torch.stack(steps, 1).tolist()]
+
+
+def answer_prompts(loaded, prompts, embeds, stop, max_new_tokens, batch=32):
+    """A greedy answer to each prompt, a string each; prompts of equal length are answered
+    together. embeds: as in nll_after."""
+    answers = [""] * len(prompts)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        for start in range(0, len(same), batch):
+            rows = same[start : start + batch]
+            own_prompts, own_embeds = [prompts[i] for i in rows], [embeds[i] for i in rows]
+            texts = generate_text(loaded, own_prompts, own_embeds, stop, max_new_tokens)
+            for i, text in zip(rows, texts):
+                answers[i] = text
+    return answers
+
+
+def answer_dialogues(loaded, dialogues, embed, template, system="", max_new_tokens=32, batch=64):
+    """(answers, unanswered): for each dialogue a list of answers, one for each question, and how
+    many first questions and later questions did not fit into the context, which get "".
+
+    dialogues: [(questions, pictures)], an <image> in a question for each picture. embed(pictures)
+    -> the embeddings of pictures that are shown together. The model's own answers stay in the
+    context."""
+    stop, block_size = end_tokens(loaded.tokenizer, template), loaded.model.gpt.config.block_size
+    said, unanswered = [[] for _ in dialogues], [0, 0]
+    for number in range(max(len(questions) for questions, _ in dialogues)):
+        prompts, all_embeds, asked = [], [], []
+        for (questions, pictures), own in zip(dialogues, said):
+            if number >= len(questions):
+                continue
+            so_far = questions[: number + 1]
+            embeds = embed(pictures[: sum(question.count("<image>") for question in so_far)])
+            turns = [*zip(so_far, own), (so_far[-1], None)]
+            tokens, _ = chat_sample(loaded.tokenizer, template, turns, system)
+            tokens = expand(tokens, loaded.tokenizer.image, [len(e) for e in embeds])
+            if len(tokens) >= block_size:
+                own.append("")
+                unanswered[number > 0] += 1
+                continue
+            prompts.append(tokens)
+            all_embeds.append(embeds)
+            asked.append(own)
+        answers = answer_prompts(loaded, prompts, all_embeds, stop, max_new_tokens, batch)
+        for own, answer in zip(asked, answers):
+            own.append(answer.replace("<image>", ""))  # an untrained model may generate it
+    return said, unanswered
 
 
 def caption_pictures(loaded, embeds, max_new_tokens=50, batch=100):

@@ -112,11 +112,19 @@ class BesideFile:
 
     def find(self, name):
         """As Archives.find()."""
-        if name.split("/")[0] in self.there:
-            location = os.path.join(self.folder, name)
-            if os.path.isfile(location):
+        for spelling in dict.fromkeys((name, clean(name))):
+            location = os.path.join(self.folder, spelling)
+            if spelling.split("/")[0] in self.there and os.path.isfile(location):
                 return location
         return self.archives.find(name)
+
+
+def read_bytes(location):
+    """The bytes of a picture, a path or ZipEntry. Raises UserError, OSError."""
+    if isinstance(location, ZipEntry):
+        return read_entry(location)
+    with open(regular(location), "rb") as file:
+        return file.read()
 
 
 def read_entry(entry):

@@ -8,23 +8,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Test:
-    """prompt: # is a picture, {} the thing asked for; for Memory that of the later rounds. answers:
-    the possible ones. query: the first picture is the question, the others are the choices."""
+    """prompt: # is a picture, {} the thing asked for, {ways} the two ways out of Visual Delayed
+    Response; for Memory the prompt of the later rounds. answers: the possible ones. query: the
+    first picture is the question, the others are the choices. options: how many of the answers a
+    question offers; 0: all."""
 
     prompt: str
     answers: tuple
     query: bool = False
     ours: bool = False  # a fair form, which the original does not have
+    options: int = 0
 
     @property
     def chance(self):
-        return 1 / len(self.answers)
+        return 1 / (self.options or len(self.answers))
 
 
 LETTERS = ("A", "B", "C", "D")
-SIDES = ("left", "right")
-# In circular order, so that neighbours are adjacent
-DIRECTIONS = ("up", "up right", "right", "down right", "down", "down left", "left", "up left")
+# In circular order, so that neighbours are adjacent and opposites four apart
+DIRECTIONS = (
+    "top",
+    "top right",
+    "right",
+    "bottom right",
+    "bottom",
+    "bottom left",
+    "left",
+    "top left",
+)
 SAME = "# Which of the following is the same as this? (A) # (B) # (C) #"
 NEW = "Touch the new image. "
 LATER = "Let's try more. " + NEW + "(A) # (B) #"
@@ -44,14 +55,10 @@ TESTS = {
         LETTERS[:3],
         query=True,
     ),
-    "delayed_response": Test(
-        "# does the {} leave the frame through the right side of the frame or the left side of "
-        "the frame? respond ONLY with 'right' or 'left'.",
-        SIDES,
-    ),
-    # in our words: the original's are not public
+    "delayed_response": Test("# does the {} leave the frame {ways}.", DIRECTIONS, options=2),
     "delayed_response_open": Test(
-        "# in which direction does the {} leave the frame? respond ONLY with the direction.",
+        "# which part of the frame does the {} leave from? respond ONLY with one of: 'top', "
+        "'bottom', 'left', 'right', 'top right', 'top left', 'bottom right', or 'bottom left'.",
         DIRECTIONS,
     ),
     "memory": Test(LATER, LETTERS[:2]),
@@ -65,8 +72,21 @@ TESTS = {
 ROUNDS, LEARNT = 15, 5  # of Memory; rounds 1 to 5 show one new thing each
 
 
-def write(test, pictures, word=""):
-    """A test's question about so many pictures; a clip is several <image> in a row."""
-    prompt = TESTS[test].prompt.replace("{}", word)
+def opposite(direction):
+    return DIRECTIONS[(DIRECTIONS.index(direction) + 4) % 8]
+
+
+def two_ways(first, second):
+    """The end of Visual Delayed Response's question, about the sides or corners `first` and
+    `second`."""
+    corner = "corner" if " " in first else "side"
+    frame = f"through the {first} {corner} of the frame or the {second} {corner} of the frame?"
+    return f"{frame} respond ONLY with '{first}' or '{second}'"
+
+
+def write(test, pictures, word="", ways=("right", "left")):
+    """A test's question about so many pictures; a clip is several <image> in a row. ways: the two
+    that Visual Delayed Response asks about."""
+    prompt = TESTS[test].prompt.replace("{}", word).replace("{ways}", two_ways(*ways))
     clip = "<image>" * (pictures + 1 - prompt.count("#"))  # for the first #
     return prompt.replace("#", clip, 1).replace("#", "<image>")

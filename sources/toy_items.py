@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sources import toy
-from sources.toolbox_prompts import DIRECTIONS, LEARNT, LETTERS, NEW, TESTS, write
+from sources.toolbox_prompts import DIRECTIONS, LEARNT, LETTERS, NEW, TESTS, opposite, write
 from sources.toy import COLOURS, ROOMS, THINGS, Thing, draw_room, draw_thing, pick, random_thing
 from sources.toy_chat import article
 
@@ -108,7 +108,7 @@ def crowd(things, rng, even):
 
 
 def path_out(direction, rng, steps):
-    """Archives of a thing that leaves: it stands, then goes in a direction until it is out of view,
+    """Positions of a thing that leaves: it stands, then goes in a direction until it is out of view,
     which the last frame or two show."""
     angle = DIRECTIONS.index(direction) * np.pi / 4
     step = np.array([np.sin(angle), -np.cos(angle)])
@@ -296,7 +296,10 @@ def delayed_response(test, album):
         return [album.keep(frame, i == 0) for i, frame in enumerate(frames)], thing.kind, direction
 
     pictures, kind, direction = album.take(test, draw, album.scenes)
-    return one(test, pictures, direction, kind)
+    ways = direction, opposite(direction)
+    if album.rng.randint(2):
+        ways = ways[::-1]
+    return pictures, [(write(test, len(pictures), kind, ways), direction)], {}
 
 
 def memory(test, album, learnt=LEARNT):
@@ -384,7 +387,7 @@ FEWER_TO_TRAIN = {
     "left_right": 3,
     "left_right_fair": 6,
     "spatial_details": 2,
-    "delayed_response": 8,
+    "delayed_response": 4,
     "delayed_response_open": 3,
     "memory": 3,
     "memory_fair": 12,

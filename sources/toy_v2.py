@@ -28,7 +28,7 @@ from common.files import writing
 from common.images import ImageFormat
 from config import option
 from sources import adopt, toy
-from sources.toolbox_prompts import SIDES, TESTS
+from sources.toolbox_prompts import DIRECTIONS, TESTS, opposite, write
 from sources.toy import THINGS, Scene, pick, random_scene, random_thing, utterance
 from sources.toy_chat import article
 from sources.toy_games import IS_IT, SEEN, STAGES, games_of
@@ -98,14 +98,15 @@ def speech(settings, split):
     games with a random answer. Tokens that the language model never reads all get the same
     embedding, and A would be indistinguishable from B for thousands of steps."""
     rng = np.random.RandomState([settings.seed, toy.SPLITS[split][0], 8])
-    asking = [test for test in TESTS.values() if test.answers]
+    asking = [test for test in TESTS if TESTS[test].answers]
     for line in toy.speech(settings, split, THINGS):
         yield line
         if rng.randint(8) == 0:
             yield toy.fill_in(pick(rng, SAY), random_scene(rng, THINGS, 1), rng)
         if rng.randint(8) == 0:
-            test = pick(rng, asking)
-            yield f"{fill_prompt(test, pick(rng, list(THINGS)))} {pick(rng, test.answers)}"
+            test, way = pick(rng, asking), pick(rng, DIRECTIONS)
+            asked = fill_prompt(test, pick(rng, list(THINGS)), way)
+            yield f"{asked} {pick(rng, TESTS[test].answers)}"
         if rng.randint(8) == 0:
             question = pick(rng, IS_IT).format(pick(rng, list(THINGS)))
             word, thing = pick(rng, (*SEEN, "yes", "no")), random_thing(rng, THINGS)
@@ -128,7 +129,7 @@ def happen(rng, size, frames=5):
     elif event == "hides":
         pictures = [[at(0.5, 0.55)]] * frames
     else:
-        ways = path_out(pick(rng, SIDES), rng, frames)
+        ways = path_out(pick(rng, ("left", "right")), rng, frames)
         pictures = [[at(x, y)] for x, y in (ways if event == "leaves" else ways[::-1])]
     drawn = [paint(placed, rng, size, room, light) for placed in pictures]
     if event == "hides":  # a cloth over it, in the middle frames
@@ -188,20 +189,20 @@ def write_tuning(part, settings, rng, one_in):
     counts."""
     most = max(2, 20 // one_in), max(2, settings.items // 12 // one_in)
     album = Album(Clips(part), rng, settings.size, most=most)
-    write = lambda pictures, turns, *_: part.sample(
+    put = lambda pictures, turns, *_: part.sample(
         *chat_sample(part.writer.tokenizer, TEMPLATES["bare"], turns), pictures
     )
     stages = games_of(settings.games // one_in)
     for many, (_, *games) in zip(tqdm(stages, f"{part.name} games", unit="stage"), STAGES):
         for number in range(many):
-            write(*games[number % len(games)](album))
+            put(*games[number % len(games)](album))
     tests = [name for name in TESTS if name not in UNTRAINED]
     for test in tqdm(tests, f"{part.name} tests", unit="test"):
         for _ in range(settings.items // one_in // FEWER_TO_TRAIN.get(test, 1)):
-            write(*MAKE_TO_TRAIN[test](test, album))
+            put(*MAKE_TO_TRAIN[test](test, album))
     for number in range(settings.replay // one_in):
         if number % 2:
-            write(*count_in_room(album))
+            put(*count_in_room(album))
         else:
             thing = album.thing()
             words = talk(Scene(0, (thing,)), rng)
@@ -264,17 +265,20 @@ def as_item(name, pictures, turns, subset):
     return {"id": name, "image": pictures, "conversations": said, "subset": subset}
 
 
-def fill_prompt(test, kind):
-    """A test's prompt without its pictures."""
-    word = plural(kind) if "many" in test.prompt or "more" in test.prompt else kind
-    return test.prompt.replace("{}", word).replace("#", " ")
+def fill_prompt(test, kind, direction="left"):
+    """A test's prompt without its pictures. direction: of Visual Delayed Response, beside its
+    opposite."""
+    prompt = TESTS[test].prompt
+    word = plural(kind) if "many" in prompt or "more" in prompt else kind
+    words = write(test, prompt.count("#"), word, (direction, opposite(direction)))
+    return words.replace("<image>", " ")
 
 
 def prompts():
     """Yield the prompts of all tests, to train the vocabulary."""
-    for test in TESTS.values():
-        for kind in THINGS:
-            yield fill_prompt(test, kind)
+    for test in TESTS:
+        for number, kind in enumerate(THINGS):
+            yield fill_prompt(test, kind, DIRECTIONS[number % len(DIRECTIONS)])
     for number in range(1, 13):
         yield f"{number}"
 

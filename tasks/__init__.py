@@ -10,20 +10,22 @@ rows of each subset; Subject remembers what it has computed.
 """
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import inference
-from common.archives import Archives
+from common.archives import Archives, BesideFile, read_bytes
 from common.files import about, read_csv
 from common.images import read_picture
 from config import UserError
 from sources.toolbox_prompts import TESTS
-from tasks import babyvlm, choice, devbench, toolbox
+from tasks import babyvlm, board, choice, devbench, toolbox, toolbox_files
 
 # columns of free text, which people write without quotes
 SENTENCES = ("text", "phrase", "foil_phrase", "positive_phrase", "negative_phrase")
@@ -34,10 +36,12 @@ class Task:
     """A test.
 
     columns: those that its CSV must have; pictures: those that name pictures. read: read(path) ->
-    rows, for a file that is not such a CSV (it may add columns: devbench adds `images`); suffix:
-    of its file. published: one of BabyVLM's four, printed beside the paper's table. speaks: its
-    answers go onto the contact sheet, beside the column `text`. example: example(rows, subject) ->
-    (frames, question, right answer, answer), for a sheet of examples."""
+    rows, for a file that is not such a CSV (it may add columns: devbench adds `images`); can_skip:
+    read(path, skip) can leave out items that cannot be scored; suffix: of its file. published: one
+    of BabyVLM's four, printed beside the paper's table. speaks: its answers go onto the contact
+    sheet, beside the column `text`. example: example(rows, subject) -> (frames, question, right
+    answer, answer), for a sheet of examples. board: board(rows, subject) -> the entry of a
+    leaderboard's scores, see board.py."""
 
     columns: tuple
     pictures: tuple
@@ -45,13 +49,16 @@ class Task:
     published: bool = False
     speaks: bool = False
     read: object = None
+    can_skip: bool = False
     suffix: str = "csv"
     example: object = None
+    board: object = None
 
-    def read_rows(self, path):
-        """The rows of a file, a dict each, numbered under "number"."""
-        rows = self.read(path) if self.read else read_csv(path, self.columns, SENTENCES)
-        return [row | {"number": number} for number, row in enumerate(rows)]
+    def read_rows(self, path, skip=False):
+        """The rows of a file, a dict each."""
+        if self.can_skip:
+            return self.read(path, skip=skip)
+        return self.read(path) if self.read else read_csv(path, self.columns, SENTENCES)
 
     def pictures_in(self, row):
         """The names of a row's pictures; a column may hold a list."""
@@ -106,9 +113,11 @@ for name in TESTS:
         ("image", "conversations"),
         ("image",),
         toolbox.make_rule(name),
-        read=partial(toolbox.read_items, name),
+        read=partial(toolbox_files.read_items, name),
+        can_skip=True,
         suffix="json",
         example=None if name == "looking_while_listening" else toolbox.example,
+        board=partial(board.entry, name) if name in board.BOARD else None,
     )
 
 
@@ -129,7 +138,7 @@ class Subject:
         self.index = {name: i for i, name in enumerate(names)}
         if settings.shuffle:
             self.index = dict(zip(names, np.random.RandomState(0).permutation(len(names))))
-        self.locations = locations
+        self.locations, self.location_of = locations, dict(zip(names, locations))
         self.picture_embeds = self.embed_all(loaded.image_format)
         self.beside_others = None  # as picture_embeds, for together(); made when it is needed
         self.forget()
@@ -171,6 +180,10 @@ class Subject:
         locations = [self.locations[self.index[name]] for name in names]
         pictures = [read_picture(location, self.loaded.image_format) for location in locations]
         return np.stack([picture.frames[0] for picture in pictures])
+
+    def digest(self, name):
+        """A digest of a picture's file: equal for copies under other names."""
+        return hashlib.sha256(read_bytes(self.location_of[name])).hexdigest()
 
     def embeds(self, names):
         """The embeddings of pictures, each of which is shown alone."""
@@ -226,23 +239,47 @@ def phrase_nll(loaded, embeds, phrases, batch=256):
     return inference.nll_after(loaded, prompts, of_rows, words, batch)
 
 
-def run_task(name, path, images, loaded, settings):
-    """Run the test `name` on the file at `path`; images: folders and zips of its pictures.
+@dataclass
+class Report:
+    """What a test gave. results: {subset: {measure: result}}; entries: of the contact sheet;
+    examples: of the sheet of examples; board: its entry of a leaderboard's scores, or None."""
 
-    Returns three things: {subset: {measure: result}}; a list of entries of the contact sheet; a
-    list of one example, or of none. Raises UserError."""
-    task = TASKS[name]
-    rows = task.read_rows(path)
-    archives = Archives(images)
+    results: dict
+    entries: list
+    examples: list
+    board: dict | None
+
+
+def locate(rows, task, path, images, skip):
+    """(rows, {name: location}) of a test's pictures. skip: leave out rows with a missing picture,
+    and print how many. Raises UserError."""
+    archives = BesideFile(path, Archives(images))
     names = sorted({picture for row in rows for picture in task.pictures_in(row)})
-    locations = [archives.find(picture) for picture in names]
-    if None in locations:
-        missing = names[locations.index(None)]
+    found = {name: archives.find(name) for name in names}
+    missing = [name for name in names if found[name] is None]
+    if missing and not skip:
+        hint = "; --skip leaves such items out" if task.can_skip else ""
+        searched = " and ".join([str(Path(path).parent), *archives.archives.paths])
         raise UserError(
-            f"{' and '.join(archives.paths)}: no {missing}, which {name} asks for in "
-            f"{path}; --images takes several folders or zips"
+            f"{path}: no {missing[0]} in {searched}; --images takes several folders or zips{hint}"
         )
-    subject = Subject(loaded, rows, names, locations, settings)
+    whole = [row for row in rows if all(found[name] for name in task.pictures_in(row))]
+    if missing:
+        count = len(rows) - len(whole)
+        print(f"{path}: {count} items left out, whose pictures are missing, {missing[0]} first")
+    if not whole:
+        raise UserError(f"{path}: of no item all pictures are there")
+    return whole, {name: location for name, location in found.items() if location}
+
+
+def run_task(name, path, images, loaded, settings):
+    """The Report of the test `name` on the file at `path`; images: folders and zips of its
+    pictures. Raises UserError."""
+    task = TASKS[name]
+    rows = task.read_rows(path, settings.skip)
+    rows, found = locate(rows, task, path, images, settings.skip)
+    rows = [row | {"number": number} for number, row in enumerate(rows)]
+    subject = Subject(loaded, rows, list(found), list(found.values()), settings)
     with about(path):
         results = {"all": task.rule(rows, subject, settings.ties)}
     subsets = sorted({row["subset"] for row in rows if row.get("subset")})
@@ -250,9 +287,12 @@ def run_task(name, path, images, loaded, settings):
         for subset in subsets:
             chosen = [row for row in rows if row["subset"] == subset]
             results[subset] = task.rule(chosen, subject, settings.ties)
-    entries = contact_entries(rows, subject) if task.speaks else []
-    examples = [(name, *task.example(rows, subject))] if task.example else []
-    return results, entries, examples
+    return Report(
+        results,
+        contact_entries(rows, subject) if task.speaks else [],
+        [(name, *task.example(rows, subject))] if task.example else [],
+        task.board(rows, subject) if task.board else None,
+    )
 
 
 def contact_entries(rows, subject, most=36):

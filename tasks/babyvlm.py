@@ -66,6 +66,8 @@ def winoground(instances, subject, ties):
     images = [image for instance in instances for image in instance[:2] for _ in range(2)]
     phrases = [phrase for instance in instances for _ in range(2) for phrase in instance[2:]]
     tables = subject.nll(images, phrases).reshape(-1, 4)  # rows of L00, L01, L10, L11
+    if ties == "published":
+        tables = tables.astype(np.float32)  # the precision of the original's losses
     results = {}
     for measure, (rule, chance) in WINOGROUND.items():
         hits = [over_ties(table, rule, ties) for table in tables.tolist()]
@@ -73,8 +75,9 @@ def winoground(instances, subject, ties):
     return results
 
 
-def baby_winoground(rows, subject, ties):
-    """Two pictures, two phrases, each phrase true of one; a row for each picture."""
+def pair_instances(rows):
+    """[(positive picture, negative picture, positive phrase, negative phrase)] of Baby Winoground's
+    CSV, which has a row for each picture. Raises UserError."""
     by_instance = defaultdict(list)
     for row in rows:
         by_instance[row["instance_id"]].append(row)
@@ -88,7 +91,12 @@ def baby_winoground(rows, subject, ties):
                 "tagged positive and one tagged negative, with the same two phrases"
             )
         instances.append((images["positive"], images["negative"], *phrases.pop()))
-    return winoground(instances, subject, ties)
+    return instances
+
+
+def baby_winoground(rows, subject, ties):
+    """Two pictures, two phrases, each phrase true of one."""
+    return winoground(pair_instances(rows), subject, ties)
 
 
 def two_by_two(rows, subject, ties):

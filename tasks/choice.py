@@ -69,20 +69,6 @@ def prompt_of(item, loaded, template, system, counts):
     return expand(tokens, loaded.tokenizer.image, counts)
 
 
-def answer_all(loaded, prompts, embeds, stop, max_new_tokens=40, batch=32):
-    """A greedy answer to each prompt; prompts of equal length are answered together."""
-    answers = [""] * len(prompts)
-    for length in sorted({len(prompt) for prompt in prompts}):
-        same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        for start in range(0, len(same), batch):
-            rows = same[start : start + batch]
-            own_prompts, own_embeds = [prompts[i] for i in rows], [embeds[i] for i in rows]
-            texts = inference.generate_text(loaded, own_prompts, own_embeds, stop, max_new_tokens)
-            for i, text in zip(rows, texts):
-                answers[i] = text
-    return answers
-
-
 def choice(rows, subject, ties):
     """{"likelihood", "generation"} of questions, asked of a tasks.Subject."""
     loaded = subject.loaded
@@ -98,7 +84,8 @@ def choice(rows, subject, ties):
             all_embeds.append(own)
             words.append(loaded.tokenizer.encode_segment(answer, after="text"))
     nll = inference.nll_after(loaded, all_prompts, all_embeds, words, subject.settings.batch)
-    answers = answer_all(loaded, prompts, embeds, end_tokens(loaded.tokenizer, template))
+    stop = end_tokens(loaded.tokenizer, template)
+    answers = inference.answer_prompts(loaded, prompts, embeds, stop, max_new_tokens=40)
     likeliest, generated, chances, first = [], [], [], 0
     for row, answer in zip(rows, answers):
         own = nll[first : first + len(row["choices"])]

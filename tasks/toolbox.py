@@ -1,16 +1,15 @@
 """
-The ten tests of the DevCV Toolbox, on which BabyLLaVA-V2 is tested: reading answers, scores, and
-two controls for each. Their wording: sources/toolbox_prompts.py.
+The ten tests of the DevCV Toolbox, on which BabyLLaVA-V2 is tested: asking, scores, and two
+controls for each. Their files and how answers are read: toolbox_files.py. Their wording:
+sources/toolbox_prompts.py. The leaderboard's scores: board.py.
 
     python eval.py --checkpoint out/toy_v2/phase3.pt --task toolbox
     python eval.py --checkpoint DIR --task toolbox --json DIR2 --images DIR3    # others' files
 
-A test is a JSON file, NAME.json, of {"image": [...], "conversations": [{"from": "human", "value":
-"Touch the image of 'ball' (A)<image> ..."}, {"from": "gpt", "value": "B"}], "subset": "seen"}. The
-model answers freely, and --parse says how an answer is read. `strict`, ours, accepts the answer
-alone and counts the rest as unread. `published` takes the first letter as the original does, flaws
-included: the word "a" counts as A. (The original's rule for numbers and words is not public: here
-the first number, and the longest answer that occurs.)
+The model answers freely, and --parse says how an answer is read and scored. `strict`, ours, accepts
+the answer alone and counts the rest as unread. `published` follows the code of BabyLLaVA-V2, flaws
+included: the word "a" counts as A, things that Memory cannot test count as wrong, and in Looking
+While Listening a tie is wrong.
 
 Control `cannot_see`: the same model, shown the mean of all pictures instead of each picture.
 Control `cannot_read`: a baseline without a model that chooses the picture with the most similar 32
@@ -18,19 +17,19 @@ x 32 pixels (in Memory, the one least similar to all before), or, if there is no
 the commonest answer. If a control solves a test, distrust the test's name.
 """
 
-import re
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
-from common.files import read_list
+import inference
 from config import UserError
-from sources.toolbox_prompts import DIRECTIONS, LEARNT, ROUNDS, TESTS
+from sources.toolbox_prompts import DIRECTIONS, TESTS
 from tasks.babyvlm import winoground
-from tasks.choice import answer_all
 from tasks.scores import accuracy
-from tokenizer import TEMPLATES, chat_sample, end_tokens, expand
+from tasks.toolbox_files import parse
+from tokenizer import TEMPLATES
 
 # The eleven columns whose mean is published as overall
 COLUMNS = (
@@ -50,133 +49,31 @@ CONTROLS = ("cannot_see", "cannot_read")
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading files and answers
-
-
-def fault_of(name, item):
-    """Why an item is not a valid question of a test, or ""."""
-    if not isinstance(item, dict) or not isinstance(item.get("image"), list):
-        return 'want {"image": [...], "conversations": [...]}'
-    if not all(isinstance(name, str) for name in item["image"]):
-        return "its image must be a list of names"
-    if not isinstance(item.get("subset", ""), str):
-        return "its subset must be a name"
-    if name == "looking_while_listening":
-        phrases = item.get("phrases")
-        whole = isinstance(phrases, list) and all(isinstance(p, str) and p for p in phrases)
-        fits = whole and len(phrases) == len(item["image"]) == 2
-        return "" if fits else "want two pictures and two phrases"
-    turns = item.get("conversations")
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
-        return "want a conversation of human and gpt in turn"
-    for i, turn in enumerate(turns):
-        whole = isinstance(turn, dict) and isinstance(turn.get("value"), str)
-        if not whole or turn.get("from") != ("human", "gpt")[i % 2]:
-            return f'turn {i} is no {{"from": "{("human", "gpt")[i % 2]}", "value"}}'
-    asked = [turn["value"].count("<image>") for turn in turns[::2]]
-    if sum(asked) != len(item["image"]):
-        return f"{sum(asked)} <image> for {len(item['image'])} pictures"
-    return fault_of_pictures(name, asked) or fault_of_answers(name, item)
-
-
-def fault_of_pictures(name, asked):
-    """Why questions with so many pictures each do not fit a test, or ""."""
-    want = [TESTS[name].prompt.count("#")]
-    if name.startswith("memory"):
-        want = [1] + want * (ROUNDS - 1)
-        return "" if asked == want else f"want {ROUNDS} rounds, the first of 1 picture, others of 2"
-    if name.startswith("delayed_response"):
-        return "" if sum(asked) else "want a clip, one picture at least"
-    return "" if asked == want else f"{sum(asked)} pictures, want {want[0]} and one question"
-
-
-def read_items(name, path):
-    """The items of a test's JSON file. Raises UserError, with file and item."""
-    items = read_list(path, "items")
-    for i, item in enumerate(items):
-        fault = fault_of(name, item)
-        if fault:
-            raise UserError(f"{path}: item {i}: {fault}")
-    return items
-
-
-def fault_of_answers(name, item):
-    """Why the right answers of an item do not fit a test, or ""."""
-    said = [turn["value"] for turn in item["conversations"][1::2]]
-    if name.startswith("memory") and len(said) != ROUNDS:
-        return f"{len(said)} rounds, want {ROUNDS}"
-    if not name.startswith("memory") and len(said) != 1:
-        return f"{len(said)} questions, want one"
-    for answer in said:
-        if answer not in TESTS[name].answers:
-            return f"{answer!r} is no answer: want {', '.join(TESTS[name].answers)}"
-    return ""
-
-
-def parse(answer, answers, rule):
-    """Which of `answers` an answer means, or "" if it cannot be read. rule: strict or published."""
-    if rule == "published":
-        if answers[0] == "A":
-            found = re.search(r"\b[A-Da-d]\b", answer)
-            return found.group().upper() if found else ""
-        if answers[0] == "1":
-            found = re.search(r"\d+", answer)
-            return found.group() if found else ""
-        said = re.sub(r"[^a-z]+", " ", answer.lower()).strip()
-        within = [word for word in answers if re.search(rf"\b{word}\b", said)]
-        return max(within, key=len, default="")
-    said = re.sub(r"[().!,'\"]", " ", answer)  # punctuation around it is allowed
-    said = " ".join(said.split()).lower()
-    return {word.lower(): word for word in answers}.get(said, "")
-
-
-# ---------------------------------------------------------------------------------------------
 # Asking the model
-
-
-def turns_of(row):
-    said = [turn["value"] for turn in row["conversations"]]
-    return list(zip(said[::2], said[1::2]))
 
 
 def ask(rows, subject):
     """The model's answers: a list for each row, with an answer for each of its rounds. Its own
-    answers stay in the context; rounds that no longer fit into it get "", and a line says how
-    many."""
-    loaded, settings = subject.loaded, subject.settings
-    template, system = loaded.choose_template(settings.template)
+    answers stay in the context; questions that do not fit into it get "", and a line says how many.
+    Raises UserError if no first question fits."""
+    loaded = subject.loaded
+    template, system = loaded.choose_template(subject.settings.template)
     template = template or TEMPLATES["bare"]  # if it was trained on captions alone
-    stop = end_tokens(loaded.tokenizer, template)
-    said, full, block_size = [[] for _ in rows], 0, loaded.model.gpt.config.block_size
-    for number in range(max(len(turns_of(row)) for row in rows)):
-        prompts, all_embeds, asked = [], [], []
-        for row, own in zip(rows, said):
-            questions = [question for question, _ in turns_of(row)][: number + 1]
-            if number >= len(turns_of(row)):
-                continue
-            pictures = sum(question.count("<image>") for question in questions)
-            embeds = subject.together(row["image"][:pictures])
-            turns = [*zip(questions, own), (questions[-1], None)]
-            tokens, _ = chat_sample(loaded.tokenizer, template, turns, system)
-            tokens = expand(tokens, loaded.tokenizer.image, [len(e) for e in embeds])
-            if len(tokens) < block_size:
-                prompts.append(tokens)
-                all_embeds.append(embeds)
-                asked.append(own)
-                continue
-            if number == 0:
-                raise UserError(
-                    f"{pictures} pictures and their question make {len(tokens)} tokens; this model "
-                    f"holds {block_size}, its answer included"
-                )
-            own.append("")
-            full += 1
-        answers = answer_all(loaded, prompts, all_embeds, stop, max_new_tokens=10, batch=64)
-        for own, answer in zip(asked, answers):
-            own.append(answer.replace("<image>", ""))  # an untrained model may generate it
-    if full:
-        print(f"{full} rounds did not fit into {block_size} tokens: they count as unread")
-    return said
+    dialogues = [([r.question for r in row["rounds"]], row["image"]) for row in rows]
+    answers, unanswered = inference.answer_dialogues(
+        loaded, dialogues, subject.together, template, system
+    )
+    block_size = loaded.model.gpt.config.block_size
+    if unanswered[0] == len(rows):
+        first = dialogues[0][0][0].count("<image>")
+        raise UserError(
+            f"no question fits: {first} pictures and their question are more tokens than this "
+            f"model holds, {block_size}, its answer included"
+        )
+    for count, what in zip(unanswered, ("first questions", "later rounds")):
+        if count:
+            print(f"{count} {what} did not fit into {block_size} tokens: they count as unread")
+    return answers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,64 +94,132 @@ def distance(a, b):
     return float(((a - b) ** 2).sum())
 
 
-def by_pixels(name, rows, subject):
+def by_pixels(test, rows, subject):
     """The answers of the control cannot_read, as ask() returns them."""
-    test = TESTS[name]
-    if not test.query and not name.startswith("memory"):
-        counts = Counter(turns_of(row)[0][1] for row in rows)
-        return [[max(test.answers, key=lambda answer: counts[answer])]] * len(rows)
+    counts = Counter(round_.answer for row in rows for round_ in row["rounds"])
     answers = []
     for row in rows:
-        small = thumbnails(row["image"], subject)
-        pictures = [small[image] for image in row["image"]]
-        if test.query:
-            far = [distance(pictures[0], other) for other in pictures[1:]]
-            answers.append([test.answers[int(np.argmin(far))]])
-            continue
-        own, before = ["A"], pictures[:1]
-        for first in range(1, len(pictures), 2):  # the new one is the least similar to all before
-            pair = pictures[first : first + 2]
-            far = [min(distance(picture, old) for old in before) for picture in pair]
-            own.append(test.answers[int(np.argmax(far))])
-            before += pair
-        answers.append(own)
+        last, pictures = row["rounds"][-1], len(row["image"])
+        if TESTS[test].query and pictures == len(last.options) + 1:
+            query, *others = pixels_of(row, subject)
+            far = [distance(query, other) for other in others]
+            answers.append([last.options[int(np.argmin(far))]])
+        elif test.startswith("memory"):
+            answers.append(newest_by_pixels(row, pixels_of(row, subject)))
+        else:
+            answers.append([max(last.options or counts, key=lambda option: counts[option])])
     return answers
+
+
+def pixels_of(row, subject):
+    small = thumbnails(row["image"], subject)
+    return [small[name] for name in row["image"]]
+
+
+def newest_by_pixels(row, pictures):
+    """The answers of Memory's rounds by which picture is the least similar to all before."""
+    own, before = ["A"], pictures[:1]
+    for first, round_ in zip(range(1, len(pictures), 2), row["rounds"][1:]):
+        pair = pictures[first : first + 2]
+        far = [min(distance(picture, old) for old in before) for picture in pair]
+        own.append(round_.options[int(np.argmax(far))])
+        before += pair
+    return own
 
 
 # ---------------------------------------------------------------------------------------------
 # Scores
 
 
-def hits_of(name, rows, parsed):
-    """{measure: (hits, chance)} of parsed answers, a list for each row."""
-    true = [[answer for _, answer in turns_of(row)] for row in rows]
-    if name.startswith("memory"):
-        hits = []
-        for row, own, right in zip(rows, parsed, true):
-            hits += both_right(row, own, right)
-        rounds = [a == b for own, right in zip(parsed, true) for a, b in zip(own, right)]
-        return {"adjusted": (hits, 0.25), "rounds": (rounds, None)}
-    pairs = [(own[0], right[0]) for own, right in zip(parsed, true)]
+def score_answers(test, rows, parsed, rule, labels=None):
+    """{measure: result} of parsed answers, a list for each row. rule: strict or published. labels:
+    of Memory, see labels_of()."""
+    if test.startswith("memory"):
+        return score_memory(rows, parsed, labels, rule)
+    pairs = [(own[0], row["rounds"][0].answer) for own, row in zip(parsed, rows)]
     exact = [own == right for own, right in pairs]
-    if name == "delayed_response_open":
-        near = []
-        for own, right in pairs:
-            apart = DIRECTIONS.index(own) - DIRECTIONS.index(right) if own else 4
-            near.append(apart % 8 in (0, 1, 7))
-        return {"exact": (exact, 1 / 8), "adjacent": (near, 3 / 8)}
-    return {"accuracy": (exact, TESTS[name].chance)}
+    options = [row["rounds"][0].options for row in rows]
+    if options[0]:
+        chance = round(float(np.mean([1 / len(own) for own in options])), 4)
+    else:  # numbers: those of the test, and others that occur
+        chance = 1 / len({*TESTS[test].answers, *(right for _, right in pairs)})
+    near = [  # of NIH's questions with letters none
+        are_adjacent(own, right)
+        for (own, right), offered in zip(pairs, options)
+        if offered and offered[0] in DIRECTIONS
+    ]
+    if test == "delayed_response_open" and near:
+        return {"exact": accuracy(exact, chance), "adjacent": accuracy(near, 3 / 8)}
+    results = {"accuracy": accuracy(exact, chance)}
+    if test == "delayed_response" and near and rule == "published":
+        results["adjacent"] = accuracy(near, 0.5)
+    return results
 
 
-def both_right(row, own, right):
-    """For each thing to remember, whether both rounds that test it were answered right."""
-    pictures, tested = row["image"], {}
-    for number in range(LEARNT, ROUNDS):
-        first = 2 * number - 1  # round 1 has one picture, the others two
-        pair = pictures[first : first + 2]
-        old = pair[1 - "AB".index(right[number])]  # the one that is not new
-        learnt = row.get("learnt", {}).get(old, old)  # the fair form shows another picture of it
-        tested.setdefault(learnt, []).append(own[number] == right[number])
-    return [all(hits) for hits in tested.values()]
+def are_adjacent(own, right):
+    """Whether two directions are equal or neighbours; "" is none."""
+    return bool(own) and (DIRECTIONS.index(own) - DIRECTIONS.index(right)) % 8 in (0, 1, 7)
+
+
+def learning_rounds(row):
+    """How many rounds of a Memory dialogue show new things, before they are tested: 5 of 15."""
+    return (len(row["rounds"]) + 1) // 3
+
+
+def labels_of(row, subject):
+    """For each round of a Memory dialogue what its pictures show: the item's own labels, else a
+    digest of each picture's bytes, because a picture that is shown again is another file with the
+    same bytes. Our fair form shows another picture of the thing, and names the first in `learnt`.
+    """
+    if row.get("labels"):
+        return row["labels"]
+    learnt, first, labels = row.get("learnt", {}), 0, []
+    for round_ in row["rounds"]:
+        names = row["image"][first : first + round_.question.count("<image>")]
+        labels.append([subject.digest(learnt.get(name, name)) for name in names])
+        first += len(names)
+    return labels
+
+
+def things_tested(row, labels):
+    """[(round, round)] of a Memory dialogue, counted from 0: for each thing of the learning rounds
+    the two later rounds that show it again. Things that are shown once or three times are none."""
+    base = learning_rounds(row)
+    learnt = {label for own in labels[:base] for label in own}
+    rounds = defaultdict(list)
+    for number in range(base, len(labels)):
+        for label in dict.fromkeys(labels[number]):
+            if label in learnt:
+                rounds[label].append(number)
+    return [tuple(own) for own in rounds.values() if len(own) == 2]
+
+
+def score_memory(rows, parsed, labels, rule):
+    """{"adjusted": of the things learnt, those that both rounds found; "learning", "testing": of
+    the rounds before and after}. published: for each dialogue, then the mean, and of `adjusted`
+    over all things that were learnt, tested or not."""
+    dialogues = defaultdict(list)
+    for row, own, shown in zip(rows, parsed, labels):
+        base = learning_rounds(row)
+        right = [answer == round_.answer for answer, round_ in zip(own, row["rounds"])]
+        things = [right[a] and right[b] for a, b in things_tested(row, shown)]
+        if rule == "published":
+            things += [False] * (base - len(things))
+        dialogues["adjusted"].append(things)
+        dialogues["learning"].append(right[:base])
+        dialogues["testing"].append(right[base:])
+    learning = [round_ for row in rows for round_ in row["rounds"][: learning_rounds(row)]]
+    chance = float(np.mean([1 / len(round_.options) for round_ in learning]))
+    chances = {"adjusted": 0.25, "learning": round(chance, 4), "testing": 0.5}
+    results = {}
+    for measure, hits in dialogues.items():
+        together = [hit for own in hits for hit in own]
+        if not together:  # no dialogue has an adjusted score
+            continue
+        results[measure] = accuracy(together, chances[measure])
+        if rule == "published":
+            results[measure]["score"] = round(float(np.mean([np.mean(own) for own in hits])), 4)
+    return results
 
 
 class CannotRead:
@@ -265,12 +230,20 @@ class CannotRead:
 
 
 def listening(rows, subject, ties):
-    """Looking While Listening: two pictures, two phrases, Baby Winoground's group rule."""
+    """Looking While Listening: two pictures, two phrases, Baby Winoground's rules. `accuracy` is
+    the group rule."""
     instances = [(*row["image"], *row["phrases"]) for row in rows]
-    seeing = winoground(instances, subject, ties)["group"]
-    blind = winoground(instances, subject.blinded(), ties)["group"]
-    unread = winoground(instances, CannotRead(), ties)["group"]
-    return with_mark({"accuracy": seeing, "cannot_see": blind, "cannot_read": unread})
+    results = {}
+    for control, who in (
+        ("", subject),
+        ("cannot_see", subject.blinded()),
+        ("cannot_read", CannotRead()),
+    ):
+        measured = winoground(instances, who, ties)
+        results[key_of(control, "accuracy")] = measured["group"]
+        for measure in ("image", "text"):
+            results[key_of(control, measure)] = measured[measure]
+    return with_mark(results)
 
 
 def key_of(control, measure):
@@ -293,41 +266,62 @@ def with_mark(results):
     return results
 
 
-def make_rule(name):
-    """The rule of a test, for tasks.TASKS."""
+def memory_labels(rows, subject):
+    """labels_of() of each row. Prints how many have no `adjusted` score, because no thing of the
+    learning rounds comes again in two later rounds; they count in the other measures."""
+    labels = [labels_of(row, subject) for row in rows]
+    untested = [i for i, own in enumerate(labels) if not things_tested(rows[i], own)]
+    if untested:
+        print(
+            f"{len(untested)} of {len(rows)} dialogues have no adjusted score, dialogue "
+            f"{untested[0]} first: no label and no equal file shows which picture comes again"
+        )
+    return labels
 
-    def score(rows, subject, ties):
-        if name == "looking_while_listening":
-            return listening(rows, subject, ties)
-        parse_all = lambda answers: [
-            [parse(one, TESTS[name].answers, subject.settings.parse) for one in own]
-            for own in answers
+
+def score(test, rows, subject, ties, rule=""):
+    """{measure: result} of a test, its controls among them. rule: strict or published; "": that of
+    --parse."""
+    rule = rule or subject.settings.parse
+    if test == "looking_while_listening":
+        return listening(rows, subject, "published" if rule == "published" else ties)
+    asked = {
+        "": subject.once("seeing", rows, lambda items: ask(items, subject)),
+        "cannot_see": subject.once("blind", rows, lambda items: ask(items, subject.blinded())),
+        "cannot_read": subject.once("pixels", rows, lambda items: by_pixels(test, items, subject)),
+    }
+    labels = None
+    if test.startswith("memory"):
+        labels = subject.once("labels", rows, lambda items: memory_labels(items, subject))
+    results = {}
+    for control, answers in asked.items():
+        parsed = [
+            [parse(said, round_.options, rule) for said, round_ in zip(own, row["rounds"])]
+            for own, row in zip(answers, rows)
         ]
-        blinded = lambda items: ask(items, subject.blinded())
-        seeing = parse_all(subject.once("seeing", rows, lambda items: ask(items, subject)))
-        blind = parse_all(subject.once("blind", rows, blinded))
-        pixels = subject.once("pixels", rows, lambda items: by_pixels(name, items, subject))
-        results = {}
-        for control, parsed in (("", seeing), ("cannot_see", blind), ("cannot_read", pixels)):
-            for measure, (hits, chance) in hits_of(name, rows, parsed).items():
-                results[key_of(control, measure)] = accuracy(hits, chance)
-        unread = [one == "" for own in seeing for one in own]
-        return with_mark(results) | {"unread": accuracy(unread, None)}
+        for measure, result in score_answers(test, rows, parsed, rule, labels).items():
+            results[key_of(control, measure)] = result
+        if not control:
+            unread = [one == "" for own in parsed for one in own]
+    return with_mark(results) | {"unread": accuracy(unread, None)}
 
-    return score
+
+def make_rule(test):
+    """The rule of a test, for tasks.TASKS."""
+    return partial(score, test)
 
 
 def example(rows, subject):
     """(frames, last question, right answer, the model's answer) of the first item."""
-    question, right = turns_of(rows[0])[-1]
+    last = rows[0]["rounds"][-1]
     (answers,) = subject.once("seeing", rows[:1], lambda items: ask(items, subject))
-    return subject.frames(rows[0]["image"]), question, right, answers[-1]
+    return subject.frames(rows[0]["image"]), last.question, last.answer, answers[-1]
 
 
 def overall(tasks):
     """{"toolbox": ...}: the mean of the eleven columns, of the model and each control; {} if a test
     is missing."""
-    if not all(name in tasks for name, _ in COLUMNS):
+    if not all(measure in tasks.get(name, {}).get("all", {}) for name, measure in COLUMNS):
         return {}
     means = {}
     for who in ("", *CONTROLS):

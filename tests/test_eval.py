@@ -299,7 +299,7 @@ def test_pictures_of_equal_names_in_a_zip_are_told_apart(recipe, home, tmp_path)
         (["--ties=kind"], "one of fair, published"),
         (["--batch=-1"], "batch -1 is not allowed"),
         (["--task=vtwt", "--images=elsewhere"], "elsewhere: neither a folder nor a whole zip"),
-        (["--task=vtwt", "--images=data/tiny/features"], "no vtwt/.*, which vtwt asks for"),
+        (["--task=vtwt", "--images=data/tiny/features"], "no vtwt/.* in "),
         (["--task=vtwt", "--checkpoint=out/full/language.pt"], "cannot see"),
         (["--checkpoint=out/full/vision.pt"], "a tower alone"),
         (["--zorro=none"], "no .txt files"),

@@ -18,11 +18,12 @@ import train
 from config import UserError
 from data import Data
 from sources import command, toolbox_prompts, toy, toy_games, toy_items
-from sources.toolbox_prompts import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS
+from sources.toolbox_prompts import DIRECTIONS, LEARNT, LETTERS, ROUNDS, TESTS, opposite
 from sources.toy import THINGS, Thing
 from sources.toy_chat import article
 from tasks import toolbox
-from tasks.toolbox import hits_of, make_rule, parse
+from tasks.toolbox import make_rule, score_answers
+from tasks.toolbox_files import Round, parse, read_items
 
 FLAGS = (
     "--size=16 --scenes=12 --clips=12 --moments=12 --lines=200 --items=20 --games=62 "
@@ -69,120 +70,256 @@ def test_letters(said, strict, published):
         ("1 2", "", "1"),
         ("i see 3 .", "", "3"),
         ("3.", "3", "3"),
-        ("13", "", ""),
+        ("13", "13", "13"),
+        ("0", "0", "0"),
+        ("007", "", "7"),
+        ("Two", "", "2"),
+        ("i see three cups", "", "3"),
+        ("ten 4", "", "10"),
+        ("b2b", "", "2"),
+        ("eleven", "", ""),
+        ("none", "", ""),
     ],
 )
 def test_numbers(said, strict, published):
-    answers = TESTS["object_counting"].answers
-    assert parse(said, answers, "strict") == strict
-    found = parse(said, answers, "published")
-    assert found == published or (said == "13" and found not in answers)
+    assert parse(said, (), "strict") == strict
+    assert parse(said, (), "published") == published
 
 
 def test_directions():
-    assert parse("up left", DIRECTIONS, "strict") == "up left"
-    assert parse("it goes up left", DIRECTIONS, "strict") == ""
-    assert parse("it goes up left", DIRECTIONS, "published") == "up left"
-    assert parse("Right.", toolbox_prompts.SIDES, "strict") == "right"
+    for said, strict, published in [
+        ("top left", "top left", "top left"),
+        (" Top Left ", "top left", "top left"),
+        ("top left .", "top left", ""),  # a full stop loses the point there
+        ("it goes top left", "", ""),
+        ("left or right", "", ""),
+        ("up", "", ""),
+    ]:
+        assert parse(said, DIRECTIONS, "strict") == strict, said
+        assert parse(said, DIRECTIONS, "published") == published, said
+    assert parse("Right.", ("left", "right"), "strict") == "right"
+    assert parse("top", ("left", "right"), "strict") == ""
 
 
 def test_every_answer_is_read_as_itself_by_both_rules():
-    for test in TESTS.values():
-        for answer, way in itertools.product(test.answers, ("strict", "published")):
-            assert parse(answer, test.answers, way) == answer
+    for name, test in TESTS.items():
+        options = () if name in NUMBERS else test.answers
+        for answer, rule in itertools.product(test.answers, ("strict", "published")):
+            assert parse(answer, options, rule) == answer
+
+
+# ---------------------------------------------------------------------------------------------
+# Against scorers written here a second time, by the published rules, slowly
+
+NUMBERS = ("subitizing", "object_counting")
+LETTER = "abcdABCD"
+WORDS = "zero one two three four five six seven eight nine ten".split()
+JUNK = ["a", "B", "c.", "(D)", "E", "ab", "a ball", "the", "top", "left", "top left", "Bottom Right",
+        "7", "07", "12", "three", "Ten", "eleven", "4th", "x9", "", " ", "?", "I see", "\n", "_a",
+        "a_b", "right .", "é", "bottom-left"]  # fmt: skip
+
+
+def slow_letter(reply):
+    """The first of A to D with no letter, digit or _ on either side."""
+    is_word = lambda c: c.isalnum() or c == "_"
+    for i, c in enumerate(reply):
+        before, after = reply[i - 1 : i], reply[i + 1 : i + 2]
+        if c in LETTER and not (before and is_word(before)) and not (after and is_word(after)):
+            return c.upper()
+    return None
+
+
+def slow_number(reply):
+    """The first run of digits, or of letters that spells a number."""
+    run, kind = "", ""
+    for c in reply.lower() + " ":
+        own = "digit" if c.isdigit() else "letter" if "a" <= c <= "z" else ""
+        if own != kind and run:
+            if kind == "digit":
+                return int(run)
+            if run in WORDS:
+                return WORDS.index(run)
+        run = (run if own == kind else "") + (c if own else "")
+        kind = own
+    return None
+
+
+def random_replies(count=10_000):
+    rng = np.random.RandomState(0)
+    for _ in range(count):
+        parts = [JUNK[rng.randint(len(JUNK))] for _ in range(rng.randint(1, 5))]
+        yield (" " if rng.randint(3) else "").join(parts)
+
+
+def test_published_rules_equal_slow_ones_on_random_replies():
+    around = {
+        "left": "top left, left, bottom left", "right": "top right, right, bottom right",
+        "top": "top left, top, top right", "bottom": "bottom left, bottom, bottom right",
+        "top right": "top, top right, right", "top left": "top, top left, left",
+        "bottom right": "bottom, bottom right, right", "bottom left": "bottom, bottom left, left",
+    }  # fmt: skip
+    read = 0
+    for number, reply in enumerate(random_replies()):
+        assert (parse(reply, LETTERS, "published") or None) == slow_letter(reply), reply
+        found = parse(reply, (), "published")
+        assert (int(found) if found else None) == slow_number(reply), reply
+        truth = DIRECTIONS[number % 8]
+        asked = [row([truth], options=DIRECTIONS)]
+        own = [[parse(reply, DIRECTIONS, "published")]]
+        results = score_answers("delayed_response_open", asked, own, "published")
+        whole = reply.strip().lower()
+        assert results["exact"]["score"] == (whole == truth), reply
+        assert results["adjacent"]["score"] == (whole in around[truth].split(", ")), reply
+        read += bool(own[0][0])
+    assert read > 300
+
+
+def slow_memory(predicted, right, labels):
+    """The adjusted accuracy of a dialogue, by the published code's rule."""
+    base, hits = (len(predicted) + 1) // 3, 0
+    learnt = set().union(*map(set, labels[:base]))
+    for label in learnt:
+        rounds = [i for i in range(base, len(labels)) if label in labels[i]]
+        hits += len(rounds) == 2 and all(predicted[i] == right[i] for i in rounds)
+    return hits / base
+
+
+@pytest.mark.parametrize("things", [5, 10])
+def test_memory_equals_the_published_rule(things):
+    """Of 15 rounds and of NIH's 30; some dialogues have a thing that comes a third time."""
+    rng, rows, said, slow = np.random.RandomState(things), [], [], []
+    for seed in range(100):
+        images, answers, labels = dialogue(seed, things)
+        if seed % 3 == 0:  # the last round shows another thing than it should
+            labels[-1] = labels[-2]
+        rows.append(row(answers, images, options=("A", "B"), labels=labels))
+        said.append([LETTERS[rng.randint(2)] for _ in answers])
+        slow.append(slow_memory(said[-1], answers, labels))
+    results = score_answers("memory", rows, said, "published", [r["labels"] for r in rows])
+    assert results["adjusted"]["score"] == pytest.approx(np.mean(slow), abs=1e-4)
+    hits = [
+        [a == b for a, b in zip(own, [r.answer for r in one["rounds"]])]
+        for own, one in zip(said, rows)
+    ]
+    assert results["learning"]["score"] == pytest.approx(
+        np.mean([h[:things] for h in hits]), abs=1e-4
+    )
+    assert results["testing"]["score"] == pytest.approx(
+        np.mean([h[things:] for h in hits]), abs=1e-4
+    )
+    assert results["adjusted"]["n"] == 100 * things
+    strict = score_answers("memory", rows, said, "strict", [r["labels"] for r in rows])
+    assert strict["adjusted"]["n"] < results["adjusted"]["n"]  # without what cannot be tested
 
 
 # ---------------------------------------------------------------------------------------------
 # Scores: what is always right, always one answer, or thrown, against counted sets
 
 
-def row(answers, images=None, **more):
-    said = [
-        {"from": who, "value": words}
-        for answer in answers
-        for who, words in (("human", "?"), ("gpt", answer))
-    ]
-    return {"conversations": said, "image": images or []} | more
+def row(answers, images=None, options=LETTERS, **more):
+    rounds = [Round("<image>", options, answer) for answer in answers]
+    return {"rounds": rounds, "image": images or []} | more
 
 
 SINGLE = [name for name in TESTS if TESTS[name].answers and not name.startswith("memory")]
 
 
+def offered(name, answer):
+    """The options beside this answer, as the test's questions offer them."""
+    if name == "delayed_response":
+        return (answer, opposite(answer))
+    return () if name in NUMBERS else TESTS[name].answers
+
+
 @pytest.mark.parametrize("name", SINGLE)
-def test_right_constant_and_wrong_answers_score_what_they_must(name):
+@pytest.mark.parametrize("rule", ["strict", "published"])
+def test_right_constant_and_wrong_answers_score_what_they_must(name, rule):
     answers = TESTS[name].answers
-    rows = [row([answer]) for answer in answers for _ in range(3)]
+    rows = [row([answer], options=offered(name, answer)) for answer in answers for _ in range(3)]
     right = [[answer] for answer in answers for _ in range(3)]
-    for measure, (hits, chance) in hits_of(name, rows, right).items():
-        assert np.mean(hits) == 1 and (0 < chance < 1), measure
-    constant = hits_of(name, rows, [[answers[0]]] * len(rows))
-    for hits, chance in constant.values():
-        assert np.mean(hits) == pytest.approx(chance)  # as balanced as the answers are
-    for hits, _ in hits_of(name, rows, [[""]] * len(rows)).values():
-        assert np.mean(hits) == 0
+    for measure, result in score_answers(name, rows, right, rule).items():
+        assert result["score"] == 1 and (0 < result["chance"] < 1), measure
+    constant = score_answers(name, rows, [[answers[0]]] * len(rows), rule)
+    share = {"adjacent": 3 / 8}  # as balanced as the answers are
+    for measure, result in constant.items():
+        assert result["score"] == pytest.approx(share.get(measure, 1 / len(answers)), abs=1e-4)
+    for result in score_answers(name, rows, [[""]] * len(rows), rule).values():
+        assert result["score"] == 0
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_thrown_answers_score_chance(name):
     rng, answers = np.random.RandomState(0), TESTS[name].answers
-    rows = [row([answers[rng.randint(len(answers))]]) for _ in range(6000)]
-    thrown = [[answers[rng.randint(len(answers))]] for _ in rows]
-    for hits, chance in hits_of(name, rows, thrown).values():
-        assert np.mean(hits) == pytest.approx(chance, abs=0.02)
+    rows = [row([a], options=offered(name, a)) for a in rng.choice(answers, 6000).tolist()]
+    thrown = [[rng.choice(r["rounds"][0].options or answers)] for r in rows]
+    for result in score_answers(name, rows, thrown, "strict").values():
+        assert result["score"] == pytest.approx(result["chance"], abs=0.02)
 
 
 def test_neighbours_on_the_clock_are_adjacent():
-    rows = [row(["up"])] * 8
-    results = hits_of("delayed_response_open", rows, [[word] for word in DIRECTIONS])
-    assert results["exact"][0] == [True] + [False] * 7
-    assert np.flatnonzero(results["adjacent"][0]).tolist() == [0, 1, 7]
+    rows = [row(["top"], options=DIRECTIONS)]
+    near = [
+        score_answers("delayed_response_open", rows, [[word]], "strict")["adjacent"]["score"]
+        for word in DIRECTIONS
+    ]
+    assert near == [1, 1, 0, 0, 0, 0, 0, 1]
 
 
-def dialogue(seed):
-    """A Memory dialogue by the rule as the paper has it, made here in another way."""
+def dialogue(seed, things=LEARNT):
+    """A Memory dialogue by the rule as the paper has it, made here in another way: (pictures,
+    answers, labels)."""
     rng = np.random.RandomState(seed)
-    images, answers, fresh = ["t0"], ["A"], 0
-    rounds = [(f"t{i - 1}", f"t{i}") for i in range(1, LEARNT)]
-    for i in rng.permutation(list(range(LEARNT)) * 2):
+    images, answers, labels, fresh = ["t0"], ["A"], [["t0"]], 0
+    rounds = [(f"t{i - 1}", f"t{i}") for i in range(1, things)]
+    for i in rng.permutation(list(range(things)) * 2):
         rounds.append((f"t{i}", f"n{fresh}"))
         fresh += 1
     for old, new in rounds:
         first = rng.randint(2)
         images += [new, old] if first else [old, new]
+        labels.append(images[-2:])
         answers.append("A" if first else "B")
-    return images, answers
+    return images, answers, labels
+
+
+def adjusted(rows, said, labels):
+    """The number of things that both rounds found, and of all things."""
+    result = score_answers("memory", rows, said, "strict", labels)["adjusted"]
+    return round(result["score"] * result["n"]), result["n"]
 
 
 def test_memory_wants_both_rounds_of_a_thing():
-    images, answers = dialogue(3)
+    images, answers, labels = dialogue(3)
     assert len(images) == 29 and len(answers) == ROUNDS
     one = row(answers, images)
-    assert hits_of("memory", [one], [answers])["adjusted"][0] == [True] * LEARNT
+    assert adjusted([one], [answers], [labels]) == (LEARNT, LEARNT)
     wrong = list(answers)
     wrong[7] = "B" if wrong[7] == "A" else "A"
-    hits = hits_of("memory", [one], [wrong])
-    assert sum(hits["adjusted"][0]) == LEARNT - 1  # one thing of five is lost
-    assert sum(hits["rounds"][0]) == ROUNDS - 1
+    assert adjusted([one], [wrong], [labels]) == (LEARNT - 1, LEARNT)  # one thing of five is lost
+    testing = score_answers("memory", [one], [wrong], "strict", [labels])["testing"]
+    assert testing["score"] == 0.9
     early = ["B", "A", "A", "A", "A", *answers[5:]]  # the learning rounds do not count
-    assert all(hits_of("memory", [one], [early])["adjusted"][0])
+    assert adjusted([one], [early], [labels]) == (LEARNT, LEARNT)
 
 
 def test_thrown_answers_score_a_quarter_in_memory():
-    rng, rows, thrown = np.random.RandomState(0), [], []
+    rng, rows, thrown, all_labels = np.random.RandomState(0), [], [], []
     for seed in range(600):
-        images, answers = dialogue(seed)
+        images, answers, labels = dialogue(seed)
         rows.append(row(answers, images))
         thrown.append([LETTERS[rng.randint(2)] for _ in answers])
-    hits, chance = hits_of("memory", rows, thrown)["adjusted"]
-    assert len(hits) == 600 * LEARNT and np.mean(hits) == pytest.approx(chance, abs=0.02)
+        all_labels.append(labels)
+    hits, n = adjusted(rows, thrown, all_labels)
+    assert n == 600 * LEARNT and hits / n == pytest.approx(0.25, abs=0.02)
 
 
 def test_a_constant_answer_never_finds_both_pictures_of_a_thing_but_by_chance():
     """All that a constant A can hit of 600 dialogues, counted another way."""
-    rows, both = [], []
+    rows, both, all_labels = [], [], []
     for seed in range(600):
-        images, answers = dialogue(seed)
+        images, answers, labels = dialogue(seed)
         rows.append(row(answers, images))
+        all_labels.append(labels)
         for thing in {images[0], *images[1:9:2], *images[2:9:2]}:
             own = [
                 answers[number]
@@ -190,9 +327,9 @@ def test_a_constant_answer_never_finds_both_pictures_of_a_thing_but_by_chance():
                 if thing in images[2 * number - 1 : 2 * number + 1]
             ]
             both.append(own == ["A", "A"])
-    hits, chance = hits_of("memory", rows, [["A"] * ROUNDS] * 600)["adjusted"]
-    assert len(both) == 600 * LEARNT and sum(hits) == sum(both)
-    assert np.mean(hits) == pytest.approx(chance, abs=0.02)
+    hits, n = adjusted(rows, [["A"] * ROUNDS] * 600, all_labels)
+    assert n == len(both) == 600 * LEARNT and hits == sum(both)
+    assert hits / n == pytest.approx(0.25, abs=0.02)
 
 
 class Listener:
@@ -238,14 +375,16 @@ def test_thrown_likelihoods_score_a_sixth():
 
 def asked(name, rows, frames, answers):
     """The results of a test whose model gives these answers, without a model."""
-    settings = SimpleNamespace(parse="strict")
+    settings = SimpleNamespace(parse="strict", skip=False)
     subject = SimpleNamespace(
         settings=settings,
+        digest=lambda name: hashlib.sha256(frames[name]).hexdigest(),
         frames=lambda names: np.stack([frames[name] for name in names]),
         once=lambda key, rows, make: {
             "seeing": lambda: answers,
             "blind": lambda: [[""] * len(one) for one in answers],
             "pixels": lambda: make(rows),
+            "labels": lambda: make(rows),
         }[key](),
     )
     return make_rule(name)(rows, subject, "fair")
@@ -262,29 +401,32 @@ def test_who_cannot_read_finds_an_identical_picture_and_no_more():
         place = i % 3
         options = [f"m{i}"] * 3
         options[place] = f"q{i}"
-        rows.append(row([LETTERS[place]], [f"q{i}", *options]))
-    wrong = [["A" if r["conversations"][1]["value"] != "A" else "B"] for r in rows]
+        rows.append(row([LETTERS[place]], [f"q{i}", *options], LETTERS[:3]))
+    wrong = [["A" if r["rounds"][0].answer != "A" else "B"] for r in rows]
     results = asked("left_right", rows, frames, wrong)
     assert results["cannot_read"]["score"] == 1 and results["accuracy"]["score"] == 0
     assert results["accuracy"]["solved_by"] == "cannot_read"
-    other = [row([LETTERS[i % 3]], [f"q{i}", *[f"m{i}"] * 3]) for i in range(30)]
+    other = [row([LETTERS[i % 3]], [f"q{i}", *[f"m{i}"] * 3], LETTERS[:3]) for i in range(30)]
     assert asked("left_right", other, frames, wrong)["cannot_read"]["score"] < 0.5
 
 
 def test_who_cannot_read_remembers_pictures():
     frames, rows = {}, []
     for seed in range(4):
-        images, answers = dialogue(seed)
+        images, answers, _ = dialogue(seed)
         own = [f"{seed}{name}" for name in images]
         frames |= {name: noise(hash(name) % (1 << 30)) for name in set(own)}
-        rows.append(row(answers, own))
+        one = row(answers, own, ("A", "B"))
+        pictures = ["<image>"] + ["<image><image>"] * (ROUNDS - 1)
+        one["rounds"] = [r._replace(question=p) for r, p in zip(one["rounds"], pictures)]
+        rows.append(one)
     said = [[""] * ROUNDS for _ in rows]
     results = asked("memory", rows, frames, said)
     assert results["cannot_read"]["score"] == 1 and results["unread"]["score"] == 1
 
 
 def test_who_cannot_read_says_what_is_commonest():
-    rows = [row(["2"]), row(["3"]), row(["3"]), row(["1"])]
+    rows = [row([number], options=()) for number in ("2", "3", "3", "1")]
     results = asked("subitizing", rows, {}, [["2"], ["3"], ["3"], ["1"]])
     assert results["cannot_read"]["score"] == 0.5 and results["accuracy"]["score"] == 1
     assert "solved_by" not in results["accuracy"]
@@ -307,7 +449,7 @@ def test_overall_is_the_mean_of_eleven_columns():
 
 def test_items_fit_their_tests(made):
     for name in TESTS:
-        items = toolbox.read_items(name, made / "eval" / f"{name}.json")
+        items = read_items(name, made / "eval" / f"{name}.json")
         assert {item["subset"] for item in items} == {"seen", "held_out"}
         for item in items:
             assert all((made / "eval" / "images" / image).exists() for image in item["image"])
@@ -326,7 +468,14 @@ def test_the_wording_is_the_originals():
     assert say("left_right", 4) == (
         "<image> Which of the following is the same as this? (A) <image> (B) <image> (C) <image>"
     )
-    assert say("delayed_response", 5, "lamp").startswith("<image>" * 5 + " does the lamp leave")
+    assert say("delayed_response", 5, "lamp") == (
+        "<image>" * 5 + " does the lamp leave the frame through the right side of the frame or the "
+        "left side of the frame? respond ONLY with 'right' or 'left'."
+    )
+    assert say("delayed_response", 5, "bag", ("top left", "bottom right")).endswith(
+        "through the top left corner of the frame or the bottom right corner of the frame? respond "
+        "ONLY with 'top left' or 'bottom right'."
+    )
     assert say("memory", 2) == "Let's try more. Touch the new image. (A) <image> (B) <image>"
     assert say("more_natural", 2, "cups") == (
         "Which image has more cups? Answer (A) <image> (B) <image>"
@@ -632,12 +781,12 @@ def test_a_context_that_is_full_counts_as_unread(made, trained, capsys):
     subject = SimpleNamespace(
         loaded=loaded, settings=settings, together=lambda images: [embed] * len(images)
     )
-    rows = toolbox.read_items("memory", made / "eval" / "memory.json")[:2]
+    rows = read_items("memory", made / "eval" / "memory.json")[:2]
     said = toolbox.ask(rows, subject)
     assert [len(own) for own in said] == [ROUNDS] * 2 and said[0][-1] == ""
     assert "rounds did not fit into 300 tokens" in capsys.readouterr().out
     loaded.model.gpt.config.block_size = 8
-    with pytest.raises(UserError, match="this model holds 8"):
+    with pytest.raises(UserError, match="this model holds, 8"):
         toolbox.ask(rows, subject)
 
 
@@ -652,19 +801,31 @@ def talked(*turns):
     return {"image": ["a.png"] * count, "conversations": said}
 
 
-TWICE = ("<image><image>", "A")
+ONCE = ("(A) <image>", "A")
+TWICE = ("(A) <image> (B) <image>", "A")
+FOUR = " (A) (B) (C) (D)"
 
 
 @pytest.mark.parametrize(
     "name, item, why",
     [
-        ("left_right", talked(("<image>", "A")), "1 pictures, want 4"),
-        ("picture_vocabulary", talked(("<image>" * 5, "A")), "5 pictures, want 4"),
-        ("object_counting", talked(("how many?", "3")), "0 pictures, want 1"),
-        ("delayed_response", talked(("where?", "left")), "want a clip"),
-        ("more_natural", talked(TWICE, TWICE), "want 2 and one question"),
-        ("memory", talked(*[("<image>", "A")] * ROUNDS), "first of 1 picture, others of 2"),
-        ("memory_fair", talked(*[("<image>", "A")] + [TWICE] * 3), f"want {ROUNDS} rounds"),
+        ("left_right", talked(("<image><image> (A) (B) (C)", "A")), "2 pictures, want 4"),
+        ("picture_vocabulary", talked(("<image>" * 5 + FOUR, "A")), "5 pictures, want 4"),
+        ("picture_vocabulary", talked(("<image>" * 4, "A")), "offers no options"),
+        ("object_counting", talked(("how many?", "3")), "conversations"),
+        ("object_counting", talked(("<image> how many?", "some")), "'some' is no answer"),
+        ("delayed_response", talked(("where?", "left")), "conversations"),
+        ("delayed_response", talked(("<image> ONLY 'left' or 'right'", "top")), "no answer"),
+        ("delayed_response_open", talked(("<image> ONLY 'up' or 'left'", "top")), "no answer"),
+        ("more_natural", talked(TWICE, TWICE), "2 questions, want one"),
+        ("left_right", talked(("<image> ONLY with 'left' or 'top'", "left")), "options (A) (B)"),
+        ("memory", talked(*[ONCE] * ROUNDS), "first of 1 picture, others of 2"),
+        ("memory", talked(TWICE, TWICE, TWICE), "first of 1 picture, others of 2"),
+        ("memory_fair", talked(ONCE, TWICE), "want 3 rounds or more"),
+        ("memory", talked(ONCE, TWICE, TWICE) | {"labels": [["a"]]}, "its labels must be 3 lists"),
+        ("memory", talked(ONCE, TWICE, TWICE) | {"labels": "abc"}, "its labels must be 3 lists"),
+        ("memory", talked(ONCE, TWICE, TWICE) | {"learnt": ["a"]}, "its learnt must be"),
+        ("left_right", talked(("<image>" * 4 + FOUR, "A")) | {"subset": 3}, "its subset"),
         ("left_right", {"image": ["a", "b"], "phrases": ["c", "d"]}, "want a conversation"),
         ("looking_while_listening", talked(TWICE), "two pictures and two phrases"),
     ],
@@ -674,7 +835,7 @@ def test_items_of_another_form_are_refused(tmp_path, name, item, why):
     path = tmp_path / "other.json"
     path.write_text(json.dumps([item]))
     with pytest.raises(UserError) as error:
-        toolbox.read_items(name, path)
+        read_items(name, path)
     assert one_line(error) and why in str(error.value) and f"{path}: item 0" in str(error.value)
 
 
@@ -688,14 +849,14 @@ def test_items_of_another_form_are_refused(tmp_path, name, item, why):
         (
             '[{"image": ["a"], "conversations": [{"from": "human", "value": "?"}, '
             '{"from": "gpt", "value": "A"}]}]',
-            "0 <image> for 1 pictures",
+            "offers no options",
         ),
-        (json.dumps([talked(("<image>" * 4, "Z"))]), "'Z' is no answer"),
+        (json.dumps([talked(("<image>" * 4 + FOUR, "Z"))]), "'Z' is no answer"),
     ],
 )
 def test_corrupted_files(tmp_path, content, why):
     path = tmp_path / "picture_vocabulary.json"
     path.write_text(content)
     with pytest.raises(UserError) as error:
-        toolbox.read_items("picture_vocabulary", path)
+        read_items("picture_vocabulary", path)
     assert one_line(error) and why in str(error.value) and str(path) in str(error.value)
