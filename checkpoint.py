@@ -12,6 +12,8 @@ Checkpoints: what a run saves and loads. One self-contained file, a dict of torc
     digest        of its weights, if done: stored in the `parents` of its children
     source        the source of its data, "toy" or another
     corpus        the id of its data, as in meta.json
+    corpora       [{"phase", "source", "corpus"}] of all data that its phases saw, its own last; of
+                  weights from elsewhere the file and its digest; missing in older checkpoints
     images        the ImageFormat, a dict
     tokenizer     {"kind", "ranks"}, a Tokenizer as text; None for a tower alone
     parts         those that exist of {"tower": vision.describe_tower(), "gpt": sizes, "projector":
@@ -31,6 +33,7 @@ sample.py, eval.py and train.py need nothing else.
 
 import pickle
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -217,6 +220,12 @@ def has_other_images(checkpoint, dataset):
     return ImageFormat.parse(checkpoint["images"]) != dataset.image_format
 
 
+def corpora_of(checkpoint):
+    """The corpora that a checkpoint saw, see the table above; of an older one its own."""
+    own = {name: checkpoint[name] for name in ("phase", "source", "corpus")}
+    return checkpoint.get("corpora") or [own]
+
+
 def save(path, checkpoint):
     """Write a checkpoint, completely or not at all."""
     with writing(path) as file:
@@ -234,8 +243,10 @@ def save(path, checkpoint):
 def read_torch(path, safe=()):
     """The contents of a torch.save file, on the CPU. No code in it is run; only classes in `safe`
     may occur. Raises UserError for a missing, foreign or incomplete file."""
+    # safe_globals() is in PyTorch from 2.5 on
+    allowed = torch.serialization.safe_globals(list(safe)) if safe else nullcontext()
     try:
-        with torch.serialization.safe_globals(list(safe)):
+        with allowed:
             return torch.load(regular(path), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: {why_missing(path)}") from None

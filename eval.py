@@ -49,6 +49,7 @@ class Config(config.Options):
     json: str = ""  # of toolbox: a folder of its JSON files; empty: eval in data
     images: tuple[str, ...] = ()  # folders or zips of pictures that are not beside their file
     parse: str = option("strict", choices=("strict", "published"))  # of toolbox: reading answers
+    max_new_tokens: int = option(32, low=1, high=1 << 16)  # of toolbox: the longest answer
     skip: bool = False  # of toolbox: leave out items that cannot be scored, and say how many
     scores: str = ""  # of toolbox: also write the BabyVLM leaderboard's scores to this file
     human: str = ""  # of devbench: a CSV with the fraction of children who chose each answer

@@ -1,8 +1,12 @@
 """
-A checkpoint as a Hugging Face folder, which transformers opens, and which opens here again as the
-same checkpoint, to the bit.
+A checkpoint as a folder for others: for transformers, or for the BabyVLM challenge.
 
-    python export.py out/toy/phase2.pt DIR
+    python export.py out/toy/phase2.pt DIR                                        # transformers
+    python export.py out/run/phase3.pt DIR --to babyvlm [--name NAME] [--repo USER/NAME]
+
+The second is described in adapters/submission.py. The first opens here again as the same
+checkpoint, to the bit.
+
     AutoModelForImageTextToText.from_pretrained("DIR")     # then, with transformers
 
 The GPT becomes a Llama (a Qwen2, if it has biases), the tower a ViT, CLIP or SigLIP. With
@@ -13,6 +17,7 @@ Letters: E vision width, C model width.
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +25,10 @@ import torch
 import checkpoint
 import config
 import vision
+from adapters import submission
 from common.files import read_json, write_json, writing
 from common.images import RESAMPLING
-from config import UserError
+from config import UserError, option
 from pretrained import safetensors, tokenizer_json
 from pretrained.exported import K  # 256: the factor of norm_as_layer(), which reading needs too
 from tokenizer import end_tokens, read_template
@@ -517,13 +523,28 @@ def model_card(saved, count, scores):
     return "\n".join(lines) + "\n"
 
 
+@dataclass
+class Config(config.Options):
+    to: str = option("transformers", choices=("transformers", "babyvlm"))
+    name: str = ""  # of babyvlm: the model's name on the leaderboard; empty: the folder's
+    repo: str = ""  # of babyvlm: USER/NAME of the repository that the folder is uploaded to
+
+
 def main(argv):
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(__doc__.strip())
         return
-    if len(argv) != 2:
-        raise UserError("want: python export.py CHECKPOINT.pt DIR")
-    source, folder = Path(argv[0]), argv[1]
+    paths, flags = argv[:2], argv[2:]
+    if len(paths) != 2 or any(path.startswith("--") for path in paths):
+        raise UserError("want: python export.py CHECKPOINT.pt DIR [--to babyvlm]")
+    settings = config.load(Config, flags, __doc__)
+    if settings.to == "transformers" and (settings.name or settings.repo):
+        raise UserError("--name and --repo are for --to babyvlm")
+    source, folder = Path(paths[0]), paths[1]
+    if settings.to == "babyvlm":
+        for line in submission.write(source, folder, settings.name, settings.repo):
+            print(line)
+        return
     loaded, results = checkpoint.load(source), source.parent / "results.json"
     scores = read_json(results) if results.exists() else None
     if scores and scores["digest"] != loaded.checkpoint["digest"]:

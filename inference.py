@@ -9,6 +9,7 @@ A trained model at work: pictures and words in, words or their likelihoods out.
     generate_text       words, greedily
     answer_prompts      the same for prompts of any lengths
     answer_dialogues    several questions in a row, with the model's own answers in between
+    score_text          how likely a text is after pictures, and whether greedy decoding gives it
 
 Letters: N images, S image side in pixels, E vision width, C model width.
 """
@@ -23,7 +24,7 @@ import checkpoint
 from common.images import read_picture, to_pixels
 from common.tiles import arrange
 from config import UserError
-from tokenizer import chat_sample, end_tokens, expand, with_pictures
+from tokenizer import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
 
 QUESTION = "what is this ?"  # for a chat model, if no question is given
 
@@ -152,6 +153,28 @@ def nll_after(loaded, prompts, embeds, words, batch=256):
     return scores
 
 
+def score_text(loaded, context, text, embeds, template, system=""):
+    """(mean NLL per token of a text, whether it is what greedy decoding gives). embeds: of the
+    pictures before it. With an empty context the text is a caption, else an answer to that
+    question."""
+    tokenizer, text = loaded.tokenizer, text.strip()
+    if context.replace("<image>", "").strip():
+        if "<image>" not in context:
+            context = "".join(["<image> "] * len(embeds)) + context
+        prompt, _ = chat_sample(tokenizer, template, [(context, None)], system)
+        words = tokenizer.encode_segment(template.answer.replace("{}", text), after="text")
+    else:
+        before = tokenizer.start + [tokenizer.image] * len(embeds)
+        prompt = before or [tokenizer.eos]
+        words = tokenizer.encode(text)
+    prompt = expand(prompt, tokenizer.image, [len(embed) for embed in embeds])
+    (loss,) = nll_after(loaded, [prompt], [embeds] if embeds else None, [words])
+    tokens = torch.tensor([prompt], device=loaded.device)
+    image_embeds = join_embeds([embeds], loaded.device)
+    greedy = loaded.model.generate(tokens, image_embeds, len(words))
+    return float(loss), [int(token) for token in greedy] == words
+
+
 # ---------------------------------------------------------------------------------------------
 # Words
 
@@ -174,6 +197,13 @@ def generate_text(loaded, prompts, embeds, stop, max_new_tokens):
     image_embeds = join_embeds(embeds, loaded.device)
     steps = list(loaded.model.generate(tokens, image_embeds, max_new_tokens, stop=stop))
     return [loaded.tokenizer.decode(row).strip() for row in torch.stack(steps, 1).tolist()]
+
+
+def question_template(loaded, name=""):
+    """(Template, system text) for questions: as Loaded.choose_template() says, or the template
+    `bare` for a model that was trained on captions alone."""
+    template, system = loaded.choose_template(name)
+    return template or TEMPLATES["bare"], system
 
 
 def answer_prompts(loaded, prompts, embeds, stop, max_new_tokens, batch=32):

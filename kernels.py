@@ -58,14 +58,35 @@ import torch
 import torch.nn.functional as F
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own slow one: how the tests run
+# The kernels are operators of PyTorch, so that torch.compile and autograd know them
+CAN_REGISTER = hasattr(torch.library, "custom_op")  # from PyTorch 2.4 on
 triton = None
 # Its import takes 0.3 s and 75 MB, so it is left out where no kernel will run. Who wants to compile
 # them without a GPU sets TRITON_INTERPRET=0.
-if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available():
+if CAN_REGISTER and ("TRITON_INTERPRET" in os.environ or torch.cuda.is_available()):
     with suppress(ImportError):  # there is none for macOS and Windows
         import triton
         import triton.language as tl
 jit = triton.jit if triton else lambda kernel: kernel
+
+def register(name):
+    """torch.library.custom_op; in an older PyTorch a stand-in, with which this file is imported
+    and its kernels are never called."""
+    if CAN_REGISTER:
+        return torch.library.custom_op(name, mutates_args=())
+    return NotRegistered
+
+
+class NotRegistered:
+    def __init__(self, function):
+        pass
+
+    def register_fake(self, function):
+        return function
+
+    def register_autograd(self, function, setup_context):
+        pass
+
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LIMITS = {"sdpa": 128, "torch": 8192}  # the widest that Triton takes in the place of each
@@ -79,6 +100,8 @@ def lacking(device):
         return f"it needs an NVIDIA GPU, and this is to run on {torch.device(device).type}"
     if triton is None:
         return "the package triton is not installed"
+    if not CAN_REGISTER:
+        return f"it needs PyTorch 2.4, and this is {torch.__version__}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
     return ""
@@ -199,7 +222,7 @@ def norm_tile(width):
             "num_warps": min(16, max(4, BLOCK_C // 512))}
 
 
-@torch.library.custom_op("nanobabyllava::norm_forward", mutates_args=())
+@register("nanobabyllava::norm_forward")
 def norm_forward_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
                     eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, total, rstd = norm_forward_shapes(x, residual, weight, eps)
@@ -221,7 +244,7 @@ def norm_forward_shapes(x, residual, weight, eps):
 PARTS = 528
 
 
-@torch.library.custom_op("nanobabyllava::norm_backward", mutates_args=())
+@register("nanobabyllava::norm_backward")
 def norm_backward_op(dy: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor,
                      weight: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tile, rows, width = norm_tile(x.shape[-1]), rstd.numel(), x.shape[-1]
@@ -302,9 +325,10 @@ def attention(q, k, v, prefix=0, backend=None):
         return attention_reference(q, k, v, prefix)
     causal = T == T_keys and prefix <= 1  # SDPA's own flag, which needs no mask in memory
     mask = None if causal or T == 1 else visible(T, T_keys, prefix, q.device)
+    grouped = {"enable_gqa": True} if H != H_kv else {}  # an argument from PyTorch 2.5 on
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-        is_causal=causal and T > 1, enable_gqa=H != H_kv)
+        is_causal=causal and T > 1, **grouped)
     return y.transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
 
 
@@ -492,7 +516,7 @@ def launch(kernel, which, q, k, v, prefix, *others):
         num_stages=stages)
 
 
-@torch.library.custom_op("nanobabyllava::attention_forward", mutates_args=())
+@register("nanobabyllava::attention_forward")
 def attention_forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: int
                          ) -> tuple[torch.Tensor, torch.Tensor]:
     o, log = attention_forward_shapes(q, k, v, prefix)
@@ -506,7 +530,7 @@ def attention_forward_shapes(q, k, v, prefix):
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("nanobabyllava::attention_backward", mutates_args=())
+@register("nanobabyllava::attention_backward")
 def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
                           log: torch.Tensor, do: torch.Tensor, prefix: int
                           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -113,8 +113,9 @@ class BesideFile:
     def find(self, name):
         """As Archives.find()."""
         for spelling in dict.fromkeys((name, clean(name))):
-            location = os.path.join(self.folder, spelling)
-            if spelling.split("/")[0] in self.there and os.path.isfile(location):
+            location = os.path.join(self.folder, spelling)  # an absolute path stays as it is
+            may_be = os.path.isabs(spelling) or spelling.split("/")[0] in self.there
+            if may_be and os.path.isfile(location):
                 return location
         return self.archives.find(name)
 

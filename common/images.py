@@ -184,10 +184,8 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def open_picture(location, reduced=0):
-    """A picture file or ZipEntry as an upright RGB PIL image. 16-bit, grey, palette and CMYK become
-    RGB, and transparent pixels white. reduced: see load_picture(). Raises UserError."""
-    image = load_picture(location, reduced)
+def to_rgb(image):
+    """A PIL image of any mode as RGB: 16 bits are scaled to 8, transparent pixels become white."""
     if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip at 255, not scale
         values, transparent = np.asarray(image, np.int32), image.info.get("transparency")
         grey = (values >> 8).clip(0, 255).astype(np.uint8)
@@ -198,6 +196,15 @@ def open_picture(location, reduced=0):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
+
+
+def open_picture(location, reduced=0):
+    """A picture file, ZipEntry or PIL image as an upright RGB PIL image. reduced: see
+    load_picture(). Raises UserError."""
+    if isinstance(location, Image.Image):
+        check_size("the picture", *location.size)
+        return to_rgb(upright(location))
+    return to_rgb(load_picture(location, reduced))
 
 
 def middle(image, width, height):
@@ -236,7 +243,7 @@ def to_picture(image, image_format):
 
 
 def read_picture(location, image_format):
-    """A picture file or ZipEntry as a Picture. Raises UserError."""
+    """A picture file, ZipEntry or PIL image as a Picture. Raises UserError."""
     return to_picture(open_picture(location, image_format.reduced), image_format)
 
 

@@ -29,7 +29,6 @@ from sources.toolbox_prompts import DIRECTIONS, TESTS
 from tasks.babyvlm import winoground
 from tasks.scores import accuracy
 from tasks.toolbox_files import parse
-from tokenizer import TEMPLATES
 
 # The eleven columns whose mean is published as overall
 COLUMNS = (
@@ -57,11 +56,10 @@ def ask(rows, subject):
     answers stay in the context; questions that do not fit into it get "", and a line says how many.
     Raises UserError if no first question fits."""
     loaded = subject.loaded
-    template, system = loaded.choose_template(subject.settings.template)
-    template = template or TEMPLATES["bare"]  # if it was trained on captions alone
+    template, system = inference.question_template(loaded, subject.settings.template)
     dialogues = [([r.question for r in row["rounds"]], row["image"]) for row in rows]
     answers, unanswered = inference.answer_dialogues(
-        loaded, dialogues, subject.together, template, system
+        loaded, dialogues, subject.together, template, system, subject.settings.max_new_tokens
     )
     block_size = loaded.model.gpt.config.block_size
     if unanswered[0] == len(rows):

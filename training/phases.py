@@ -246,6 +246,8 @@ def save(run, step):
         validates_on=run.phase.validates_on,
         state=state,
     )
+    before = [one for parent in run.parents.values() for one in checkpoint.corpora_of(parent)]
+    contents["corpora"] = before + checkpoint.corpora_of(contents)
     if run.phase.saves_template:
         contents["template"] = run.dataset.meta.get("template")
     else:  # a phase on captions keeps what an earlier phase on conversations has learnt

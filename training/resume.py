@@ -226,6 +226,8 @@ def import_weights(settings, name, phase, dataset, processes):
             inherited=inherited,
             validates_on=phase.validates_on,
         )
+        (digest,) = parents.values()
+        contents["corpora"] = [{"phase": name, "source": str(source), "corpus": digest}]
         checkpoint.save(path, contents)
         processes.print(f"{name}: {source} as it is")
 

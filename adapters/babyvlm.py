@@ -1,0 +1,224 @@
+"""
+A model of nanoBabyLLaVA inside lmms-eval (0.3 to 0.7), for the BabyVLM challenge. `python export.py
+CHECKPOINT.pt DIR --to babyvlm` copies this file to DIR/model.py, beside the weights and the code
+that it loads, DIR/checkpoint.pt and DIR/nanobabyllava/.
+
+    simple_evaluate(model=NanoBabyLLaVA(pretrained="DIR"), tasks=[...])    # an instance
+    python -m lmms_eval --model NAME --model_args pretrained=DIR ...       # registered
+
+`pretrained` is such a folder, a .pt beside it, or the name of a repository on the Hugging Face hub
+with the same files. Answers are greedy, whatever the task's temperature. No item ends a run: one
+that fails, or has no room in the context, gets an empty answer, and a line says how many did.
+"""
+
+import importlib
+import json
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from lmms_eval.api.model import lmms
+from lmms_eval.api.registry import register_model
+from PIL import Image
+
+try:  # lmms-eval 0.7 turns a bare tuple of a loss into text; of this class it takes what is inside
+    from lmms_eval.api.instance import GenerationResult
+except ImportError:
+
+    def GenerationResult(loss):
+        return loss
+
+
+CODE = "nanobabyllava"  # the folder with our files
+LONGEST = 32  # tokens of an answer, where the task does not say
+
+
+def find_folder(pretrained):
+    """The folder of a submission, downloaded if `pretrained` is no path. Raises ValueError."""
+    name = pretrained.removeprefix("https://huggingface.co/").rstrip("/")
+    if Path(name).exists():
+        path = Path(name)
+        return path if path.is_dir() else path.parent
+    if "://" in name:
+        raise ValueError(f"{pretrained}: want a folder, or a repository on the Hugging Face hub")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name))
+
+
+@contextmanager
+def our_names(folder):
+    """While it lasts, files in a folder are imported under their plain names (config, model, ...).
+    Modules of others that have the same names come back afterwards."""
+    ours = {path.stem for path in Path(folder).iterdir() if path.suffix == ".py" or path.is_dir()}
+    is_ours = lambda name: name.partition(".")[0] in ours
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if is_ours(name)}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in list(sys.modules):
+            if is_ours(name):
+                sys.modules[f"{CODE}.{name}"] = sys.modules.pop(name)
+        sys.modules.update(others)
+
+
+def questions_of(doc):
+    """The questions of a Memory dialogue."""
+    return [turn["value"] for turn in doc["conversations"] if turn["from"] == "human"]
+
+
+@register_model("nanobabyllava")
+class NanoBabyLLaVA(lmms):
+    """pretrained: see above. batch_size: how many requests are answered together. device: empty:
+    cuda if there is one. conv_template is accepted and not used: the model has its own."""
+
+    is_simple = True  # it takes the simple form of requests, not chat messages
+
+    def __init__(
+        self, pretrained, batch_size=1, device="", conv_template="", max_batch_size=None, dtype=""
+    ):
+        super().__init__()
+        folder, path = find_folder(str(pretrained)), Path(str(pretrained))
+        path = path if path.is_file() else folder / "checkpoint.pt"
+        # in a clone of nanoBabyLLaVA there is no such folder, and the names are its own
+        with our_names(folder / CODE) if (folder / CODE).is_dir() else nullcontext():
+            self.inference = importlib.import_module("inference")
+            device = self.inference.checkpoint.choose_device(str(device or ""))
+            self.loaded = self.inference.open_model(path, device, dtype)
+        self.template, self.system = self.inference.question_template(self.loaded)
+        self.batch_size = 1 if str(batch_size).startswith("auto") else int(batch_size)
+        self.failed = []  # why an answer is empty, one for each
+
+    # -----------------------------------------------------------------------------------------
+    # Pictures
+
+    def embed(self, pictures):
+        """The embeddings of pictures, PIL images or paths, that are shown together."""
+        image_format = self.loaded.image_format
+        if len(pictures) > 1:
+            image_format = image_format.beside_others()
+        read = [self.inference.read_picture(picture, image_format) for picture in pictures]
+        return self.inference.embed_pictures(self.loaded, read)
+
+    def doc_of(self, doc_id, task, split):
+        return self.task_dict[task][split][doc_id]
+
+    def visuals_of(self, doc_to_visual, doc):
+        """The pictures of a document as PIL images: some tasks nest them in lists."""
+        found, wanted = [], [doc_to_visual(doc)]
+        while wanted:
+            one = wanted.pop(0)
+            if isinstance(one, (list, tuple)):
+                wanted = [*one, *wanted]
+            elif isinstance(one, Image.Image):
+                found.append(one)
+            elif one is not None:
+                raise ValueError(f"a picture of {type(one).__name__}: want PIL images")
+        return found
+
+    # -----------------------------------------------------------------------------------------
+    # Answers
+
+    def answer(self, dialogues, options):
+        """The answers of dialogues [(questions, pictures)]: a list for each dialogue. One that
+        raises an error gets empty answers. options: gen_kwargs of the task."""
+        most = int(options.get("max_new_tokens") or LONGEST)
+        try:
+            said, unanswered = self.inference.answer_dialogues(
+                self.loaded, dialogues, self.embed, self.template, self.system, most,
+                self.batch_size)  # fmt: skip
+        except Exception as error:
+            if len(dialogues) > 1:  # which one was it?
+                return [self.answer([dialogue], options)[0] for dialogue in dialogues]
+            self.failed.append(f"{type(error).__name__}: {error}")
+            return [[""] * len(dialogues[0][0])]
+        self.failed += ["no room in the context"] * sum(unanswered)
+        until = options.get("until") or []
+        for end in [until] if isinstance(until, str) else until:
+            if end:
+                said = [[answer.split(end)[0].strip() for answer in own] for own in said]
+        return said
+
+    def answer_all(self, requests, make):
+        """The answers of requests, in batches of equal gen_kwargs. make(request) -> (questions,
+        pictures)."""
+        answers, batches = [[""]] * len(requests), {}
+        for number, request in enumerate(requests):
+            batches.setdefault(repr(request.args[1]), []).append(number)
+        for numbers in batches.values():
+            for start in range(0, len(numbers), self.batch_size):
+                own, dialogues = [], []
+                for number in numbers[start : start + self.batch_size]:
+                    try:
+                        dialogues.append(make(requests[number]))
+                        own.append(number)
+                    except Exception as error:
+                        self.failed.append(f"{type(error).__name__}: {error}")
+                options = dict(requests[numbers[start]].args[1])
+                for number, said in zip(own, self.answer(dialogues, options) if own else []):
+                    answers[number] = said
+        self.report(len(requests))
+        return answers
+
+    def report(self, count):
+        """Print how many of `count` requests got no answer."""
+        if self.failed:
+            print(f"{len(self.failed)} empty answers in {count} items, first: {self.failed[0]}")
+            self.failed = []
+
+    def generate_until(self, requests):
+        """A reply to each request, a string."""
+
+        def make(request):
+            context, _, doc_to_visual, doc_id, task, split = request.args
+            visuals = self.visuals_of(doc_to_visual, self.doc_of(doc_id, task, split))
+            if visuals and "<image>" not in context:
+                context = " ".join(["<image>"] * len(visuals)) + "\n" + context
+            if context.count("<image>") != len(visuals):
+                raise ValueError(f"{context.count('<image>')} <image> for {len(visuals)} pictures")
+            return [context], visuals
+
+        return [said[0] for said in self.answer_all(requests, make)]
+
+    def generate_until_multi_round(self, requests):
+        """The replies to all rounds of each request, a JSON list. The rounds and their pictures are
+        those of the document; the model's own replies stay in the context."""
+
+        def make(request):
+            _, _, _, _, doc_id, task, split = request.args
+            doc = self.doc_of(doc_id, task, split)
+            names = doc["image"]
+            return questions_of(doc), [names] if isinstance(names, str) else list(names)
+
+        replies = self.answer_all(requests, make)
+        for number, request in enumerate(requests):
+            if replies[number] == [""]:  # it failed before it was asked
+                doc = self.doc_of(*request.args[4:])
+                replies[number] = [""] * len(questions_of(doc))
+        return [json.dumps(said) for said in replies]
+
+    # -----------------------------------------------------------------------------------------
+    # Likelihoods
+
+    def loglikelihood(self, requests):
+        """(loss, whether greedy) of each request's continuation: its mean negative log-likelihood
+        per token, lower is better. After pictures alone the text is a caption; after a question an
+        answer in the model's template. One that fails has an infinite loss."""
+        results = []
+        for request in requests:
+            context, doc_to_target, doc_to_visual, doc_id, task, split = request.args
+            try:
+                doc = self.doc_of(doc_id, task, split)
+                text = doc_to_target if isinstance(doc_to_target, str) else doc_to_target(doc)
+                visuals = self.visuals_of(doc_to_visual, doc)
+                result = self.inference.score_text(
+                    self.loaded, context, str(text), self.embed(visuals) if visuals else [],
+                    self.template, self.system)  # fmt: skip
+            except Exception as error:
+                self.failed.append(f"{type(error).__name__}: {error}")
+                result = float("inf"), False
+            results.append(GenerationResult(result))
+        self.report(len(requests))
+        return results
