@@ -33,6 +33,7 @@ from data import Data
 from sources.toolbox_prompts import TESTS
 from tasks import TASKS, board, report, run_task, toolbox
 from tasks.board import BOARD
+from tasks.swap import language_scores, run_swap
 from tasks.toolbox_files import find_tests, known_name
 from tasks.zorro import zorro
 from tokenizer import TEMPLATES
@@ -44,7 +45,7 @@ class Config(config.Options):
     checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote, or a LLaVA folder
     data: str = ""  # a prepared folder with eval/ and val bins; empty: the one it was trained on
     task: str = ""  # one test, or toolbox (all of its); empty: all whose files are in data
-    csv: str = ""  # the test's file (of choice a JSON); empty: eval/<task>.csv in data
+    csv: str = ""  # the test's file (or folder, or JSON); empty: eval/<task>.csv in data
     template: str = option("", choices=("", "plain", *TEMPLATES))  # for questions; empty: its own
     json: str = ""  # of toolbox: a folder of its JSON files; empty: eval in data
     images: tuple[str, ...] = ()  # folders or zips of pictures that are not beside their file
@@ -54,7 +55,8 @@ class Config(config.Options):
     scores: str = ""  # of toolbox: also write the BabyVLM leaderboard's scores to this file
     human: str = ""  # of devbench: a CSV with the fraction of children who chose each answer
     ties: str = option("fair", choices=("fair", "published"))  # published: as BabyVLM's own scorer
-    zorro: str = ""  # a folder of Zorro's .txt files: odd lines wrong, even lines right
+    zorro: str = ""  # a folder of Zorro's grammar pairs, .txt or .json
+    swap: str = ""  # a folder of LongTail-Swap's and Visual-Property Swap's files
     batch: int = option(256, low=1, high=1 << 20)  # phrases scored at a time
     shuffle: bool = False  # random pictures for each test: all scores must fall to chance
     out: str = ""  # where to write; empty: the checkpoint's folder
@@ -141,7 +143,8 @@ def needs_folder(settings, folder):
     the checkpoint's own folder is not here."""
     if settings.csv or settings.json:
         return False
-    return not settings.zorro or bool(settings.data) or (folder / "meta.json").exists()
+    alone = settings.zorro or settings.swap
+    return not alone or bool(settings.data) or (folder / "meta.json").exists()
 
 
 def evaluate(loaded, settings):
@@ -157,8 +160,8 @@ def evaluate(loaded, settings):
         "phase": saved["phase"],
         "trained_on": saved["source"],
         "corpus": saved["corpus"],
-        "data": settings.csv or settings.zorro or str(folder),
-        "source": settings.csv or settings.zorro,
+        "data": settings.csv or settings.zorro or settings.swap or str(folder),
+        "source": settings.csv or settings.zorro or settings.swap,
         "csv": settings.csv,
         "shuffled": settings.shuffle,
         "ties": settings.ties,
@@ -167,7 +170,13 @@ def evaluate(loaded, settings):
     }
     if settings.zorro:
         results["tasks"]["zorro"] = zorro(settings.zorro, loaded, settings.batch)
-    elif dataset and not settings.task and (folder / "eval" / "grammar").is_dir():
+    if settings.swap:
+        results["tasks"]["swap"] = run_swap(settings.swap, loaded, settings.batch)
+    if settings.zorro and settings.swap:
+        parts = [results["tasks"][name]["all"] for name in ("zorro", "swap")]
+        results["tasks"]["language"] = {"all": language_scores(*parts)}
+    alone = settings.task or settings.zorro or settings.swap
+    if dataset and not alone and (folder / "eval" / "grammar").is_dir():
         pairs = folder / "eval" / "grammar"  # of the toy world's own grammar
         results["tasks"]["grammar"] = zorro(pairs, loaded, settings.batch)
     if dataset:

@@ -133,6 +133,16 @@ def choose(backend, fast, x):
     return fast if why or INTERPRET else "triton"
 
 
+def autocast_dtype(x):
+    """The dtype in which autocast computes on x's device, or None outside autocast."""
+    kind = x.device.type
+    if CAN_REGISTER:
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if kind == "cpu":  # before PyTorch 2.4 these are functions of their own
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
 def run(kernel, grid, x, *arguments, **options):
     """Launch a grid of programs on x's device, unless it is empty."""
     if 0 not in grid:
@@ -166,7 +176,7 @@ def rms_norm(x, weight, eps, residual=None, backend=None):
         y, total, _ = norm_forward_op(x, residual, weight, eps)
         return y if residual is None else (y, total)
     total = x if residual is None else x + residual
-    if backend == "torch":
+    if backend == "torch" and CAN_REGISTER:  # F.rms_norm came with PyTorch 2.4 too
         y = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
     else:
         y = rms_norm_reference(total, weight, eps)
@@ -318,8 +328,9 @@ def attention(q, k, v, prefix=0, backend=None):
                          "multiple of H_kv")
     backend = choose(backend, "sdpa", q)
     if backend == "triton":
-        if torch.is_autocast_enabled(q.device.type):  # PyTorch casts for its own operators only
-            q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
+        dtype = autocast_dtype(q)
+        if dtype:  # PyTorch casts for its own operators only
+            q, k, v = (x.to(dtype) for x in (q, k, v))
         return attention_forward_op(q, k, v, prefix)[0]
     if backend == "reference":
         return attention_reference(q, k, v, prefix)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fast.products import Linear, linear
-from kernels import attention, attention_weights, choose, rms_norm
+from kernels import attention, attention_weights, autocast_dtype, choose, rms_norm
 
 
 @dataclass
@@ -252,8 +252,9 @@ class GPT(nn.Module):
     def embed(self, tokens):
         x = self.embed_tokens(tokens)
         # Autocast leaves embeddings in fp32: cast, so that norms and sums move half the bytes.
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        dtype = autocast_dtype(x)
+        if dtype:
+            x = x.to(dtype)
         return F.dropout(x, self.config.dropout, self.training)
 
     def backends(self, dtype):

@@ -39,8 +39,8 @@ def find_folder(pretrained):
     if Path(name).exists():
         path = Path(name)
         return path if path.is_dir() else path.parent
-    if "://" in name:
-        raise ValueError(f"{pretrained}: want a folder, or a repository on the Hugging Face hub")
+    if "://" in name or len(name.split("/")) > 2 or name.startswith(("/", ".")):
+        raise ValueError(f"{pretrained}: no such folder, nor a repository on the Hugging Face hub")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name))
@@ -90,6 +90,17 @@ class NanoBabyLLaVA(lmms):
         self.template, self.system = self.inference.question_template(self.loaded)
         self.batch_size = 1 if str(batch_size).startswith("auto") else int(batch_size)
         self.failed = []  # why an answer is empty, one for each
+        self.try_out()
+
+    def try_out(self):
+        """Answer a question and score a text about a grey picture. Raises the error if that does
+        not work: else an environment in which nothing works would give empty answers to all."""
+        grey = Image.new("RGB", (32, 32), "grey")
+        ask = self.inference.answer_dialogues
+        ask(self.loaded, [(["<image> a?"], [grey])], self.embed, self.template, self.system, 2)
+        self.inference.score_text(
+            self.loaded, "", "a", self.embed([grey]), self.template, self.system
+        )
 
     # -----------------------------------------------------------------------------------------
     # Pictures

@@ -23,7 +23,8 @@ def is_intel():
     return "GenuineIntel" in maker
 
 
-ONEDNN = torch.backends.mkldnn.is_available() and not is_intel()
+NEW = hasattr(torch.library, "custom_op")  # PyTorch 2.4 or later, where this was measured
+ONEDNN = NEW and torch.backends.mkldnn.is_available() and not is_intel()
 
 
 def uses_onednn(x):

@@ -1,14 +1,20 @@
 """
 Machine-DevBench (of EgoBabyVLM) and DevBench.
 
+    python eval.py --task machine_devbench --csv DIR                    # the published folder
     python eval.py --task machine_devbench --csv FILE.csv --images DIR
     python eval.py --task devbench --csv manifest.csv --images DIR [--human human.csv]
 
-Machine-DevBench's CSV has the columns task, bin, image1, image2, text1, text2. An item of the task
-`lexical` has no text2, and is right if text1 is likelier after image1 than after image2. An item of
-a grammatical task is right if s11 + s22 > s12 + s21, with s_ij the log-likelihood of text j after
-image i. The score of a task is the mean over its frequency bins; `overall` is the mean of lexical
-and of the mean of the grammatical tasks.
+Machine-DevBench's folder has the manifests Lexical/Nouns/manifest_nouns_STYLE.json and
+Grammatical/gram_negation/manifest_grammatical_negation_STYLE.json, with pictures beside them, in
+the styles realistic and cartoon, which are subsets here. A CSV has the columns task, bin, image1,
+image2, text1, text2.
+
+A lexical item (no text2) is right if text1 is likelier after image1 than after image2; a
+grammatical one if s11 + s22 > s12 + s21, with s_ij the log-likelihood of text j after image i. A
+lexical task scores the mean over its frequency bins, of which the two lowest are one; a
+grammatical task the plain mean over its items; `lexical` and `grammatical` are the means of their
+tasks, `overall` the mean of both. With --ties published a tie is wrong, as in the original.
 
 DevBench's manifest has image1 ... image_k and text1 ... text_m; the first of each is right. A
 human.csv (trial, and image1 ... image_k or text1 ...; several rows a trial for several ages) has
@@ -16,64 +22,128 @@ the fraction of children who chose each. `kl` is the divergence from theirs of t
 softmax(beta * score), for the best beta.
 """
 
+import os
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 
-from common.files import read_csv
+from common.files import read_csv, read_json
 from config import UserError
 from tasks.scores import accuracy, lowest, wilson
 
-LEXICAL = "lexical"
+LEXICAL = "lex"  # the names of lexical tasks start with it
+PARTS_OF_SPEECH = ("nouns", "verbs", "adjectives")
+MERGED = {"[1,2)": "[1,4)", "[2,4)": "[1,4)"}  # frequency bins
 
 
 def read_machine_devbench(path):
-    """The rows of Machine-DevBench's CSV."""
+    """The rows of Machine-DevBench's folder or CSV. Raises UserError."""
+    if Path(path).is_dir():
+        return read_manifests(Path(path))
     rows = read_csv(path, ("task", "bin", "image1", "image2", "text1"), ("text1", "text2"))
     for row in rows:
-        if (row["task"] == LEXICAL) == bool(row.get("text2")):
+        if row["task"].startswith(LEXICAL) == bool(row.get("text2")):
             raise UserError(
                 f"{path}:{row['line']}: {row['task']} with{'' if row.get('text2') else 'out'} a "
-                f"text2: {LEXICAL} has one text, the others two"
+                "text2: lexical tasks have one text, the others two"
             )
     return rows
 
 
+def read_manifests(folder):
+    """The rows of all manifests in Machine-DevBench's folder, with absolute paths of pictures."""
+    rows = []
+    for part in PARTS_OF_SPEECH:
+        directory = folder / "Lexical" / part.capitalize()
+        for path in sorted(directory.glob(f"manifest_{part}_*.json")):
+            keys = ("frequency_bin", "image_positive", "image_negative", "caption_positive")
+            rows += read_manifest_items(path, f"lex_{part}", f"manifest_{part}_", keys)
+    for directory in sorted(folder.glob("Grammatical/gram_*")):
+        start = f"manifest_grammatical_{directory.name.removeprefix('gram_')}_"
+        for path in sorted(directory.glob(f"{start}*.json")):
+            keys = ("freq_bin", "image_0", "image_1", "caption_a", "caption_b")
+            rows += read_manifest_items(path, directory.name, start, keys)
+    if not rows:
+        raise UserError(f"{folder}: no Lexical/Nouns/manifest_nouns_*.json, nor any other manifest")
+    return rows
+
+
+def read_manifest_items(path, task, start, keys):
+    """The rows of a manifest. start: of its file's name, before the style; keys: of an item, bin,
+    pictures and texts."""
+    content, rows = read_json(path), []
+    items = content.get("items") if isinstance(content, dict) else None
+    for number, item in enumerate(items if isinstance(items, list) else [None]):
+        values = [item.get(key) for key in keys] if isinstance(item, dict) else [None]
+        values[0] = str(values[0] or "unknown")  # a task of unknown frequencies is one bin
+        if not all(isinstance(value, str) and value for value in values):
+            raise UserError(f'{path}: item {number}: want {{"items": [{{{", ".join(keys)}}}]}}')
+        own_bin, first, second, *texts = values
+        row = {"task": task, "bin": own_bin, "subset": path.stem.removeprefix(start)}
+        for column, name in (("image1", first), ("image2", second)):
+            row[column] = os.path.abspath(path.parent / name)
+        rows.append(row | dict(zip(("text1", "text2"), texts)))
+    return rows
+
+
 def machine_devbench(rows, subject, ties):
-    """{"lexical", one measure for each grammatical task, "grammatical", "overall"}."""
-    hits, bins = defaultdict(list), defaultdict(lambda: defaultdict(list))
-    for task in dict.fromkeys(row["task"] for row in rows):
+    """{a measure for each task, "lexical", "grammatical", "overall"}."""
+    hits = defaultdict(lambda: defaultdict(list))
+    for task in sorted({row["task"] for row in rows}):
         own = [row for row in rows if row["task"] == task]
         first, second = ([row[f"image{i}"] for row in own] for i in (1, 2))
         texts = [row["text1"] for row in own]
         left, right = subject.nll(first, texts), subject.nll(second, texts)
-        if task != LEXICAL:  # NLLs: lower is better
+        if not task.startswith(LEXICAL):  # NLLs: lower is better
             foils = [row["text2"] for row in own]
             left = left + subject.nll(second, foils)
             right = right + subject.nll(first, foils)
         for row, pair in zip(own, zip(left, right)):
-            hit = lowest(np.array(pair), 0, ties)
-            hits[task].append(hit)
-            bins[task][row["bin"]].append(hit)
+            hit = (
+                float(pair[0] < pair[1]) if ties == "published" else lowest(np.array(pair), 0, ties)
+            )
+            hits[task][MERGED.get(row["bin"], row["bin"])].append(hit)
     results = {}
-    for task, own in hits.items():
-        mean = float(np.mean([np.mean(one) for one in bins[task].values()]))
-        # the effective sample size of a mean over bins of different sizes (Kish 1965)
-        effective = len(bins[task]) ** 2 / sum(1 / len(one) for one in bins[task].values())
-        results[task] = accuracy(own, 0.5) | {
-            "score": round(mean, 4),
-            "ci95": wilson(mean * effective, effective),
-        }
-    grammatical = [results[task]["score"] for task in results if task != LEXICAL]
-    means = {"grammatical": grammatical}
-    if grammatical and LEXICAL in results:
-        means["overall"] = [results[LEXICAL]["score"], float(np.mean(grammatical))]
-    for name, parts in means.items():
-        if parts:
-            score = round(float(np.mean(parts)), 4)
-            results[name] = {"score": score, "n": len(parts), "chance": 0.5, "ci95": None}
+    for task, bins in hits.items():
+        together = [hit for own in bins.values() for hit in own]
+        results[task] = accuracy(together, 0.5)
+        if task.startswith(LEXICAL):
+            # the effective sample size of a mean over bins of different sizes (Kish 1965)
+            effective = len(bins) ** 2 / sum(1 / len(own) for own in bins.values())
+            mean = task_score(task, bins)
+            results[task] |= {"score": round(mean, 4), "ci95": wilson(mean * effective, effective)}
+    for name, score in means_of_tasks(
+        {task: task_score(task, bins) for task, bins in hits.items()}
+    ):
+        count = sum(name in ("overall", kind_of(task)) for task in hits)
+        results[name] = {"score": round(score, 4), "n": count, "chance": 0.5, "ci95": None}
     return results
+
+
+def kind_of(task):
+    return "lexical" if task.startswith(LEXICAL) else "grammatical"
+
+
+def task_score(task, bins):
+    """The score of a task, from {bin: hits}."""
+    if kind_of(task) == "lexical":
+        return sum(sum(own) / len(own) for own in bins.values()) / len(bins)
+    together = [hit for own in bins.values() for hit in own]
+    return sum(together) / len(together)
+
+
+def means_of_tasks(scores):
+    """Yield ("lexical", mean), ("grammatical", mean) and ("overall", mean of both) of {task: score};
+    of one kind alone, overall is that kind."""
+    means = []
+    for kind in ("lexical", "grammatical"):
+        own = [score for task, score in scores.items() if kind_of(task) == kind]
+        if own:
+            means.append(sum(own) / len(own))
+            yield kind, means[-1]
+    yield "overall", sum(means) / len(means)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -400,7 +400,9 @@ def test_in_the_real_lmms_eval(exported, wide, made, tmp_path, version, how):
     if how == "registered":
         plugin = tmp_path / "plugin" / "plugged" / "models"
         plugin.mkdir(parents=True)
-        (plugin.parent / "__init__.py").touch()
+        (plugin.parent / "tasks").mkdir()
+        for package in (plugin.parent, plugin.parent / "tasks"):
+            (package / "__init__.py").touch()
         (plugin / "__init__.py").write_text("AVAILABLE_MODELS = {'sub_me_mine': 'NanoBabyLLaVA'}")
         (plugin / "sub_me_mine.py").write_bytes((exported / "model.py").read_bytes())
         env |= {"LMMS_EVAL_PLUGINS": "plugged", "PYTHONPATH": str(plugin.parent.parent)}
@@ -432,11 +434,12 @@ def test_in_the_real_lmms_eval(exported, wide, made, tmp_path, version, how):
         script = (
             "import sys; sys.path.insert(0, sys.argv[1])\n"
             "from model import NanoBabyLLaVA\nfrom lmms_eval.evaluator import simple_evaluate\n"
-            "from lmms_eval.tasks import TaskManager\n"
+            "from lmms_eval.tasks import TaskManager\nfrom argparse import Namespace\n"
+            "old = {'cli_args': Namespace(process_with_media=False)} if '0.3' in sys.argv[4] else {}\n"
             "simple_evaluate(model=NanoBabyLLaVA(pretrained=sys.argv[1]), tasks=sys.argv[3].split(','),"
-            " task_manager=TaskManager('INFO', include_path=sys.argv[2]), batch_size=1)\n"
+            " task_manager=TaskManager('INFO', include_path=sys.argv[2]), batch_size=1, **old)\n"
         )
-        command = [python, "-c", script, exported, tasks, names]
+        command = [python, "-c", script, exported, tasks, names, version]
     done = subprocess.run(
         [str(part) for part in command], cwd=tmp_path, env=env, capture_output=True, text=True
     )

@@ -2,6 +2,8 @@
 search, corrupted files."""
 
 import itertools
+import json
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,36 +32,119 @@ def write(path, header, *rows):
     return path
 
 
-def test_machine_devbench_by_a_slow_loop(tmp_path):
-    rng, rows, table = np.random.RandomState(0), [], {}
-    for i in range(60):
-        task = ("lexical", "number", "order")[i % 3]
-        images, texts = (f"a{i}", f"b{i}"), (f"s{i}", "" if task == "lexical" else f"t{i}")
-        table |= {pair: rng.rand() for pair in itertools.product(images, texts)}
-        rows.append((task, f"bin{i % 4}", *images, *texts))
-    lines = [",".join(row) for row in rows]
-    path = write(tmp_path / "m.csv", "task,bin,image1,image2,text1,text2", *lines)
-    results = machine_devbench(read_machine_devbench(path), subject_of(table), "fair")
-    scores = {}
-    for task in ("lexical", "number", "order"):
-        bins = {}
-        for kind, one_bin, a, b, s, t in rows:
-            if kind != task:
-                continue
-            if task == "lexical":
-                right = table[a, s] < table[b, s]
-            else:
-                right = table[a, s] + table[b, t] < table[b, s] + table[a, t]
-            bins.setdefault(one_bin, []).append(right)
-        scores[task] = np.mean([np.mean(own) for own in bins.values()])
-        assert results[task]["score"] == pytest.approx(scores[task], abs=1e-4)
-    grammatical = (scores["number"] + scores["order"]) / 2
-    assert results["grammatical"]["score"] == pytest.approx(grammatical, abs=1e-4)
-    overall = (scores["lexical"] + grammatical) / 2
-    assert results["overall"]["score"] == pytest.approx(overall, abs=1e-4)
+BINS = ("[1,2)", "[2,4)", "[4,8)", "[8,16)")
+CATEGORIES = ("counting", "negation")
+STYLES = ("realistic", "cartoon")
 
 
-def test_a_constant_model_scores_half(tmp_path):
+def release(folder, rng, ties=False):
+    """Machine-DevBench's folder: (its trials, {(picture, text): NLL})."""
+    trials, table = [], {}
+    value = (lambda: float(rng.randint(3))) if ties else rng.rand
+    for style in STYLES:
+        for part in ("nouns", "adjectives"):
+            items = []
+            for i in range(23):
+                names = [f"images/{style}_{i}_{side}.png" for side in ("pos", "neg")]
+                items.append(
+                    {
+                        "word": f"w{i}",
+                        "category": "toys",
+                        "caption_positive": f"a w{i}",
+                        "caption_negative": "unused",
+                        "negative_word": "x",
+                        "frequency_count": i,
+                        "image_positive": names[0],
+                        "image_negative": names[1],
+                        "frequency_bin": BINS[rng.randint(4)],
+                    }  # fmt: skip
+                )
+            directory = folder / "Lexical" / part.capitalize()
+            trials += [(f"lex_{part}", style, directory, item) for item in items]
+            write_manifest(directory / f"manifest_{part}_{style}.json", items)
+        for category in CATEGORIES:
+            items = [
+                {
+                    "seq": i,
+                    "word": "w",
+                    "caption_a": f"{category} a{i}",
+                    "freq_bin": BINS[i % 4],
+                    "caption_b": f"{category} b{i}",
+                    "image_0": f"{style}/{i}_0.png",
+                    "image_1": f"{style}/{i}_1.png",
+                }  # fmt: skip
+                for i in range(17)
+            ]
+            directory = folder / "Grammatical" / f"gram_{category}"
+            trials += [(f"gram_{category}", style, directory, item) for item in items]
+            write_manifest(directory / f"manifest_grammatical_{category}_{style}.json", items)
+    for task, _, directory, item in trials:
+        is_lexical = task.startswith("lex")
+        keys = ("image_positive", "image_negative") if is_lexical else ("image_0", "image_1")
+        texts = ("caption_positive",) if is_lexical else ("caption_a", "caption_b")
+        for key, text in itertools.product(keys, texts):
+            table[str(directory / item[key]), item[text]] = value()
+    return trials, table
+
+
+def write_manifest(path, items):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"items": items}))
+
+
+def slow_machine_devbench(trials, table):
+    """{name: score} by the published rules, in fractions; a tie is wrong."""
+    records = {}
+    for task, _, directory, item in trials:
+        nll = lambda image, text: table[str(directory / item[image]), item[text]]
+        if task.startswith("lex"):
+            right = nll("image_positive", "caption_positive") < nll(
+                "image_negative", "caption_positive"
+            )
+            group = item["frequency_bin"]
+        else:
+            own = nll("image_0", "caption_a") + nll("image_1", "caption_b")
+            right = own < nll("image_0", "caption_b") + nll("image_1", "caption_a")
+            group = "all"
+        group = "[1,4)" if group in ("[1,2)", "[2,4)") else group
+        records.setdefault(task, {}).setdefault(group, []).append(Fraction(int(right)))
+    mean = lambda values: sum(values) / len(values)
+    scores = {
+        task: mean([mean(own) for own in groups.values()]) for task, groups in records.items()
+    }
+    lexical = mean([score for task, score in scores.items() if task.startswith("lex")])
+    grammatical = mean([score for task, score in scores.items() if task.startswith("gram")])
+    overall = (lexical + grammatical) / 2
+    return scores | {"lexical": lexical, "grammatical": grammatical, "overall": overall}
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_machine_devbench_by_a_slow_loop(tmp_path, ties):
+    """Both styles pooled and each alone, to the last digit."""
+    trials, table = release(tmp_path, np.random.RandomState(0), ties)
+    rows = read_machine_devbench(tmp_path)
+    assert len(rows) == len(trials) == 2 * (2 * 23 + 2 * 17)
+    for style in (None, *STYLES):
+        chosen = [row for row in rows if style in (None, row["subset"])]
+        results = machine_devbench(chosen, subject_of(table), "published")
+        slow = slow_machine_devbench([t for t in trials if style in (None, t[1])], table)
+        assert {name: result["score"] for name, result in results.items()} == {
+            name: round(float(score), 4) for name, score in slow.items()
+        }
+    if not ties:  # fair and published ties are the same without any
+        assert results == machine_devbench(chosen, subject_of(table), "fair")
+
+
+def test_machine_devbench_without_lexical_tasks(tmp_path):
+    """overall is then the grammatical mean, as published."""
+    trials, table = release(tmp_path, np.random.RandomState(1))
+    rows = [row for row in read_machine_devbench(tmp_path) if row["task"].startswith("gram")]
+    results = machine_devbench(rows, subject_of(table), "published")
+    assert "lexical" not in results
+    assert results["overall"]["score"] == results["grammatical"]["score"]
+
+
+def test_a_constant_model_scores_half_or_nothing(tmp_path):
     path = write(
         tmp_path / "m.csv",
         "task,bin,image1,image2,text1,text2",
@@ -67,8 +152,25 @@ def test_a_constant_model_scores_half(tmp_path):
         "order,low,a,b,s,t",
     )
     table = dict.fromkeys(itertools.product("ab", "st"), 1.0)
-    results = machine_devbench(read_machine_devbench(path), subject_of(table), "fair")
-    assert {results[name]["score"] for name in results} == {0.5}
+    for ties, score in (("fair", 0.5), ("published", 0.0)):
+        results = machine_devbench(read_machine_devbench(path), subject_of(table), ties)
+        assert {results[name]["score"] for name in results} == {score}
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [("{}", "item 0"), ('{"items": [{"word": "x"}]}', "item 0: want"), ("[", "not JSON")],
+)
+def test_corrupted_manifests(tmp_path, content, why):
+    directory = tmp_path / "Lexical" / "Nouns"
+    directory.mkdir(parents=True)
+    with pytest.raises(UserError, match="no Lexical/Nouns") as error:
+        read_machine_devbench(tmp_path)
+    assert one_line(error)
+    (directory / "manifest_nouns_cartoon.json").write_text(content)
+    with pytest.raises(UserError, match=why) as error:
+        read_machine_devbench(tmp_path)
+    assert one_line(error) and "manifest_nouns_cartoon.json" in str(error.value)
 
 
 def test_devbench_accuracy_of_pictures_and_of_texts(tmp_path):
@@ -121,7 +223,9 @@ def test_the_interval_is_of_the_mean_over_bins(tmp_path):
     """One bin of 200 items, one of 10: the mean of both hits 95 of 100 times what it is drawn
     from, which an interval of 210 pooled hits would not."""
     truth, rng, covered = (0.9, 0.4), np.random.RandomState(0), []
-    lines = [f"order,bin{b},{b}_{i},x{b}_{i},s,t" for b, n in ((0, 200), (1, 10)) for i in range(n)]
+    lines = [
+        f"lexical,bin{b},{b}_{i},x{b}_{i},s," for b, n in ((0, 200), (1, 10)) for i in range(n)
+    ]
     rows = read_machine_devbench(
         write(tmp_path / "m.csv", "task,bin,image1,image2,text1,text2", *lines)
     )
@@ -130,8 +234,8 @@ def test_the_interval_is_of_the_mean_over_bins(tmp_path):
         for row in rows:
             right = rng.rand() < truth[int(row["bin"][-1])]
             one, two = row["image1"], row["image2"]
-            table |= {(one, "s"): 1.0 - right, (two, "t"): 0.0, (two, "s"): 0.5, (one, "t"): 0.0}
-        low, high = machine_devbench(rows, subject_of(table), "fair")["order"]["ci95"]
+            table |= {(one, "s"): 1.0 - right, (two, "s"): 0.5}
+        low, high = machine_devbench(rows, subject_of(table), "fair")["lexical"]["ci95"]
         covered.append(low <= np.mean(truth) <= high)
     assert np.mean(covered) > 0.9
 
