@@ -35,8 +35,8 @@ class Config(Filtered):
     transcripts: str = ""  # a folder of transcripts; empty: that of videos
     speakers: tuple[str, ...] = ()  # keep only these; -MOT: leave out; CHI only if named
     fps: float = option(2.0, low=0.01, high=120.0)  # frames per second
-    frames: int = option(8, low=2, high=1024)  # at most, in a clip, evenly spread
-    window: int = option(6, low=2, high=64)  # utterances in a sequence of moments
+    frames: int = option(8, low=1, high=1024)  # at most, in a clip, evenly spread; 1: no clips
+    window: int = option(6, low=0, high=64)  # utterances in a sequence of moments; below 2: none
     template: str = option("bare", choices=tuple(TEMPLATES))  # how moments are written
     size: int = option(224, low=8, high=2048)  # S: frames are S x S pixels
     fit: str = option("pad", choices=FITS)  # how a picture becomes a square
@@ -191,7 +191,7 @@ def write_film(part, film, chosen, path, template, settings, clip):
         words, shown = film.said[i].words, [images[number] for number in over[i]]
         for image in shown:
             part.sample(*caption_sample(tokenizer, words), [image])
-        if len(shown) > 1:
+        if len(shown) > 1 and settings.frames > 1:
             spread = np.linspace(0, len(shown) - 1, min(settings.frames, len(shown)))
             spaced = [shown[i] for i in spread.round().astype(int)]
             part.sample(*caption_sample(tokenizer, words, len(spaced)), spaced)
@@ -206,6 +206,8 @@ def write_film(part, film, chosen, path, template, settings, clip):
 def stretches(numbers, window):
     """Runs of `window` consecutive numbers, each starting half a window after the one before."""
     found = []
+    if window < 2:
+        return found
     for start in range(0, len(numbers) - window + 1, max(1, window // 2)):
         stretch = numbers[start : start + window]
         if stretch[-1] - stretch[0] == window - 1:
@@ -216,7 +218,11 @@ def stretches(numbers, window):
 def prepare(settings, writer):
     if not settings.videos:
         raise UserError("video: give --videos DIR, and --transcripts DIR if they are elsewhere")
-    all_films = find_films(settings)
+    write_films(settings, writer, find_films(settings))
+
+
+def write_films(settings, writer, all_films):
+    """Read Films and write their samples, every tenth stretch for validation. Raises UserError."""
     items = [(k, i) for k, film in enumerate(all_films) for i in range(len(film.said))]
     parts = hold_out(items)
     if not parts["val"]:
