@@ -23,6 +23,7 @@ Checkpoints: what a run saves and loads. One self-contained file, a dict of torc
     template      {"name", "system"} of the conversations of phase 3, also kept by later phases;
                   None, or missing, before it
     skipped       how many steps were skipped because their gradient was not finite; optional
+    best          {"step", "val_loss"} of its weights, with --keep best; optional
     lora          {name: factor} with LoRA; `weights` has them merged
     dino          the state dict of a dino.DINO, for resuming
     optimizers    the state dicts of the optimizers, for resuming. No random state and no position

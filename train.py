@@ -119,6 +119,7 @@ class Config(config.Options):
     eval_every: int = option(500, low=1)  # validation loss, or the tower's linear probes
     eval_batches: int = option(20, low=1)  # of the validation set, always the same samples
     save_every: int = option(250, low=1)  # an interruption loses at most this much
+    keep: str = option("last", choices=("last", "best"))  # best: end with the lowest val_loss
     skip_bad_steps: int = option(0, low=0)  # tolerate so many steps whose gradient is not finite
     evaluate: bool = True  # after --phase all, run eval.py on the last checkpoint
 
@@ -285,6 +286,8 @@ def validate_and_save(run, step):
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         values = values or "no eval/probe.csv to probe the tower with"
         run.processes.print(f"{run.name} step {step}: {values}")
+        if settings.keep == "best" and "val_loss" in metrics:
+            phases.keep_best(run, step, metrics["val_loss"])
     if is_last or (step > run.start and step % settings.save_every == 0):
         phases.save(run, step)
         return_memory()

@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import config
@@ -203,9 +204,11 @@ def adopt(part):
 # Samples
 
 
-def write_split(part, text, pictures, max_skipped, dialogues=(), write_dialogue=None):
+def write_split(part, text, pictures, max_skipped, dialogues=(), write_dialogue=None, replay=0.0):
     """Write utterances, Captioned pictures and Dialogues to `part`, a data.SplitWriter.
 
+    replay: in the training part, write so many utterances for each sample once more as samples
+    without a picture, evenly spread, so that phase 2 does not forget them.
     write_dialogue(part, dialogue, image ids): see dialogue_writer(). A dialogue with a picture that
     cannot be read is left out; a picture that it shares with `pictures` is stored once."""
     part.text(text)
@@ -232,6 +235,18 @@ def write_split(part, text, pictures, max_skipped, dialogues=(), write_dialogue=
         own = [id_of[location] for location in dialogue.locations]
         if None not in own:
             write_dialogue(part, dialogue, own)
+    if replay and part.name == "train":
+        count = round(replay * part.bin("samples").rows)
+        for number in np.linspace(0, len(text), count, endpoint=False).astype(int) if text else ():
+            part.sample(*text_sample(part.writer.tokenizer, text[number]))
+
+
+def text_sample(tokenizer, text):
+    """(tokens, loss_mask) of an utterance without a picture, after an <eos> as in phase 0."""
+    tokens, loss_mask = caption_sample(tokenizer, text, images=0)
+    if not tokenizer.start:
+        tokens, loss_mask = [tokenizer.eos, *tokens], [0, *loss_mask]
+    return tokens, loss_mask
 
 
 def dialogue_writer(template, system=""):

@@ -68,6 +68,7 @@ class Config(Filtered):
     resample: str = option("bilinear", choices=("bilinear", "bicubic"))  # how it is resized
     vocab_size: int = option(52000, low=260, high=1 << 20)  # BPE tokens, specials included
     max_skipped: float = option(0.01, low=0.0, high=1.0)  # tolerated fraction of unreadable frames
+    replay: float = option(0.0, low=0.0, high=100.0)  # utterances without picture per sample
 
 
 # ---------------------------------------------------------------------------------------------
@@ -231,7 +232,8 @@ def write_frames(settings, writer):
             middles = [part[i][1][len(part[i][1]) // 2] for i in stretch]
             dialogues.append(Dialogue(middles, turns, part[stretch[0]][2]))
         whole = writer.split(split)
-        write_split(whole, words[split], pictures, settings.max_skipped, dialogues, write)
+        own, most = words[split], settings.max_skipped
+        write_split(whole, own, pictures, most, dialogues, write, settings.replay)
 
 
 def make_tokenizer(settings, lines):
@@ -244,7 +246,9 @@ def make_tokenizer(settings, lines):
 def as_saycam(settings):
     """The options of `data.py saycam` for manifests."""
     same = ("name", "annotations", "train", "val", "test", "template", "size", "fit", "resample")
-    options = {name: getattr(settings, name) for name in (*same, "vocab_size", "max_skipped")}
+    options = {
+        name: getattr(settings, name) for name in (*same, "vocab_size", "max_skipped", "replay")
+    }
     return saycam.Config(frames=settings.images[0], **options)
 
 

@@ -33,6 +33,7 @@ class Config(Filtered):
     vocab_size: int = option(6000, low=260, high=1 << 20)  # BPE tokens, specials included
     vocab: str = ""  # a {"word": id} JSON: word-level tokens of these words instead of BPE
     max_skipped: float = option(0.01, low=0.0, high=1.0)  # tolerated fraction of unreadable ones
+    replay: float = option(0.0, low=0.0, high=100.0)  # utterances without picture per sample
 
 
 def read_lines(path):
@@ -76,4 +77,6 @@ def prepare(settings, writer):
     writer.start(tokenizer, ImageFormat(settings.size, settings.fit, settings.resample))
     for split in ("train", "val"):
         part = writer.split(split)
-        write_split(part, text[split], pictures[split], settings.max_skipped)
+        write_split(
+            part, text[split], pictures[split], settings.max_skipped, replay=settings.replay
+        )

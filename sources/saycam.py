@@ -66,6 +66,7 @@ class Config(Filtered):
     vocab_size: int = option(6000, low=260, high=1 << 20)  # BPE tokens, specials included
     vocab: str = ""  # a {"word": id} JSON: word-level tokens of these words instead of BPE
     max_skipped: float = option(0.01, low=0.0, high=1.0)  # tolerated fraction of unreadable frames
+    replay: float = option(0.0, low=0.0, high=100.0)  # utterances without picture per sample
 
 
 @dataclass
@@ -234,4 +235,5 @@ def prepare(settings, writer):
             settings.max_skipped,
             dialogues[split],
             dialogue_writer(TEMPLATES[settings.template]),
+            settings.replay,
         )

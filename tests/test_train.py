@@ -21,6 +21,7 @@ from PIL import Image
 import checkpoint
 import config
 import data
+import eval as evaluation
 import inference
 import kernels
 import train
@@ -934,3 +935,78 @@ def test_processes_that_do_not_come_are_told_in_one_line():
     for line, rank in zip(lines, "011"):
         assert line.startswith(f"rank {rank}: 3 processes did not come together within 0.01 min")
     assert lines[0].endswith("ranks [1, 2] did not come")
+
+
+# ---------------------------------------------------------------------------------------------
+# The best weights, and speech that is replayed
+
+OVERFIT = [*SMALL, "--data=data/tiny", "--phase=language", "--language_steps=24",
+           "--language_lr=0.03", "--eval_every=4", "--save_every=6", "--eval_batches=1000"]  # fmt: skip
+
+
+def losses_of(out):
+    lines = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+    return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+
+
+def test_the_best_weights_are_kept_if_asked_for(home, capfd, monkeypatch):
+    """Their loss is the lowest that was logged, also if the run was interrupted on the way. The
+    rate is far too high from step 14 on."""
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1.0 if step < 14 else 100.0)
+    train.main([*OVERFIT, "--out=out/best", "--keep=best"])
+    logged = losses_of("out/best")
+    saved = checkpoint.read("out/best/language.pt")
+    step = min(logged, key=logged.get)
+    assert step < 24 and saved["best"] == {"step": step, "val_loss": logged[step]}
+    assert f"language: kept step {step}" in capfd.readouterr().out
+    assert not Path("out/best/language.best.pt").exists() and saved["done"]
+    loaded = checkpoint.load("out/best/language.pt")
+    found = evaluation.losses(loaded, data.Data("data/tiny"))["val_loss"]
+    assert found == pytest.approx(logged[step], abs=1e-5)
+
+    real = train.take_step
+
+    def stop_at_20(run, step, batches):
+        if step == 20:
+            raise KeyboardInterrupt
+        return real(run, step, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "take_step", stop_at_20)
+        train.main([*OVERFIT, "--out=out/again", "--keep=best"])
+    train.main([*OVERFIT, "--out=out/again", "--keep=best"])
+    again = checkpoint.read("out/again/language.pt")
+    assert again["best"] == saved["best"] and again["digest"] == saved["digest"]
+
+    train.main([*OVERFIT, "--out=out/last"])
+    last = checkpoint.read("out/last/language.pt")
+    assert "best" not in last and last["digest"] != saved["digest"]
+    with pytest.raises(UserError, match="was made with keep=last"):
+        train.main([*OVERFIT, "--out=out/last", "--keep=best"])
+
+
+def test_replayed_speech_is_in_the_training_samples_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = ["image,caption"]
+    for number in range(20):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,a red thing {number} .")
+    Path("pairs.csv").write_text("\n".join(rows))
+    Path("speech.txt").write_text("\n".join(f"say line {number} again ." for number in range(200)))
+    flags = ["pairs", "--csv=pairs.csv", "--images=pictures", "--text=speech.txt", "--size=16"]
+    command.main([*flags, "--vocab_size=300", "--replay=0.5", "--name=replay"])
+    made = data.Data("data/replay")
+    kinds = {split: made.open(split, "samples")[:, 3].tolist() for split in ("train", "val")}
+    assert kinds == {"train": [1] * 18 + [0] * 9, "val": [1] * 2}
+    tokens, samples = made.open("train", "tokens"), made.open("train", "samples").astype(int)
+    mask = made.open("train", "loss_mask")
+    said = []
+    for first, length, *_ in samples[18:].tolist():
+        own = tokens[first : first + length].tolist()
+        assert own[0] == own[-1] == made.tokenizer.eos
+        assert mask[first : first + length].tolist() == [0] + [1] * (length - 1)
+        said.append(made.tokenizer.decode(own[1:-1]))
+    text = made.tokenizer.decode(made.open("train", "text").tolist())
+    assert len(set(said)) == 9 and all(line in text for line in said)

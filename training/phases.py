@@ -21,7 +21,7 @@ from training.processes import Processes
 # Options that concern the phases after the first projector
 LATER_OPTIONS = ("dropout", "init", "lora_rank", "lora_alpha")
 # Options that concern every phase
-EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype", "truncate")
+EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype", "truncate", "keep")
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,16 @@ class Run:
     steps: int
     batch: int
     skipped: int = 0  # steps whose gradient was not finite
+    best: dict | None = None  # {"step", "val_loss"} of the weights that --keep best chose
 
     @property
     def path(self):
         return Path(self.settings.out) / f"{self.name}.pt"
+
+    @property
+    def best_path(self):
+        """The weights of the lowest validation loss so far, with --keep best."""
+        return Path(self.settings.out) / f"{self.name}.best.pt"
 
     @property
     def trained_parameters(self):
@@ -227,6 +233,24 @@ def check_weights(run, step):
         raise UserError(f"{run.name} step {step}: a weight is not finite; lower {run.name}_lr")
 
 
+def keep_best(run, step, loss):
+    """With --keep best: store the weights if their validation loss is the lowest so far; after the
+    last step take the stored ones, which save() then writes."""
+    path, is_first = run.best_path, run.processes.is_first
+    if not is_first:  # only the first process saves
+        return
+    if step == 0:
+        path.unlink(missing_ok=True)  # of an earlier run
+    best = checkpoint.read_torch(path) if path.exists() else {"loss": float("inf")}
+    if loss < best["loss"]:
+        best = {"loss": loss, "step": step, "weights": run.raw_model.state_dict()}
+        checkpoint.save(path, best)
+    if step == run.steps:
+        run.raw_model.load_state_dict(best["weights"])
+        run.best = {"step": best["step"], "val_loss": best["loss"]}
+        run.processes.print(f"{run.name}: kept step {best['step']}, val_loss {best['loss']:.3f}")
+
+
 def save(run, step):
     """Write the checkpoint of a run; checkpoint.py lists what is in it."""
     if not run.processes.is_first:
@@ -260,4 +284,8 @@ def save(run, step):
         contents["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
     if run.skipped:
         contents["skipped"] = run.skipped
+    if run.best:
+        contents["best"] = run.best
     checkpoint.save(run.path, contents)
+    if run.best:
+        run.best_path.unlink(missing_ok=True)
