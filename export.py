@@ -1,11 +1,14 @@
 """
-A checkpoint as a folder for others: for transformers, or for the BabyVLM challenge.
+A checkpoint as a folder for others: for transformers, or for one of two challenges.
 
     python export.py out/toy/phase2.pt DIR                                        # transformers
     python export.py out/run/phase3.pt DIR --to babyvlm [--name NAME] [--repo USER/NAME]
+    python export.py out/run/phase2.pt DIR --to egobabyvlm
+    python export.py out/seed1 out/seed2 out/seed3 ROW.json --to row [--name NAME] [--team TEAM]
 
-The second is described in adapters/submission.py. The first opens here again as the same
-checkpoint, to the bit.
+The last three are described in adapters/submission.py and adapters/ego_submission.py. The first
+opens here again as the same checkpoint, to the bit; of a language model alone it is a folder for
+AutoModelForCausalLM.
 
     AutoModelForImageTextToText.from_pretrained("DIR")     # then, with transformers
 
@@ -25,7 +28,7 @@ import torch
 import checkpoint
 import config
 import vision
-from adapters import submission
+from adapters import ego_submission, submission
 from common.files import read_json, write_json, writing
 from common.images import RESAMPLING
 from config import UserError, option
@@ -489,6 +492,23 @@ def export(loaded, folder, scores=None):
     write_json(folder / "config.json", config)
 
 
+def export_language(loaded, folder):
+    """Write the language model of a checkpoint.Loaded alone, as AutoModelForCausalLM opens it."""
+    folder, gpt = Path(folder), loaded.model.gpt
+    if type(gpt.norm).__name__ != "RMSNorm":
+        raise UserError("transformers' Llama has RMSNorm, and no other norm")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: not empty; give a new or empty folder")
+    config, weights = language_files(gpt, loaded.tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(loaded, folder, None)
+    ids = {"eos_token_id": loaded.tokenizer.eos, "pad_token_id": loaded.tokenizer.pad}
+    write_json(folder / "generation_config.json", ids)
+    named = {name.removeprefix("language_model."): value for name, value in weights.items()}
+    safetensors.write(folder / "model.safetensors", named)
+    write_json(folder / "config.json", config | {"dtype": "float32", "torch_dtype": "float32"})
+
+
 def model_card(saved, count, scores):
     """The README.md of an exported model of `count` parameters as text. saved: its checkpoint's
     dict; scores: eval.py's results, or None."""
@@ -525,32 +545,50 @@ def model_card(saved, count, scores):
 
 @dataclass
 class Config(config.Options):
-    to: str = option("transformers", choices=("transformers", "babyvlm"))
-    name: str = ""  # of babyvlm: the model's name on the leaderboard; empty: the folder's
+    to: str = option("transformers", choices=("transformers", "babyvlm", "egobabyvlm", "row"))
+    name: str = ""  # of babyvlm and row: the model's name on the leaderboard
     repo: str = ""  # of babyvlm: USER/NAME of the repository that the folder is uploaded to
+    team: str = ""  # of row
+
+
+OPTIONS_OF = {"babyvlm": ("name", "repo"), "row": ("name", "team")}
 
 
 def main(argv):
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(__doc__.strip())
         return
-    paths, flags = argv[:2], argv[2:]
-    if len(paths) != 2 or any(path.startswith("--") for path in paths):
+    count = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+    paths, settings = argv[:count], config.load(Config, argv[count:], __doc__)
+    for name in ("name", "repo", "team"):
+        if name in settings.given and name not in OPTIONS_OF.get(settings.to, ()):
+            raise UserError(f"--{name} is not for --to {settings.to}")
+    if settings.to == "row" and len(paths) > 1:
+        lines = ego_submission.write_row(paths[:-1], paths[-1], settings.name, settings.team)
+    elif len(paths) != 2:
         raise UserError("want: python export.py CHECKPOINT.pt DIR [--to babyvlm]")
-    settings = config.load(Config, flags, __doc__)
-    if settings.to == "transformers" and (settings.name or settings.repo):
-        raise UserError("--name and --repo are for --to babyvlm")
-    source, folder = Path(paths[0]), paths[1]
-    if settings.to == "babyvlm":
-        for line in submission.write(source, folder, settings.name, settings.repo):
-            print(line)
-        return
+    elif settings.to == "babyvlm":
+        lines = submission.write(*paths, settings.name, settings.repo)
+    elif settings.to == "egobabyvlm":
+        lines = ego_submission.write(*paths, export_language)
+    else:
+        lines = export_to_transformers(Path(paths[0]), paths[1])
+    for line in lines:
+        print(line)
+
+
+def export_to_transformers(source, folder):
+    """Write a checkpoint file as a folder for transformers. Yields a line to print."""
     loaded, results = checkpoint.load(source), source.parent / "results.json"
+    if loaded.model.gpt is not None and loaded.model.projector is None:
+        export_language(loaded, folder)
+        yield f"{folder}: {source}, as AutoModelForCausalLM opens it"
+        return
     scores = read_json(results) if results.exists() else None
     if scores and scores["digest"] != loaded.checkpoint["digest"]:
         scores = None  # of another checkpoint
     export(loaded, folder, scores)
-    print(f"{folder}: {source}, as AutoModelForImageTextToText opens it")
+    yield f"{folder}: {source}, as AutoModelForImageTextToText opens it"
 
 
 if __name__ == "__main__":

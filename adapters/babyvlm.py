@@ -11,10 +11,8 @@ with the same files. Answers are greedy, whatever the task's temperature. No ite
 that fails, or has no room in the context, gets an empty answer, and a line says how many did.
 """
 
-import importlib
+import importlib.util
 import json
-import sys
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lmms_eval.api.model import lmms
@@ -29,16 +27,14 @@ except ImportError:
         return loss
 
 
-CODE = "nanobabyllava"  # the folder with our files
 LONGEST = 32  # tokens of an answer, where the task does not say
 
 
-def find_folder(pretrained):
-    """The folder of a submission, downloaded if `pretrained` is no path. Raises ValueError."""
+def find_path(pretrained):
+    """The path of a submission's folder or .pt; downloaded if there is none. Raises ValueError."""
     name = pretrained.removeprefix("https://huggingface.co/").rstrip("/")
     if Path(name).exists():
-        path = Path(name)
-        return path if path.is_dir() else path.parent
+        return Path(name)
     if "://" in name or len(name.split("/")) > 2 or name.startswith(("/", ".")):
         raise ValueError(f"{pretrained}: no such folder, nor a repository on the Hugging Face hub")
     from huggingface_hub import snapshot_download
@@ -46,22 +42,17 @@ def find_folder(pretrained):
     return Path(snapshot_download(name))
 
 
-@contextmanager
-def our_names(folder):
-    """While it lasts, files in a folder are imported under their plain names (config, model, ...).
-    Modules of others that have the same names come back afterwards."""
-    ours = {path.stem for path in Path(folder).iterdir() if path.suffix == ".py" or path.is_dir()}
-    is_ours = lambda name: name.partition(".")[0] in ours
-    others = {name: sys.modules.pop(name) for name in list(sys.modules) if is_ours(name)}
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in list(sys.modules):
-            if is_ours(name):
-                sys.modules[f"{CODE}.{name}"] = sys.modules.pop(name)
-        sys.modules.update(others)
+def open_exported(path):
+    """adapters/loading.py's function of that name, from the exported folder: this file is copied
+    elsewhere alone."""
+    folder = path if path.is_dir() else path.parent
+    code = folder / "nanobabyllava" / "adapters" / "loading.py"
+    if not code.exists():  # a clone of nanoBabyLLaVA
+        code = Path(__file__).parent / "loading.py"
+    spec = importlib.util.spec_from_file_location("nanobabyllava_loading", code)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.open_exported
 
 
 def questions_of(doc):
@@ -80,13 +71,8 @@ class NanoBabyLLaVA(lmms):
         self, pretrained, batch_size=1, device="", conv_template="", max_batch_size=None, dtype=""
     ):
         super().__init__()
-        folder, path = find_folder(str(pretrained)), Path(str(pretrained))
-        path = path if path.is_file() else folder / "checkpoint.pt"
-        # in a clone of nanoBabyLLaVA there is no such folder, and the names are its own
-        with our_names(folder / CODE) if (folder / CODE).is_dir() else nullcontext():
-            self.inference = importlib.import_module("inference")
-            device = self.inference.checkpoint.choose_device(str(device or ""))
-            self.loaded = self.inference.open_model(path, device, dtype)
+        path = find_path(str(pretrained))
+        self.inference, self.loaded = open_exported(path)(path, device, dtype)
         self.template, self.system = self.inference.question_template(self.loaded)
         self.batch_size = 1 if str(batch_size).startswith("auto") else int(batch_size)
         self.failed = []  # why an answer is empty, one for each

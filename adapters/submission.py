@@ -17,11 +17,11 @@ import shutil
 from pathlib import Path
 
 import checkpoint
+from adapters.loading import CODE
 from common.files import write_json, writing
 from config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = "nanobabyllava"
 TRAINING_ONLY = ("optimizers", "dino", "lora", "skipped")
 PLACEHOLDER = "REPLACE with the name of your repository on the Hugging Face hub"
 
@@ -42,9 +42,9 @@ def imported_files(path):
     return found
 
 
-def files_behind(name):
-    """All our files that `import name` can run, sorted."""
-    found, new = set(), {ROOT / f"{name}.py"}
+def files_behind(*names):
+    """All our files that importing these modules can run, sorted."""
+    found, new = set(), {ROOT / f"{name.replace('.', '/')}.py" for name in names}
     while new:
         found |= new
         new = {other for path in new for other in imported_files(path)} - found
@@ -111,6 +111,25 @@ def describe(loaded, name, repo):
     }
 
 
+def write_code(loaded, folder):
+    """Write checkpoint.pt and nanobabyllava/ to a new or empty folder. Raises UserError."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: not an empty folder; give a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    package = ROOT / "adapters" / "__init__.py"
+    for path in (*files_behind("inference", "adapters.loading"), package):
+        copy = folder / CODE / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    contents = {k: v for k, v in loaded.checkpoint.items() if k not in TRAINING_ONLY}
+    checkpoint.save(folder / "checkpoint.pt", contents)
+
+
+def copy_adapter(name, path):
+    with writing(path) as file:
+        file.write((ROOT / "adapters" / name).read_bytes())
+
+
 def write(source, folder, name="", repo=""):
     """Write the submission of a checkpoint file to a new or empty folder. name: of the model on the
     leaderboard; empty: the folder's name. repo: USER/NAME on the Hugging Face hub. Yields lines
@@ -118,20 +137,11 @@ def write(source, folder, name="", repo=""):
     loaded, folder = checkpoint.load(source), Path(folder)
     if loaded.model.projector is None:
         raise UserError(f"{source}: it cannot see; give one of phase 1 or later")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: not an empty folder; give a new one")
     if repo and len(repo.split("/")) != 2:
         raise UserError(f"--repo {repo}: want USER/NAME, as on the Hugging Face hub")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in files_behind("inference"):
-        copy = folder / CODE / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-    contents = {k: v for k, v in loaded.checkpoint.items() if k not in TRAINING_ONLY}
-    checkpoint.save(folder / "checkpoint.pt", contents)
+    write_code(loaded, folder)
     write_json(folder / "submission.json", describe(loaded, name or folder.name, repo))
-    with writing(folder / "model.py") as file:
-        file.write((Path(__file__).parent / "babyvlm.py").read_bytes())
+    copy_adapter("babyvlm.py", folder / "model.py")
     yield f"{folder}: {source}, as lmms-eval opens it with --model_args pretrained={folder}"
     yield f"it saw {describe_corpora(loaded.checkpoint)}"
     if saw_toy_world(loaded.checkpoint):

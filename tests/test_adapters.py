@@ -280,7 +280,7 @@ def test_the_folder_holds_all_code_and_no_training_state(exported, wide):
     [
         (["--to=nowhere"], "--to"),
         (["--to=babyvlm", "--repo=me"], "want USER/NAME"),
-        (["--name=mine"], "for --to babyvlm"),
+        (["--name=mine"], "--name is not for --to transformers"),
         (["--to=babyvlm", "FULL"], "not an empty folder"),
         (["--to=babyvlm", "LANGUAGE"], "cannot see"),
     ],

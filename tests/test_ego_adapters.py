@@ -1,0 +1,181 @@
+"""The folder for EgoBabyVLM's launcher: what the launcher does with each model, done here by hand;
+a language model as AutoModelForCausalLM opens it; the leaderboard's row."""
+
+import importlib.util
+import json
+import statistics
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import one_line
+from PIL import Image
+
+import checkpoint
+import eval as evaluation
+import export
+import inference
+from common.images import to_pixels
+from config import UserError
+from tasks import Subject
+
+TEXTS = ["look , a red ball !", "a blue cup .", "where 's the duck ?"]
+
+
+@pytest.fixture(scope="module")
+def exported(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ego") / "mine"
+    export.main([str(recipe / "phase2.pt"), str(folder), "--to=egobabyvlm"])
+    return folder
+
+
+def instantiate(exported, name, **more):
+    """What the launcher does: the class of _target_ with kwargs, then .eval() and .to(device)."""
+    config = yaml.safe_load((exported / "configs" / f"{name}.yaml").read_text())
+    assert config["name"] == name
+    module, _, cls = config["_target_"].rpartition(".")
+    spec = importlib.util.spec_from_file_location(module, exported / f"{module}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    model = getattr(loaded, cls)(**(config["kwargs"] | more))
+    for other in [other for other in sys.modules if other.startswith("nanobabyllava.")]:
+        del sys.modules[other]
+    return model.eval().to("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.RandomState(0)
+    return [Image.fromarray(rng.randint(0, 256, (20, 24, 3), np.uint8)) for _ in range(3)]
+
+
+def test_pairs_are_evals_likelihoods(exported, recipe, pictures, tmp_path):
+    """minus the NLL that eval.py computes for each picture and text."""
+    model = instantiate(exported, "nano_pairs")
+    with torch.no_grad():
+        features = model.extract_features({"image": pictures, "text": TEXTS})
+        table = model.compute_similarity(
+            features["image_features"], features["text_features"], normalize=True
+        )
+    assert table.shape == (3, 3)
+    names = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for name, picture in zip(names, pictures):
+        picture.save(name)
+    loaded = checkpoint.load(recipe / "phase2.pt")
+    subject = Subject(loaded, [], names, names, evaluation.Config())
+    nll = subject.nll([name for name in names for _ in TEXTS], TEXTS * 3).reshape(3, 3)
+    assert np.allclose(table.detach().cpu().numpy(), -nll, rtol=0, atol=1e-5)
+    some = model.compute_similarity(features["image_features"][1:2], features["text_features"])
+    assert torch.allclose(some, table[1:2])
+
+
+def test_images_are_the_towers_features(exported, recipe, pictures):
+    loaded = checkpoint.load(recipe / "phase2.pt")
+    tower, size = loaded.model.tower, loaded.image_format.size
+    model = instantiate(exported, "nano_image")
+    assert model.input_size == (size, size) and model.feature_dim == tower.width
+    assert model.normalize_params["mean"] == pytest.approx((0.485, 0.456, 0.406))
+    frames = np.stack([np.array(picture.resize((size, size))) for picture in pictures])
+    pixels = to_pixels(frames, loaded.image_format)
+    with torch.no_grad():
+        x, before = tower(pixels), tower.norm(tower(pixels, select_layer=-2))
+        assert torch.equal(model.extract_features(pixels), x[:, 0])
+        model.set_pooling_strategy(pooling="mean_patch", last_n_layers=None)
+        assert torch.equal(model.extract_features(pixels), x[:, 1:].mean(1))
+        model.set_pooling_strategy(pooling="all", last_n_layers=2)
+        both = torch.cat([before, x], -1)[:, 1:]
+        assert torch.equal(model.extract_features(pixels), both)
+        assert model.feature_dim == 2 * tower.width == both.shape[-1]
+        assert int(both.shape[1] ** 0.5) ** 2 == both.shape[1]  # a square of patches
+    assert len(list(model.parameters())) and model.state_dict()
+    for mistake in ({"pooling": "most"}, {"last_n_layers": 99}):
+        with pytest.raises(ValueError):
+            instantiate(exported, "nano_image", **mistake)
+
+
+@pytest.mark.parametrize("name", ["language.pt", "phase2.pt"])
+def test_words_open_as_a_causal_language_model(recipe, tmp_path, name):
+    """The logits of transformers' own model and tokenizer are ours."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "out"
+    flags = ["--to=egobabyvlm"] if name == "phase2.pt" else []
+    export.main([str(recipe / name), str(folder), *flags])
+    folder = folder / "language" if flags else folder
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    loaded = checkpoint.load(recipe / name)
+    assert words.mask_token_id is None and words.eos_token_id == loaded.tokenizer.eos
+    for text in TEXTS:
+        encoded = words(text, return_tensors="pt", padding=True, add_special_tokens=True)
+        tokens = loaded.tokenizer.encode(text)
+        assert encoded["input_ids"][0].tolist() == tokens
+        with torch.no_grad():
+            found = theirs(**{k: encoded[k] for k in ("input_ids", "attention_mask")}).logits
+            own = loaded.model.gpt.head(
+                loaded.model.gpt(loaded.model.gpt.embed(torch.tensor([tokens])))
+            )
+        assert torch.allclose(found, own, atol=1e-4, rtol=0)
+
+
+def test_a_language_model_alone_has_no_pictures(recipe, tmp_path, capsys):
+    export.main([str(recipe / "language.pt"), str(tmp_path / "out"), "--to=egobabyvlm"])
+    assert [path.name for path in (tmp_path / "out" / "configs").iterdir()] == ["nano_words.yaml"]
+    assert "disqualified" in capsys.readouterr().out  # it saw the toy world
+    with pytest.raises(UserError, match="a tower alone") as error:
+        export.main([str(recipe / "vision.pt"), str(tmp_path / "tower"), "--to=egobabyvlm"])
+    assert one_line(error)
+
+
+# ---------------------------------------------------------------------------------------------
+# The leaderboard's row
+
+
+def seed_folder(folder, seed, lexical, **more):
+    folder.mkdir()
+    score = lambda value: {"score": value, "n": 3, "chance": 0.5, "ci95": None}
+    bench = {"lexical": lexical, "grammatical": 0.5, "overall": (lexical + 0.5) / 2}
+    results = {"digest": f"d{seed}", "phase": "phase2", "tasks": {
+        "machine_devbench": {"all": {name: score(value) for name, value in bench.items()}}}}  # fmt: skip
+    (folder / "results_machine_devbench.json").write_text(json.dumps(results | more))
+    results["tasks"] = {"language": {"all": {name: score(0.6 + seed / 100) for name in
+                                             ("syntax", "semantics", "overall")}}}  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    return str(folder)
+
+
+def test_a_row_of_three_seeds(tmp_path):
+    lexical = (0.512, 0.537, 0.498)
+    folders = [seed_folder(tmp_path / f"s{i}", i, value) for i, value in enumerate(lexical)]
+    path = tmp_path / "nano.json"
+    export.main([*folders, str(path), "--to=row", "--team=Us"])
+    row = json.loads(path.read_text())
+    mean, deviation = 100 * statistics.mean(lexical), 100 * statistics.stdev(lexical)
+    assert row["multimodal"]["lexical"] == f"{mean:.1f} ± {deviation:.1f}" == "51.6 ± 2.0"
+    assert row["multimodal"]["grammatical"] == "50.0 ± 0.0"
+    assert row["language"] == [{"encoder": "GPT", "ft": True, "syntax": "61.0 ± 1.0",
+                                "semantics": "61.0 ± 1.0", "overall": "61.0 ± 1.0"}]  # fmt: skip
+    assert (row["id"], row["team"], row["n_seeds"]) == ("nano", "Us", 3)
+
+
+def test_rows_that_would_be_wrong(tmp_path):
+    folders = [seed_folder(tmp_path / f"s{i}", i, 0.5) for i in range(3)]
+    path = str(tmp_path / "row.json")
+    cases = [([*folders[:2]], "2 seeds"), ([*folders[:2], folders[0]], "same checkpoint")]
+    (tmp_path / "empty").mkdir()
+    cases.append(([*folders[:2], str(tmp_path / "empty")], "no results"))
+    cases.append(([*folders, seed_folder(tmp_path / "two", 9, 0.5, digest="x")], "two checkpoints"))
+    for own, why in cases:
+        with pytest.raises(UserError, match=why) as error:
+            export.main([*own, path, "--to=row"])
+        assert one_line(error)
+
+
+def test_the_copied_code_is_found_from_another_folder(exported, monkeypatch, tmp_path):
+    """The launcher's own modules of our names stay what they are."""
+    monkeypatch.chdir(tmp_path)
+    before = sys.modules["config"]
+    model = instantiate(exported, "nano_pairs")
+    assert sys.modules["config"] is before and str(exported) in model.inference.__file__
+    assert model.inference is not inference
