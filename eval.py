@@ -31,7 +31,7 @@ from common.files import read_json, read_log, remove_leftovers, write_json, writ
 from config import UserError, option
 from data import Data
 from sources.toolbox_prompts import TESTS
-from tasks import TASKS, board, report, run_task, toolbox
+from tasks import TASKS, board, probes, report, run_task, toolbox
 from tasks.board import BOARD
 from tasks.swap import language_scores, run_swap
 from tasks.toolbox_files import find_tests, known_name
@@ -57,6 +57,8 @@ class Config(config.Options):
     ties: str = option("fair", choices=("fair", "published"))  # published: as BabyVLM's own scorer
     zorro: str = ""  # a folder of Zorro's grammar pairs, .txt or .json
     swap: str = ""  # a folder of LongTail-Swap's and Visual-Property Swap's files
+    mnist: str = ""  # a folder with MNIST's idx files: probes of the tower
+    countbench: str = ""  # a folder of CountBench's pictures: the same
     batch: int = option(256, low=1, high=1 << 20)  # phrases scored at a time
     shuffle: bool = False  # random pictures for each test: all scores must fall to chance
     out: str = ""  # where to write; empty: the checkpoint's folder
@@ -138,13 +140,20 @@ def choose_files(settings, folder, sees):
     return [(name, name, path) for name, path in paths.items() if sees and path.exists()]
 
 
+ALONE = ("zorro", "swap", "mnist", "countbench")  # options that name a folder of other people's
+
+
+def is_alone(settings):
+    """Whether a test is asked for that needs no prepared folder."""
+    return any(getattr(settings, name) for name in ALONE)
+
+
 def needs_folder(settings, folder):
-    """Whether a prepared folder is opened: not for the file of one test, nor for grammar pairs if
-    the checkpoint's own folder is not here."""
+    """Whether a prepared folder is opened: not for the file of one test, nor for other people's
+    folders if the checkpoint's own is not here."""
     if settings.csv or settings.json:
         return False
-    alone = settings.zorro or settings.swap
-    return not alone or bool(settings.data) or (folder / "meta.json").exists()
+    return not is_alone(settings) or bool(settings.data) or (folder / "meta.json").exists()
 
 
 def evaluate(loaded, settings):
@@ -154,14 +163,15 @@ def evaluate(loaded, settings):
     check_options(settings, sees)
     folder = Path(settings.data or saved["settings"]["data"])
     dataset = Data(folder) if needs_folder(settings, folder) else None
+    other = next((getattr(settings, name) for name in ALONE if getattr(settings, name)), "")
     results = {
         "checkpoint": str(settings.checkpoint),
         "digest": vision.weights_digest(loaded.model.state_dict()),
         "phase": saved["phase"],
         "trained_on": saved["source"],
         "corpus": saved["corpus"],
-        "data": settings.csv or settings.zorro or settings.swap or str(folder),
-        "source": settings.csv or settings.zorro or settings.swap,
+        "data": settings.csv or other or str(folder),
+        "source": settings.csv or other,
         "csv": settings.csv,
         "shuffled": settings.shuffle,
         "ties": settings.ties,
@@ -175,8 +185,14 @@ def evaluate(loaded, settings):
     if settings.zorro and settings.swap:
         parts = [results["tasks"][name]["all"] for name in ("zorro", "swap")]
         results["tasks"]["language"] = {"all": language_scores(*parts)}
-    alone = settings.task or settings.zorro or settings.swap
-    if dataset and not alone and (folder / "eval" / "grammar").is_dir():
+    for name in ("mnist", "countbench"):
+        if getattr(settings, name):
+            results["tasks"][name] = probes.probe(name, getattr(settings, name), loaded)
+    if (
+        dataset
+        and not (settings.task or is_alone(settings))
+        and (folder / "eval" / "grammar").is_dir()
+    ):
         pairs = folder / "eval" / "grammar"  # of the toy world's own grammar
         results["tasks"]["grammar"] = zorro(pairs, loaded, settings.batch)
     if dataset:
@@ -242,8 +258,13 @@ def main(argv):
     device = checkpoint.choose_device(settings.device)
     torch.set_float32_matmul_precision("highest")  # training on a GPU may have lowered it
     loaded = inference.open_model(settings.checkpoint, device, settings.dtype)
-    if loaded.model.gpt is None:
-        raise UserError(f"{settings.checkpoint}: a tower alone; train.py logs its linear probes")
+    if loaded.model.gpt is None and not (settings.mnist or settings.countbench):
+        raise UserError(
+            f"{settings.checkpoint}: a tower alone; train.py logs its linear probes, and --mnist "
+            "and --countbench run others"
+        )
+    if loaded.model.tower is None and (settings.mnist or settings.countbench):
+        raise UserError(f"{settings.checkpoint} has no tower: --mnist and --countbench probe one")
     results, reports = evaluate(loaded, settings)
     out = Path(settings.out or Path(settings.checkpoint).parent)
     names = write(results, reports, out, settings.task)

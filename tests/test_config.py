@@ -15,7 +15,7 @@ from config import UserError
 from sources import pairs, saycam, toy
 
 SCRIPTS = (train, evaluation, sample, toy, pairs, saycam)
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("**/*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -840,6 +840,15 @@ def test_the_published_sizes_are_what_the_configs_comments_say():
             projector = make_projector("mlp2x_gelu", 2048, settings.n_embd)
         assert sum(p.numel() for p in gpt.parameters()) == expected
         assert sum(p.numel() for p in projector.parameters()) == 590_336
+    settings = config.load(train.Config, [str(ROOT / "configs/ego/phase0.py")])
+    later = config.load(train.Config, [str(ROOT / "configs/ego/phase1.py")])
+    sizes = (getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd"))
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(52000, *sizes))
+        projector = make_projector("mlp2x_gelu", settings.vision_width, settings.n_embd)
+    assert sum(p.numel() for p in gpt.parameters()) == 124_889_856
+    assert sum(p.numel() for p in projector.parameters()) == 1_181_184
+    assert (settings.language_steps, later.phase1_steps) == (5564, 189_921)
     transformers = pytest.importorskip("transformers")
     for vocabulary, context, expected in ((6000, 2048, 8_378_880), (2350, 1024, 7_182_336)):
         with torch.device("meta"):

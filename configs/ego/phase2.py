@@ -1,0 +1,16 @@
+"""
+Phase 2 of EgoBabyLLaVA: projector and GPT together, the tower frozen. After ego/phase1.py.
+
+It is here that the original forgets language: 58.8 after phase 0, 54.6 after phase 2. What replay
+does about it (`data.py babyview --replay 1`): docs/results.md.
+"""
+
+phase = "2"
+data = "data/babyview"
+out = "out/ego"
+phase2_lr = 2e-3
+phase2_batch = 16  # of all processes together
+phase2_steps = 5 * 1215500 // 16  # 5 passes of N pairs: 379,843
+dropout = 0.1
+weight_decay = 0.0
+beta2 = 0.999
