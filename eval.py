@@ -87,15 +87,13 @@ def check_options(settings, sees):
 
 
 def losses(loaded, dataset):
-    """{"val_loss"}, for a language model alone also {"bits_per_character"}, on a prepared folder;
-    {} and a printed reason if it has no data, another vocabulary or another image format."""
+    """{"val_loss", "bits_per_character"} on a prepared folder: the loss that the phase is validated
+    on, and that of its held-out text, which tells how much later phases forget. What it has no
+    data for is missing; {} and a printed reason for another vocabulary or image format."""
     model, saved = loaded.model, loaded.checkpoint
     words_alone = model.projector is None
     split = saved["validates_on"]["split"]
     kind = getattr(batches, saved["validates_on"]["batches"])
-    if not dataset.count(split, kind.BIN):
-        print(f"no validation loss: {dataset.directory} has nothing to validate this model on")
-        return {}
     other_images = not words_alone and checkpoint.has_other_images(saved, dataset)
     if checkpoint.has_other_vocabulary(saved, dataset) or other_images:
         print(
@@ -103,25 +101,37 @@ def losses(loaded, dataset):
             "than the data this checkpoint was trained on"
         )
         return {}
+    found = text_losses(model, dataset)
     if words_alone:
-        text = kind(dataset, split, 16, 0, model)
-        loss = validation.val_loss(model, text, dataset.image_format)
-        if dataset.tokenizer.kind == "word":
-            unknown = dataset.tokenizer.words["<unk>"]
-            count = int((dataset.open(split, "text") == unknown).sum())
-            if count:  # a guessed <unk> would count as a guessed word
-                print(
-                    f"no bits per character: {count:,} words of {split} are not in the vocabulary"
-                )
-                return {"val_loss": loss}
-        counts = dataset.meta["splits"][split]
-        tokens_per_character = counts["text"] / counts["characters"]
-        # nats per token x tokens per character = nats per character; / ln 2 = bits
-        return {"val_loss": loss, "bits_per_character": loss * tokens_per_character / math.log(2)}
+        return found
+    bits = {name: value for name, value in found.items() if name != "val_loss"}
+    if not dataset.count(split, kind.BIN):
+        print(f"no validation loss: {dataset.directory} has nothing to validate this model on")
+        return bits
     stored = features.open_stored(dataset, split, model)
     truncate = saved["settings"].get("truncate", False)
     samples = kind(dataset, split, 64, 0, model, stored, truncate)
-    return {"val_loss": validation.val_loss(model, samples, dataset.image_format)}
+    return {"val_loss": validation.val_loss(model, samples, dataset.image_format)} | bits
+
+
+def text_losses(model, dataset):
+    """{"val_loss", "bits_per_character"} of a model on held-out text; without the second, and a
+    printed reason, for words that are not in the vocabulary; {} without text."""
+    if not dataset.count("val", "text"):
+        print(f"no bits per character: {dataset.directory} has no text to validate on")
+        return {}
+    text = batches.TextBatches(dataset, "val", 16, 0, model)
+    loss = validation.val_loss(model, text, dataset.image_format)
+    if dataset.tokenizer.kind == "word":
+        unknown = dataset.tokenizer.words["<unk>"]
+        count = int((dataset.open("val", "text") == unknown).sum())
+        if count:  # a guessed <unk> would count as a guessed word
+            print(f"no bits per character: {count:,} words of val are not in the vocabulary")
+            return {"val_loss": loss}
+    counts = dataset.meta["splits"]["val"]
+    tokens_per_character = counts["text"] / counts["characters"]
+    # nats per token x tokens per character = nats per character; / ln 2 = bits
+    return {"val_loss": loss, "bits_per_character": loss * tokens_per_character / math.log(2)}
 
 
 def choose_files(settings, folder, sees):

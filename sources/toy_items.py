@@ -387,7 +387,7 @@ FEWER_TO_TRAIN = {
     "left_right": 3,
     "left_right_fair": 6,
     "spatial_details": 2,
-    "delayed_response": 4,
+    "delayed_response": 8,
     "delayed_response_open": 3,
     "memory": 3,
     "memory_fair": 12,

@@ -469,9 +469,21 @@ def test_grammar_pairs_need_no_prepared_folder(tmp_path, monkeypatch):
 
 def test_data_with_nothing_to_validate_on_gets_no_loss_and_says_so(recipe, home, capsys):
     loaded, dataset = checkpoint.load(recipe / "phase2.pt"), data.Data("data/tiny")
-    dataset.meta["splits"]["val"] = {"text": 9, "characters": 9}
-    assert evaluation.losses(loaded, dataset) == {}
+    val = dataset.meta["splits"]["val"]
+    dataset.meta["splits"]["val"] = {name: val[name] for name in ("text", "characters")}
+    assert list(evaluation.losses(loaded, dataset)) == ["bits_per_character"]
     assert "nothing to validate this model on" in capsys.readouterr().out
+    dataset.meta["splits"]["val"] = {}
+    assert evaluation.losses(loaded, dataset) == {}
+    assert "has no text to validate on" in capsys.readouterr().out
+
+
+def test_what_later_phases_forget_is_measured_on_the_same_text(recipe, home):
+    """The bits per character of a model that sees: its own language model's, to the digit."""
+    loaded, dataset = checkpoint.load(recipe / "phase2.pt"), data.Data("data/tiny")
+    found = evaluation.losses(loaded, dataset)["bits_per_character"]
+    loaded.model.projector = loaded.model.tower = None
+    assert evaluation.losses(loaded, dataset)["bits_per_character"] == found
 
 
 def test_only_files_of_ones_own_stand_beside_the_paper(recipe, home, capsys):
