@@ -52,7 +52,7 @@ def write(source, folder, export_language):
     yield f"{folder}: {source}, for EgoBabyVLM's launcher: {', '.join(names)}"
     yield f"it saw {submission.describe_corpora(loaded.checkpoint)}"
     if any(one["source"] != "babyview" for one in checkpoint.corpora_of(loaded.checkpoint)):
-        yield "not BabyView alone: by the challenge's rules a run that saw other data is disqualified"
+        yield "not BabyView alone: by the challenge's rules such a run is disqualified"
     yield f"to do: PYTHONPATH={folder}; copy configs/ to evaluation/configs/model"
 
 

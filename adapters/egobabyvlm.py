@@ -33,9 +33,9 @@ def open_exported(path, device="cpu"):
 
 
 class NanoImage(nn.Module):
-    """The vision tower. pooling: "cls", the CLS token; "mean_patch", the mean of the patches; "all",
-    every patch. last_n_layers: features of so many last blocks, each after the final norm, side by
-    side."""
+    """The vision tower. pooling: "cls", the CLS token; "mean_patch", the mean of the patches;
+    "all", every patch. last_n_layers: features of so many last blocks, each after the final norm,
+    side by side."""
 
     def __init__(self, checkpoint=str(FOLDER), pooling="cls", last_n_layers=1):
         super().__init__()

@@ -2,7 +2,6 @@
 Opening an exported folder inside another program, whose modules may be called as ours are.
 """
 
-import importlib
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -36,6 +35,7 @@ def open_exported(path, device="", dtype=""):
     path = folder / "checkpoint.pt" if path.is_dir() else path
     # in a clone there is no such folder, and the names are its own
     with our_names(folder / CODE) if (folder / CODE).is_dir() else nullcontext():
-        inference = importlib.import_module("inference")
+        import inference
+
         device = inference.checkpoint.choose_device(str(device or ""))
         return inference, inference.open_model(path, device, dtype)

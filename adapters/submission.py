@@ -148,4 +148,4 @@ def write(source, folder, name="", repo=""):
         yield "a rehearsal: what saw the toy world is no result on SAYCam"
     yield f"to do: upload {folder} to the hub; fill main_contributions in submission.json"
     if not repo:
-        yield "to do: replace `checkpoint` in submission.json, or export again with --repo USER/NAME"
+        yield "to do: replace `checkpoint` in submission.json, or export with --repo USER/NAME"

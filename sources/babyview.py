@@ -8,13 +8,13 @@ Databrary (volume 1882); or any films with WhisperX's transcripts.
 
 Films are decoded at --fps frames a second, from 0 s on. Ready frames are VIDEO/VIDEO_1.jpg,
 VIDEO_2.jpg ... at that rate, written by ffmpeg's filter fps, whose frame n shows (n - 0.5) / fps s.
-VIDEO.json is WhisperX's ({"segments": [{"start", "end", "text", "words": [{"word",
-"score"}]}]}), VIDEO.rttm that of a voice type classifier. As in EgoBabyVLM, a segment is left out if
-it overlaps the key child's own voice (KCHI), if its words' mean score is below --min_score, or if no
-frame lies within it. Words keep their case.
+VIDEO.json is WhisperX's ({"segments": [{"start", "end", "text", "words": [{"word", "score"}]}]}),
+VIDEO.rttm that of a voice type classifier. As in EgoBabyVLM, a segment is left out if it overlaps
+the key child's own voice (KCHI), if its words' mean score is below --min_score, or if no frame lies
+within it. Words keep their case.
 
---annotations reads EgoBabyVLM's manifests ([{"utterance", "frame_filenames", ...}]) and LLaVA JSON as
-`data.py saycam` does. Validation data are whole stretches of films, unless files say otherwise;
+--annotations reads EgoBabyVLM's manifests ([{"utterance", "frame_filenames", ...}]) and LLaVA JSON
+as `data.py saycam` does. Validation data are whole stretches of films, unless files say otherwise;
 EgoBabyVLM holds out single utterances, whose neighbours are trained on.
 """
 

@@ -108,8 +108,8 @@ def crowd(things, rng, even):
 
 
 def path_out(direction, rng, steps):
-    """Positions of a thing that leaves: it stands, then goes in a direction until it is out of view,
-    which the last frame or two show."""
+    """Positions of a thing that leaves: it stands, then goes in a direction until it is out of
+    view, which the last frame or two show."""
     angle = DIRECTIONS.index(direction) * np.pi / 4
     step = np.array([np.sin(angle), -np.cos(angle)])
     start = np.array([0.5, 0.5]) + rng.uniform(-0.12, 0.12, 2) - 0.1 * step

@@ -11,7 +11,7 @@ Delayed Response, open, twice (exact and adjacent), and no Looking While Listeni
 import numpy as np
 
 from common.files import write_json
-from tasks import toolbox
+from tasks.toolbox import CONTROLS, key_of, score
 
 # {our test: (name on the leaderboard, {its measure: ours}, the first one being the test's score)}
 BOARD = {
@@ -42,7 +42,7 @@ BOARD = {
 def entry(test, rows, subject):
     """{"name", "scores": {measure of the leaderboard: score}, "chance", "cannot_see",
     "cannot_read"} of a test, the last three of its first measure; None if that has no score."""
-    results = toolbox.score(test, rows, subject, "published", "published")
+    results = score(test, rows, subject, "published", "published")
     name, measures = BOARD[test]
     first = next(iter(measures.values()))
     if first not in results:
@@ -50,7 +50,7 @@ def entry(test, rows, subject):
     scores = {
         theirs: results[ours]["score"] for theirs, ours in measures.items() if ours in results
     }
-    controls = {who: results[toolbox.key_of(who, first)]["score"] for who in toolbox.CONTROLS}
+    controls = {who: results[key_of(who, first)]["score"] for who in CONTROLS}
     return {"name": name, "scores": scores, "chance": results[first]["chance"], **controls}
 
 

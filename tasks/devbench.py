@@ -135,8 +135,8 @@ def task_score(task, bins):
 
 
 def means_of_tasks(scores):
-    """Yield ("lexical", mean), ("grammatical", mean) and ("overall", mean of both) of {task: score};
-    of one kind alone, overall is that kind."""
+    """Yield ("lexical", mean), ("grammatical", mean) and ("overall", mean of both) of {task:
+    score}; of one kind alone, overall is that kind."""
     means = []
     for kind in ("lexical", "grammatical"):
         own = [score for task, score in scores.items() if kind_of(task) == kind]

@@ -5,8 +5,9 @@ wrong one?
     python eval.py --checkpoint out/childes/language.pt --zorro DIR
 
 DIR holds a .txt file for each of 23 paradigms, with wrong sentences in odd lines and right ones in
-even lines; or EgoBabyVLM's .json of 13 tasks, lines of {"sentence_good", "sentence_bad"}. `accuracy`
-is the mean over files, `thirteen` that over the 13 tasks, to which the paradigms' names are mapped.
+even lines; or EgoBabyVLM's .json of 13 tasks, lines of {"sentence_good", "sentence_bad"}.
+`accuracy` is the mean over files, `thirteen` that over the 13 tasks, to which the paradigms' names
+are mapped.
 
 A vocabulary with upper-case words gets the sentences as EgoBabyVLM writes them, in their case and
 without a space before . and ?; for others they are lower-cased.
@@ -24,6 +25,7 @@ from config import UserError
 from tasks import phrase_nll
 from tasks.scores import accuracy
 
+SUFFIXES = (".txt", ".json", ".jsonl")
 TASKS = {  # the start of a paradigm's name: EgoBabyVLM's task
     "agreement_subject_verb": "subject_verb_agreement",
     "agreement_determiner_noun": "determiner_noun_agreement",
@@ -104,6 +106,3 @@ def zorro(directory, loaded, batch):
         score = round(float(np.mean(scores)), 4)
         means[name] = {"score": score, "n": len(scores), "chance": 0.5, "ci95": None}
     return {"all": means | paradigms}
-
-
-SUFFIXES = (".txt", ".json", ".jsonl")

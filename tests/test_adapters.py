@@ -435,9 +435,10 @@ def test_in_the_real_lmms_eval(exported, wide, made, tmp_path, version, how):
             "import sys; sys.path.insert(0, sys.argv[1])\n"
             "from model import NanoBabyLLaVA\nfrom lmms_eval.evaluator import simple_evaluate\n"
             "from lmms_eval.tasks import TaskManager\nfrom argparse import Namespace\n"
-            "old = {'cli_args': Namespace(process_with_media=False)} if '0.3' in sys.argv[4] else {}\n"
-            "simple_evaluate(model=NanoBabyLLaVA(pretrained=sys.argv[1]), tasks=sys.argv[3].split(','),"
-            " task_manager=TaskManager('INFO', include_path=sys.argv[2]), batch_size=1, **old)\n"
+            "_, folder, include, tasks, version = sys.argv\n"
+            "old = {'cli_args': Namespace(process_with_media=False)} if '0.3' in version else {}\n"
+            "simple_evaluate(model=NanoBabyLLaVA(pretrained=folder), tasks=tasks.split(','),"
+            " task_manager=TaskManager('INFO', include_path=include), batch_size=1, **old)\n"
         )
         command = [python, "-c", script, exported, tasks, names, version]
     done = subprocess.run(

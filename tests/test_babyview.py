@@ -22,8 +22,12 @@ SEGMENTS[4] = (4.1, 4.9, "Mumble four words", [0.2, 0.8, 0.5])  # mean .5: kept
 SEGMENTS[5] = (5.1, 5.3, "too short for a frame", [0.9])
 SEGMENTS[6] = (6.1, 6.9, "...", [0.9])
 SEGMENTS[7] = (7.1, 8.9, "Two frames long", [])  # without scores it is kept
-VOICE = ["SPEAKER one 1 10.2 0.8 <NA> <NA> KCHI <NA> <NA>", "SPEAKER one 1 2.0 9.0 <NA> <NA> FEM <NA> <NA>",
-         "; a comment", ""]  # fmt: skip
+VOICE = [
+    "SPEAKER one 1 10.2 0.8 <NA> <NA> KCHI <NA> <NA>",
+    "SPEAKER one 1 2.0 9.0 <NA> <NA> FEM <NA> <NA>",
+    "; a comment",
+    "",
+]
 
 
 def whisperx(segments):
@@ -123,7 +127,8 @@ def test_clips_and_moments(folder):
 
 def test_manifests_and_llava_json_as_published(folder):
     entry = lambda i: {
-        "utterance": f"Look, it's {i}!", "frame_filenames": [f"one/one_{i + 1}.jpg"], "num_frames": 1,
+        "utterance": f"Look, it's {i}!", "frame_filenames": [f"one/one_{i + 1}.jpg"],
+        "num_frames": 1,
         "timestamps": [i + 0.5], "utterance_num": i, "video_filename": "one.mp4",
         "transcript_filename": "one.json"}  # fmt: skip
     (folder / "train.json").write_text(json.dumps([entry(i) for i in range(12)]))

@@ -136,8 +136,8 @@ def seed_folder(folder, seed, lexical, **more):
     folder.mkdir()
     score = lambda value: {"score": value, "n": 3, "chance": 0.5, "ci95": None}
     bench = {"lexical": lexical, "grammatical": 0.5, "overall": (lexical + 0.5) / 2}
-    results = {"digest": f"d{seed}", "phase": "phase2", "tasks": {
-        "machine_devbench": {"all": {name: score(value) for name, value in bench.items()}}}}  # fmt: skip
+    scores = {"all": {name: score(value) for name, value in bench.items()}}
+    results = {"digest": f"d{seed}", "phase": "phase2", "tasks": {"machine_devbench": scores}}
     (folder / "results_machine_devbench.json").write_text(json.dumps(results | more))
     results["tasks"] = {"language": {"all": {name: score(0.6 + seed / 100) for name in
                                              ("syntax", "semantics", "overall")}}}  # fmt: skip

@@ -1,5 +1,5 @@
-"""Probes on MNIST's idx files and CountBench's pictures: reading, both probes against slow forms, and
-a known value."""
+"""Probes on MNIST's idx files and CountBench's pictures: reading, both probes against slow forms,
+and a known value."""
 
 import gzip
 import json

@@ -42,8 +42,8 @@ FORMS = [  # test, question, pictures, answer, options
     ),
     (
         "spatial_details",
-        "# Which of the following contains exactly this object? (A) # (B) # (C) #. Pay attention to "
-        "details and give a letter A-C.",
+        "# Which of the following contains exactly this object? (A) # (B) # (C) #. Pay attention "
+        "to details and give a letter A-C.",
         4,
         "C",
         LETTERS[:3],
@@ -281,7 +281,8 @@ def test_the_published_names_are_known():
 def test_layouts(tmp_path):
     """NAME.json, TASK_test.json before TASK_train.json, TASK/data.json; two files of one test."""
     for path in ("memory.json", "pv_test.json", "pv_train.json", "count/data.json",
-                 "picture_vocab_selected/data.json", "vdr_open_val.json", "choice.json"):  # fmt: skip
+                 "picture_vocab_selected/data.json", "vdr_open_val.json",
+                 "choice.json"):  # fmt: skip
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("[]")
     assert [

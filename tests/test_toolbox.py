@@ -114,8 +114,9 @@ def test_every_answer_is_read_as_itself_by_both_rules():
 NUMBERS = ("subitizing", "object_counting")
 LETTER = "abcdABCD"
 WORDS = "zero one two three four five six seven eight nine ten".split()
-JUNK = ["a", "B", "c.", "(D)", "E", "ab", "a ball", "the", "top", "left", "top left", "Bottom Right",
-        "7", "07", "12", "three", "Ten", "eleven", "4th", "x9", "", " ", "?", "I see", "\n", "_a",
+JUNK = ["a", "B", "c.", "(D)", "E", "ab", "a ball", "the", "top", "left", "top left",
+        "Bottom Right", "7", "07", "12", "three", "Ten", "eleven", "4th", "x9", "", " ", "?",
+        "I see", "\n", "_a",
         "a_b", "right .", "é", "bottom-left"]  # fmt: skip
 
 

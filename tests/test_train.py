@@ -950,7 +950,8 @@ def test_processes_that_do_not_come_are_told_in_one_line():
 # The best weights, and speech that is replayed
 
 OVERFIT = [*SMALL, "--data=data/tiny", "--phase=language", "--language_steps=24",
-           "--language_lr=0.03", "--eval_every=4", "--save_every=6", "--eval_batches=1000"]  # fmt: skip
+           "--language_lr=0.03", "--eval_every=4", "--save_every=6",
+           "--eval_batches=1000"]  # fmt: skip
 
 
 def losses_of(out):
