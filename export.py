@@ -4,7 +4,7 @@ A checkpoint as a folder for others: for transformers, or for one of two challen
     python export.py out/toy/phase2.pt DIR                                        # transformers
     python export.py out/run/phase3.pt DIR --to babyvlm [--name NAME] [--repo USER/NAME]
     python export.py out/run/phase2.pt DIR --to egobabyvlm
-    python export.py out/seed1 out/seed2 out/seed3 ROW.json --to row [--name NAME] [--team TEAM]
+    python export.py out/seed1 out/seed2 out/seed3 ROW.json --row [--name NAME] [--team TEAM]
 
 The last three are described in adapters/submission.py and adapters/ego_submission.py. The first
 opens here again as the same checkpoint, to the bit; of a language model alone it is a folder for
@@ -545,13 +545,14 @@ def model_card(saved, count, scores):
 
 @dataclass
 class Config(config.Options):
-    to: str = option("transformers", choices=("transformers", "babyvlm", "egobabyvlm", "row"))
-    name: str = ""  # of babyvlm and row: the model's name on the leaderboard
+    to: str = option("transformers", choices=("transformers", "babyvlm", "egobabyvlm"))
+    row: bool = False  # write a row of EgoBabyVLM's leaderboard, from folders of results
+    name: str = ""  # of babyvlm and of a row: the model's name on the leaderboard
     repo: str = ""  # of babyvlm: USER/NAME of the repository that the folder is uploaded to
-    team: str = ""  # of row
+    team: str = ""  # of a row
 
 
-OPTIONS_OF = {"babyvlm": ("name", "repo"), "row": ("name", "team")}
+OPTIONS_OF = {"babyvlm": ("name", "repo"), "row": ("name", "team", "row")}
 
 
 def main(argv):
@@ -560,10 +561,11 @@ def main(argv):
         return
     count = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
     paths, settings = argv[:count], config.load(Config, argv[count:], __doc__)
+    kind = "row" if settings.row else settings.to
     for name in ("name", "repo", "team"):
-        if name in settings.given and name not in OPTIONS_OF.get(settings.to, ()):
-            raise UserError(f"--{name} is not for --to {settings.to}")
-    if settings.to == "row" and len(paths) > 1:
+        if name in settings.given and name not in OPTIONS_OF.get(kind, ()):
+            raise UserError(f"--{name} is not for {'--row' if settings.row else f'--to {kind}'}")
+    if settings.row and len(paths) > 1:
         lines = ego_submission.write_row(paths[:-1], paths[-1], settings.name, settings.team)
     elif len(paths) != 2:
         raise UserError("want: python export.py CHECKPOINT.pt DIR [--to babyvlm]")

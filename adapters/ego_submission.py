@@ -3,7 +3,7 @@ For the EgoBabyVLM challenge: a checkpoint as a folder for its evaluation launch
 its leaderboard.
 
     python export.py out/ego/phase2.pt DIR --to egobabyvlm
-    python export.py out/seed1 out/seed2 out/seed3 ROW.json --to row --name my-model --team Me
+    python export.py out/seed1 out/seed2 out/seed3 ROW.json --row --name my-model --team Me
 
 DIR has nano.py (egobabyvlm.py of this folder), checkpoint.pt, nanobabyllava/, the language model as
 a folder for transformers, language/, and configs/nano_image.yaml, nano_pairs.yaml, nano_words.yaml.

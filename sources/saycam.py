@@ -5,7 +5,7 @@ any captioned video in the same form.
     python data.py saycam --frames frames.txt --annotations train.json val.json test.json
 
 --frames is a folder of JPEGs or a zip of them, whatever it is called; pictures that lie beside
-their JSON are found there first. A JSON may be CVCL's
+their JSON are found there first, and need no --frames. A JSON may be CVCL's
 ({"data": [{"utterance", "frame_filenames", ...}]}), BabyLLaVA's ([{"image", "conversations"}]),
 BabyLLaVA-V2's (the same; of several pictures, a clip or moments in turn, which phase 2 reads), or a
 list of utterances without pictures: transcripts for the language model. A word in a file's name
@@ -51,7 +51,7 @@ SPLIT_WORDS = {
 @dataclass
 class Config(Filtered):
     name: str = ""  # write to data/<name>; empty: saycam
-    frames: str = ""  # a folder of JPEGs or a zip of them, whatever the zip is called
+    frames: str = ""  # a folder or zip of JPEGs; empty: they lie beside their JSON
     annotations: tuple[str, ...] = ()  # JSON files, their split given by their names
     train: tuple[str, ...] = ()  # JSON files to train on, whatever their names
     val: tuple[str, ...] = ()  # JSON files to validate on
@@ -194,8 +194,11 @@ def lines_of(utterances):
 
 
 def prepare(settings, writer):
-    if not settings.frames or not (settings.annotations or settings.train):
-        raise UserError("saycam: give --frames ZIP_OR_FOLDER and --annotations FILE.json ...")
+    if not (settings.annotations or settings.train):
+        raise UserError(
+            "saycam: give --annotations FILE.json ..., and --frames ZIP_OR_FOLDER if the pictures "
+            "are not beside them"
+        )
     shown, speech = read_all_annotations(settings)
     files = " ".join([*settings.annotations, *settings.train])
     if not shown["train"]:
@@ -203,12 +206,12 @@ def prepare(settings, writer):
     if not shown["val"]:
         count = len(shown["train"])
         raise UserError(f"{files}: {count} utterances with frames; need 10, or files for --val")
-    archives, beside = Archives([settings.frames]), {}
+    archives, beside = Archives([settings.frames] if settings.frames else []), {}
 
     def find(name, path):
         if path not in beside:
             beside[path] = BesideFile(path, archives)
-        return beside[path].find(name) or os.path.join(settings.frames, name)
+        return beside[path].find(name) or os.path.join(settings.frames or Path(path).parent, name)
 
     pictures = {split: [] for split in shown if shown[split]}
     dialogues = {split: [] for split in pictures}

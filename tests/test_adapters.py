@@ -214,6 +214,9 @@ def test_no_item_ends_a_run(adapter, recipe, made, tmp_path, capsys):
     model.task_dict["memory"]["test"][0]["image"][3] = "nowhere.png"
     said = [json.loads(one) for one in model.generate_until_multi_round(rounds)]
     assert [len(own) for own in said] == [15, 15]
+    model.task_dict["memory"]["test"][1] = {"id": "neither pictures nor words"}
+    said = [json.loads(one) for one in model.generate_until_multi_round(rounds)]
+    assert len(said[0]) == 15 and said[1] == [""]
     model.task_dict["pv"]["test"][0]["image"] = model.task_dict["pv"]["test"][0]["image"][:2]
     assert len(model.generate_until(requests(model, made, "pv")[:1])) == 1
     model.task_dict["pv"] = {"test": [item("#?", ["nowhere.png"], "A")]}

@@ -149,7 +149,7 @@ def test_a_row_of_three_seeds(tmp_path):
     lexical = (0.512, 0.537, 0.498)
     folders = [seed_folder(tmp_path / f"s{i}", i, value) for i, value in enumerate(lexical)]
     path = tmp_path / "nano.json"
-    export.main([*folders, str(path), "--to=row", "--team=Us"])
+    export.main([*folders, str(path), "--row", "--team=Us"])
     row = json.loads(path.read_text())
     mean, deviation = 100 * statistics.mean(lexical), 100 * statistics.stdev(lexical)
     assert row["multimodal"]["lexical"] == f"{mean:.1f} ± {deviation:.1f}" == "51.6 ± 2.0"
@@ -168,7 +168,7 @@ def test_rows_that_would_be_wrong(tmp_path):
     cases.append(([*folders, seed_folder(tmp_path / "two", 9, 0.5, digest="x")], "two checkpoints"))
     for own, why in cases:
         with pytest.raises(UserError, match=why) as error:
-            export.main([*own, path, "--to=row"])
+            export.main([*own, path, "--row"])
         assert one_line(error)
 
 

@@ -401,3 +401,54 @@ def test_each_split_takes_its_own_pictures(tmp_path, monkeypatch):
         "chat_train": [100, 110, 120, 0, 10, 20],
         "chat_val": [150, 160, 170, 50, 60, 70],
     }
+
+
+def pretraining(folder, kinds):
+    """Pretraining samples in the published forms, in folders of their own: single pictures, clips
+    of 8, a film with its poster, moments; the names are the same in each."""
+    for number, kind in enumerate(kinds):
+        count = {"single_image": 1, "video_clip": 8, "multi_turn": 4, "film": 1}[kind]
+        items = []
+        for i in range(4):
+            names = [f"media/{kind}_{i:04d}_{k}.jpg" for k in range(count)]
+            for name in names:
+                (folder / kind / "media").mkdir(parents=True, exist_ok=True)
+                shade = 40 * number + 10 * i
+                Image.new("RGB", (32, 32), (shade, shade, shade)).save(folder / kind / name)
+            human = ["<image>"] * 4 if kind == "multi_turn" else ["<image>" * count]
+            said = [
+                {"from": who, "value": value}
+                for text in human
+                for who, value in (("human", text), ("gpt", f"That's {kind} {i}."))
+            ]
+            one = {"id": str(i), "image": names, "conversations": said, "meta": {"subject": "S"}}
+            items.append(one | ({"video": f"media/{i}.mp4"} if kind == "film" else {}))
+        (folder / kind / "data.json").write_text(json.dumps(items))
+
+
+def test_the_pretraining_parts_need_no_folder_of_pictures(tmp_path, monkeypatch, capsys):
+    kinds = ("single_image", "video_clip", "multi_turn", "film")
+    pretraining(tmp_path / "train", kinds)
+    pretraining(tmp_path / "val", kinds[:2][::-1])  # the same names, other shades
+    monkeypatch.chdir(tmp_path)
+    files = lambda split, names: [f"{split}/{name}/data.json" for name in names]
+    command.main(
+        [
+            "saycam",
+            "--train",
+            *files("train", kinds),
+            "--val",
+            *files("val", kinds[:2]),
+            "--size=32",
+            "--vocab_size=300",
+            "--template=baby_v1",
+        ]  # fmt: skip
+    )
+    assert "4 items have a film" in capsys.readouterr().out
+    made = data.Data("data/saycam")
+    counts = {s: sorted(made.open(s, "samples")[:, 3].tolist()) for s in ("train", "val")}
+    assert counts == {"train": [1] * 8 + [4] * 4 + [8] * 4, "val": [1] * 4 + [8] * 4}
+    shades = sorted({int(frame[0, 0, 0]) for frame in made.open("val", "frames")})
+    assert shades == [0, 10, 20, 30, 40, 50, 60, 70]
+    single = [int(f[0, 0, 0]) for f in made.open("val", "frames")[:4]]
+    assert single == [40, 50, 60, 70]  # those of val's single pictures, not of train's

@@ -243,7 +243,7 @@ def test_what_is_not_there_is_one_clear_line(fake):
         prepare(frames="train.json")
     with pytest.raises(UserError, match="neither a folder nor a whole zip"):
         prepare(frames="none.zip")
-    with pytest.raises(UserError, match="give --frames ZIP_OR_FOLDER"):
+    with pytest.raises(UserError, match="give --annotations FILE.json"):
         command.main(["saycam", "--frames", "frames.txt"])
     with pytest.raises(UserError, match="run `python data.py saycam"):
         train.main(["--phase=1"])
