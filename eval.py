@@ -1,6 +1,6 @@
 """
-Test a trained model: BabyVLM's four tests, the ten of the DevCV Toolbox, grammar pairs, validation
-loss.
+Test a trained model: BabyVLM's four tests, the ten of the DevCV Toolbox, Machine-DevBench, grammar
+pairs, word swaps, probes of the tower, validation loss.
 
     python eval.py --checkpoint out/toy/phase2.pt              # all tests that the data folder has
     python eval.py --checkpoint out/toy/language.pt --zorro DIR     # grammar pairs, words alone
@@ -11,7 +11,8 @@ loss.
 The score of a phrase is its mean negative log-likelihood (NLL) per token after the picture; lower
 is better, and a tie counts as its fair share. (Zorro sums; captions are generated.) Each accuracy
 has n, chance and a 95 % Wilson interval, also for each `subset` that a test's file names. Writes
-results.json, report.html and captions.png beside the checkpoint.
+results.json, report.html and captions.png beside the checkpoint; of one test, or of published
+folders, results_NAME.json and report_NAME.html.
 
 A new test: tasks/__init__.py.
 """
@@ -78,8 +79,8 @@ def check_options(settings, sees):
     for name in ("parse", "skip", "scores"):
         if name in settings.given and task not in ("", "toolbox", *TESTS):
             raise UserError(f"--{name} is for the tests of the Toolbox; asked for is {asked}")
-    if (settings.csv or settings.images) and not task:
-        raise UserError(f"--csv and --images need a --task: one of {', '.join(TASKS)}")
+    if (settings.csv or settings.images or settings.json) and not task:
+        raise UserError(f"--csv, --json and --images need a --task: one of {', '.join(TASKS)}")
     if settings.csv and task == "toolbox":
         raise UserError("--task toolbox reads a file for each test: --json DIR, or one test's name")
     if task and not sees:
@@ -88,10 +89,12 @@ def check_options(settings, sees):
 
 def losses(loaded, dataset):
     """{"val_loss", "bits_per_character"} on a prepared folder: the loss that the phase is validated
-    on, and that of its held-out text, which tells how much later phases forget. What it has no
-    data for is missing; {} and a printed reason for another vocabulary or image format."""
+    on, and that of its held-out text, which tells how much later phases forget. A loss without data
+    is left out. With another vocabulary or image format it prints why and returns {}."""
     model, saved = loaded.model, loaded.checkpoint
     words_alone = model.projector is None
+    if model.gpt is None:  # a tower
+        return {}
     split = saved["validates_on"]["split"]
     kind = getattr(batches, saved["validates_on"]["batches"])
     other_images = not words_alone and checkpoint.has_other_images(saved, dataset)
@@ -146,16 +149,19 @@ def choose_files(settings, folder, sees):
         if settings.json and settings.task in TESTS:
             path = next((p for _, test, p in find_tests(tests) if test == settings.task), path)
         return [(settings.task, settings.task, path)]
+    if published_folders(settings):  # they alone were asked for
+        return []
     paths = {name: tests / f"{name}.{task.suffix}" for name, task in TASKS.items()}
     return [(name, name, path) for name, path in paths.items() if sees and path.exists()]
 
 
-ALONE = ("zorro", "swap", "mnist", "countbench")  # options that name a folder of other people's
+PUBLISHED_FOLDERS = ("zorro", "swap", "mnist", "countbench")  # options that name published files
 
 
-def is_alone(settings):
-    """Whether a test is asked for that needs no prepared folder."""
-    return any(getattr(settings, name) for name in ALONE)
+def published_folders(settings):
+    """[(option, folder)] of the options that name a folder of published test files."""
+    found = [(name, getattr(settings, name)) for name in PUBLISHED_FOLDERS]
+    return [(name, folder) for name, folder in found if folder]
 
 
 def needs_folder(settings, folder):
@@ -163,7 +169,25 @@ def needs_folder(settings, folder):
     folders if the checkpoint's own is not here."""
     if settings.csv or settings.json:
         return False
-    return not is_alone(settings) or bool(settings.data) or (folder / "meta.json").exists()
+    alone = published_folders(settings)
+    return not alone or bool(settings.data) or (folder / "meta.json").exists()
+
+
+def run_published(loaded, settings):
+    """{test: {"all": {measure: result}}} of the folders that --zorro, --swap, --mnist and
+    --countbench name; of the first two together also "language", EgoBabyVLM's means."""
+    tasks = {}
+    if settings.zorro:
+        tasks["zorro"] = zorro(settings.zorro, loaded, settings.batch)
+    if settings.swap:
+        tasks["swap"] = run_swap(settings.swap, loaded, settings.batch)
+    if settings.zorro and settings.swap:
+        means = language_scores(tasks["zorro"]["all"], tasks["swap"]["all"])
+        tasks |= {"language": {"all": means}} if means else {}
+    for name in ("mnist", "countbench"):
+        if getattr(settings, name):
+            tasks[name] = probes.probe(name, getattr(settings, name), loaded)
+    return tasks
 
 
 def evaluate(loaded, settings):
@@ -173,37 +197,26 @@ def evaluate(loaded, settings):
     check_options(settings, sees)
     folder = Path(settings.data or saved["settings"]["data"])
     dataset = Data(folder) if needs_folder(settings, folder) else None
-    other = next((getattr(settings, name) for name in ALONE if getattr(settings, name)), "")
+    published = published_folders(settings)
+    given = [settings.csv, settings.json, *(folder for _, folder in published)]
+    given = ", ".join(path for path in given if path)
     results = {
         "checkpoint": str(settings.checkpoint),
         "digest": vision.weights_digest(loaded.model.state_dict()),
         "phase": saved["phase"],
         "trained_on": saved["source"],
         "corpus": saved["corpus"],
-        "data": settings.csv or other or str(folder),
-        "source": settings.csv or other,
+        "data": given or str(folder),
+        "source": given,
         "csv": settings.csv,
         "shuffled": settings.shuffle,
         "ties": settings.ties,
         "parse": settings.parse,
         "tasks": {},
     }
-    if settings.zorro:
-        results["tasks"]["zorro"] = zorro(settings.zorro, loaded, settings.batch)
-    if settings.swap:
-        results["tasks"]["swap"] = run_swap(settings.swap, loaded, settings.batch)
-    if settings.zorro and settings.swap:
-        parts = [results["tasks"][name]["all"] for name in ("zorro", "swap")]
-        results["tasks"]["language"] = {"all": language_scores(*parts)}
-    for name in ("mnist", "countbench"):
-        if getattr(settings, name):
-            results["tasks"][name] = probes.probe(name, getattr(settings, name), loaded)
-    if (
-        dataset
-        and not (settings.task or is_alone(settings))
-        and (folder / "eval" / "grammar").is_dir()
-    ):
-        pairs = folder / "eval" / "grammar"  # of the toy world's own grammar
+    results["tasks"] |= run_published(loaded, settings)
+    pairs = folder / "eval" / "grammar"  # of the toy world's own grammar
+    if dataset and not settings.task and not published and pairs.is_dir():
         results["tasks"]["grammar"] = zorro(pairs, loaded, settings.batch)
     if dataset:
         results |= {"source": dataset.meta["source"], **losses(loaded, dataset)}
@@ -273,11 +286,16 @@ def main(argv):
             f"{settings.checkpoint}: a tower alone; train.py logs its linear probes, and --mnist "
             "and --countbench run others"
         )
+    if loaded.model.gpt is None and (settings.zorro or settings.swap):
+        raise UserError(
+            f"{settings.checkpoint}: a tower alone knows no words for --zorro or --swap"
+        )
     if loaded.model.tower is None and (settings.mnist or settings.countbench):
         raise UserError(f"{settings.checkpoint} has no tower: --mnist and --countbench probe one")
     results, reports = evaluate(loaded, settings)
     out = Path(settings.out or Path(settings.checkpoint).parent)
-    names = write(results, reports, out, settings.task)
+    tests = [settings.task] if settings.task else [name for name, _ in published_folders(settings)]
+    names = write(results, reports, out, "_".join(tests))
     print(*report.table(results["tasks"]), sep="\n")
     if results["board"] and (settings.scores or len(results["board"]) == len(BOARD)):
         print("", *board.table(results["board"]), "", sep="\n")

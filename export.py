@@ -6,8 +6,8 @@ A checkpoint as a folder for others: for transformers, or for one of two challen
     python export.py out/run/phase2.pt DIR --to egobabyvlm
     python export.py out/seed1 out/seed2 out/seed3 ROW.json --row [--name NAME] [--team TEAM]
 
-The last three are described in adapters/submission.py and adapters/ego_submission.py. The first
-opens here again as the same checkpoint, to the bit; of a language model alone it is a folder for
+The last three are described in adapters/submission.py and adapters/ego_submission.py. The first can
+be opened here again as the same checkpoint, bit for bit. A language model alone is written for
 AutoModelForCausalLM.
 
     AutoModelForImageTextToText.from_pretrained("DIR")     # then, with transformers
@@ -552,7 +552,7 @@ class Config(config.Options):
     team: str = ""  # of a row
 
 
-OPTIONS_OF = {"babyvlm": ("name", "repo"), "row": ("name", "team", "row")}
+OPTIONS_OF = {"babyvlm": ("name", "repo"), "row": ("name", "team")}
 
 
 def main(argv):
@@ -560,12 +560,18 @@ def main(argv):
         print(__doc__.strip())
         return
     count = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+    if count == 0:
+        raise UserError("paths come first: python export.py CHECKPOINT.pt DIR [--to babyvlm]")
     paths, settings = argv[:count], config.load(Config, argv[count:], __doc__)
+    if settings.row and "to" in settings.given:
+        raise UserError("--row and --to are two things: give one")
     kind = "row" if settings.row else settings.to
     for name in ("name", "repo", "team"):
         if name in settings.given and name not in OPTIONS_OF.get(kind, ()):
             raise UserError(f"--{name} is not for {'--row' if settings.row else f'--to {kind}'}")
-    if settings.row and len(paths) > 1:
+    if settings.row and len(paths) < 2:
+        raise UserError("want: python export.py RESULTS_1 RESULTS_2 RESULTS_3 ROW.json --row")
+    if settings.row:
         lines = ego_submission.write_row(paths[:-1], paths[-1], settings.name, settings.team)
     elif len(paths) != 2:
         raise UserError("want: python export.py CHECKPOINT.pt DIR [--to babyvlm]")
@@ -587,7 +593,7 @@ def export_to_transformers(source, folder):
         yield f"{folder}: {source}, as AutoModelForCausalLM opens it"
         return
     scores = read_json(results) if results.exists() else None
-    if scores and scores["digest"] != loaded.checkpoint["digest"]:
+    if scores and scores.get("digest") != loaded.checkpoint["digest"]:
         scores = None  # of another checkpoint
     export(loaded, folder, scores)
     yield f"{folder}: {source}, as AutoModelForImageTextToText opens it"

@@ -20,7 +20,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 from PIL import Image
 
-try:  # lmms-eval 0.7 turns a bare tuple of a loss into text; of this class it takes what is inside
+try:  # lmms-eval 0.7 turns a bare tuple into text; a GenerationResult is passed on unchanged
     from lmms_eval.api.instance import GenerationResult
 except ImportError:
 
@@ -76,7 +76,7 @@ class NanoBabyLLaVA(lmms):
         self.inference, self.loaded = open_exported(path)(path, device, dtype)
         self.template, self.system = self.inference.question_template(self.loaded)
         self.batch_size = 1 if str(batch_size).startswith("auto") else int(batch_size)
-        self.failed = []  # why an answer is empty, one for each
+        self.failed = []  # a reason for each empty answer
         self.try_out()
 
     def try_out(self):
@@ -94,6 +94,8 @@ class NanoBabyLLaVA(lmms):
 
     def embed(self, pictures):
         """The embeddings of pictures, PIL images or paths, that are shown together."""
+        if not pictures:
+            return []
         image_format = self.loaded.image_format
         if len(pictures) > 1:
             image_format = image_format.beside_others()
@@ -213,8 +215,8 @@ class NanoBabyLLaVA(lmms):
                 text = doc_to_target if isinstance(doc_to_target, str) else doc_to_target(doc)
                 visuals = self.visuals_of(doc_to_visual, doc)
                 result = self.inference.score_text(
-                    self.loaded, context, str(text), self.embed(visuals) if visuals else [],
-                    self.template, self.system)  # fmt: skip
+                    self.loaded, context, str(text), self.embed(visuals), self.template, self.system
+                )
             except Exception as error:
                 self.failed.append(f"{type(error).__name__}: {error}")
                 result = float("inf"), False

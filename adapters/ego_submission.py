@@ -3,14 +3,15 @@ For the EgoBabyVLM challenge: a checkpoint as a folder for its evaluation launch
 its leaderboard.
 
     python export.py out/ego/phase2.pt DIR --to egobabyvlm
-    python export.py out/seed1 out/seed2 out/seed3 ROW.json --row --name my-model --team Me
+    python export.py out/seed1 out/seed2 out/seed3 my-model.json --row --team Me
 
 DIR has nano.py (egobabyvlm.py of this folder), checkpoint.pt, nanobabyllava/, the language model as
 a folder for transformers, language/, and configs/nano_image.yaml, nano_pairs.yaml, nano_words.yaml.
 
 A row is made of the results of three seeds or more: folders with the results*.json that eval.py
-wrote for one checkpoint each (--out). Of Machine-DevBench, Zorro and LT-Swap, what all seeds have;
-"mean ± std" in percent, the sample standard deviation.
+wrote for one checkpoint each (--out). It contains the families that every seed was scored on:
+Machine-DevBench; Zorro together with LT-Swap. "mean ± std" is in percent, with the sample standard
+deviation.
 """
 
 import statistics
@@ -36,9 +37,10 @@ def write(source, folder, export_language):
     loaded, folder = checkpoint.load(source), Path(folder).resolve()
     if loaded.model.gpt is None:
         raise UserError(f"{source}: a tower alone; give phase 1 or later, or language.pt")
+    submission.make_folder(folder)
+    export_language(loaded, folder / "language")
     submission.write_code(loaded, folder)
     submission.copy_adapter("egobabyvlm.py", folder / "nano.py")
-    export_language(loaded, folder / "language")
     sees = loaded.model.projector is not None
     names = [name for name in CONFIGS if sees or name == "nano_words"]
     for name in names:
@@ -51,46 +53,68 @@ def write(source, folder, export_language):
             file.write(("\n".join(lines) + "\n").encode("utf-8"))
     yield f"{folder}: {source}, for EgoBabyVLM's launcher: {', '.join(names)}"
     yield f"it saw {submission.describe_corpora(loaded.checkpoint)}"
-    if any(one["source"] != "babyview" for one in checkpoint.corpora_of(loaded.checkpoint)):
-        yield "not BabyView alone: by the challenge's rules such a run is disqualified"
+    yield from warn_of_other_data(checkpoint.corpora_of(loaded.checkpoint))
     yield f"to do: PYTHONPATH={folder}; copy configs/ to evaluation/configs/model"
 
 
+def warn_of_other_data(corpora):
+    """Yield a line for data that are not from `data.py babyview`, and one for foreign weights."""
+    other = sorted({one["source"] for one in corpora if one["source"] != "babyview"})
+    weights = [source for source in other if Path(source).suffix or "/" in source]
+    data = [source for source in other if source not in weights]
+    if data:
+        yield f"it saw {', '.join(data)}: by the rules a run on other data than BabyView's is out"
+    if weights:
+        yield f"check that these weights saw BabyView alone: {', '.join(weights)}"
+
+
 def read_results(folder):
-    """(tasks, phase, digest) of the results*.json in a folder. Raises UserError."""
-    tasks, digest, phase = {}, None, ""
+    """(tasks, one of its results*.json) of the results in a folder. Raises UserError."""
+    tasks, first = {}, None
     for path in sorted(Path(folder).glob("results*.json")):
         content = read_json(path)
-        if digest not in (None, content["digest"]):
-            raise UserError(
-                f"{folder}: results of two checkpoints; evaluate each with its own --out"
-            )
-        digest, phase = content["digest"], content["phase"]
+        keys = ("digest", "phase", "tasks", "trained_on", "shuffled", "ties")
+        if not isinstance(content, dict) or not all(key in content for key in keys):
+            raise UserError(f"{path}: not results of eval.py")
+        if content["shuffled"]:
+            continue  # a check for chance
+        if first and first["digest"] != content["digest"]:
+            raise UserError(f"{folder}: results of two checkpoints; give each its own --out")
+        if "machine_devbench" in content["tasks"] and content["ties"] != "published":
+            raise UserError(f"{path}: Machine-DevBench was run without --ties published")
+        first = first or content
         tasks |= content["tasks"]
-    if digest is None:
+    if first is None:
         raise UserError(f"{folder}: no results*.json; eval.py --out {folder} writes it")
-    return tasks, phase, digest
+    return tasks, first
 
 
-def spread(scores):
+def mean_and_std(scores):
     """ "mean ± std" in percent."""
     mean, deviation = statistics.mean(scores), statistics.stdev(scores)
     return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
 
 
-def make_row(folders, name, team):
+def make_row(folders, row_id, name, team):
     """The entry of the leaderboard from the results of several seeds. Raises UserError."""
     if len(folders) < 3:
         raise UserError(f"{len(folders)} seeds: the challenge wants three or more")
     seeds = [read_results(folder) for folder in folders]
-    if len({digest for *_, digest in seeds}) < len(seeds):
+    if len({first["digest"] for _, first in seeds}) < len(seeds):
         raise UserError(f"{folders[0]}: two of the folders have results of the same checkpoint")
-    of_all = lambda task: all(task in tasks for tasks, *_ in seeds)
-    values = lambda task, measure: spread(
-        [tasks[task]["all"][measure]["score"] for tasks, *_ in seeds]
-    )
+    phases = {first["phase"] for _, first in seeds}
+    if len(phases) > 1:
+        raise UserError(f"{folders[0]}: results of different phases: {', '.join(sorted(phases))}")
+
+    def family(task, parts):
+        """{part: "mean ± std"}, or None if a seed lacks one."""
+        of_seeds = [tasks.get(task, {}).get("all", {}) for tasks, _ in seeds]
+        if not all(part in own for own in of_seeds for part in parts):
+            return None
+        return {part: mean_and_std([own[part]["score"] for own in of_seeds]) for part in parts}
+
     row = {
-        "id": name,
+        "id": row_id,
         "model": name,
         "team": team,
         "architecture": "generative",
@@ -98,20 +122,26 @@ def make_row(folders, name, team):
         "category": "baseline",
         "n_seeds": len(seeds),
     }
-    if of_all("machine_devbench"):
-        row["multimodal"] = {part: values("machine_devbench", part) for part in MULTIMODAL}
-    if of_all("language"):
-        is_tuned = seeds[0][1] not in ("language", "phase1")
-        parts = {part: values("language", part) for part in LANGUAGE}
-        row["language"] = [{"encoder": "GPT", "ft": is_tuned, **parts}]
-    if "multimodal" not in row and "language" not in row:
-        want = "--task machine_devbench, or --zorro with --swap"
-        raise UserError(f"{folders[0]}: no family that all seeds have; run eval.py {want}")
+    sources = sorted({first["trained_on"] for _, first in seeds})
+    if sources != ["babyview"]:
+        row["training_data"] = ", ".join(sources)
+    multimodal, language = family("machine_devbench", MULTIMODAL), family("language", LANGUAGE)
+    if multimodal:
+        row["multimodal"] = multimodal
+    if language:
+        is_tuned = phases.isdisjoint({"language", "phase1"})
+        row["language"] = [{"encoder": "GPT", "ft": is_tuned, **language}]
+    if not (multimodal or language):
+        want = "--task machine_devbench --ties published, or --zorro with --swap"
+        raise UserError(f"{folders[0]}: no whole family that all seeds have; run eval.py {want}")
     return row
 
 
 def write_row(folders, path, name, team):
-    """Write the JSON of make_row(). Yields lines to print."""
-    row = make_row(folders, name or Path(path).stem, team)
+    """Write the JSON of make_row(), whose id is the file's name. Yields lines to print."""
+    row = make_row(folders, Path(path).stem, name or Path(path).stem, team)
     write_json(path, row)
-    yield f"{path}: {row['n_seeds']} seeds; check id, category and training_data before you send it"
+    yield f"{path}: {row['n_seeds']} seeds, trained on {row['training_data']}"
+    if row["training_data"] != "BabyView 2025.1":
+        yield "by the rules a run on other data than BabyView's is out"
+    yield "check category and training_data before you send it"

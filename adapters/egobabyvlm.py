@@ -44,7 +44,7 @@ class NanoImage(nn.Module):
         self.set_pooling_strategy(pooling, last_n_layers)
 
     def set_pooling_strategy(self, pooling=None, last_n_layers=None):
-        """What None leaves as it is. Raises ValueError."""
+        """Set both options; None keeps the current value. Raises ValueError."""
         self.pooling = pooling or getattr(self, "pooling", "cls")
         self.last_n_layers = last_n_layers or getattr(self, "last_n_layers", 1)
         if self.pooling not in ("cls", "mean_patch", "all"):

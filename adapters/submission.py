@@ -13,6 +13,7 @@ go into the pull request. The organizers pass the repository's name to model.py 
 """
 
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -111,11 +112,15 @@ def describe(loaded, name, repo):
     }
 
 
-def write_code(loaded, folder):
-    """Write checkpoint.pt and nanobabyllava/ to a new or empty folder. Raises UserError."""
+def make_folder(folder):
+    """Make a folder, or raise UserError if it is there and not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not an empty folder; give a new one")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_code(loaded, folder):
+    """Write checkpoint.pt and nanobabyllava/ to a folder."""
     package = ROOT / "adapters" / "__init__.py"
     for path in (*files_behind("inference", "adapters.loading"), package):
         copy = folder / CODE / path.relative_to(ROOT)
@@ -137,8 +142,9 @@ def write(source, folder, name="", repo=""):
     loaded, folder = checkpoint.load(source), Path(folder)
     if loaded.model.projector is None:
         raise UserError(f"{source}: it cannot see; give one of phase 1 or later")
-    if repo and len(repo.split("/")) != 2:
+    if repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"--repo {repo}: want USER/NAME, as on the Hugging Face hub")
+    make_folder(folder)
     write_code(loaded, folder)
     write_json(folder / "submission.json", describe(loaded, name or folder.name, repo))
     copy_adapter("babyvlm.py", folder / "model.py")

@@ -235,10 +235,15 @@ def write_split(part, text, pictures, max_skipped, dialogues=(), write_dialogue=
         own = [id_of[location] for location in dialogue.locations]
         if None not in own:
             write_dialogue(part, dialogue, own)
-    if replay and part.name == "train":
-        count = round(replay * part.bin("samples").rows)
-        for number in np.linspace(0, len(text), count, endpoint=False).astype(int) if text else ():
-            part.sample(*text_sample(part.writer.tokenizer, text[number]))
+    if part.name == "train":
+        replay_text(part, text, replay)
+
+
+def replay_text(part, text, replay):
+    """Write `replay` utterances for each sample as samples without a picture, evenly spread."""
+    count = round(replay * part.bin("samples").rows) if text else 0
+    for number in np.linspace(0, len(text), count, endpoint=False).astype(int):
+        part.sample(*text_sample(part.writer.tokenizer, text[number]))
 
 
 def text_sample(tokenizer, text):

@@ -19,7 +19,7 @@ EgoBabyVLM holds out single utterances, whose neighbours are trained on.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def frames_within(said, settings):
     return list(range(max(first, 0), last + 1))
 
 
-def choose(path, voice, settings, dropped):
+def keep_segments(path, voice, settings, dropped):
     """[(Said, its frames)] of a transcript. voice: spans of the key child; dropped: a Counter of
     REASONS, which is added to."""
     chosen = []
@@ -156,7 +156,7 @@ def read_transcripts(settings):
             if not rttm.is_file():
                 raise UserError(f"{rttm}: none for {path}; without --rttm no voice is left out")
             voice = read_voice(rttm)
-        found[path.stem] = path, choose(path, voice, settings, dropped)
+        found[path.stem] = path, keep_segments(path, voice, settings, dropped)
     kept = sum(len(chosen) for _, chosen in found.values())
     if not kept:
         raise UserError(f"{settings.transcripts}: no utterance in its .json files is kept")
@@ -174,30 +174,36 @@ def find_films(settings):
     if not Path(settings.videos).is_dir():
         raise UserError(f"--videos {settings.videos}: no such folder")
     paths = sorted(Path(settings.videos).iterdir())
-    is_film = lambda path: path.suffix not in NO_FILMS and not path.is_dir()
-    files = {path.stem: path for path in paths if is_film(path)}
+    files = {}
+    for path in paths:
+        if path.suffix in NO_FILMS or path.is_dir() or path.name.startswith("."):
+            continue
+        if path.stem in files:
+            raise UserError(f"{path}: a second film beside {files[path.stem]}")
+        files[path.stem] = path
     films = []
     for stem, (transcript, chosen) in read_transcripts(settings).items():
         if stem not in files:
             raise UserError(f"{transcript}: no film in {settings.videos} has its name")
         said, over = [one for one, _ in chosen], [frames for _, frames in chosen]
         regular(files[stem])  # opening a pipe would wait forever
-        films.append(video.Film(files[stem], transcript, said, over))
+        films.append(video.Film(files[stem], transcript, said, over, strict=False))
     return films
 
 
 def find_utterances(settings):
-    """[(words, locations of its frames, label)] of --images, in order. Frames past the end of a
-    film are left out. Raises UserError."""
+    """[(words, locations of its frames, label, film, number in it)] of --images, in order. Frames
+    past the end of a film are left out. Raises UserError."""
     archives, found, missing = Archives(settings.images), [], 0
     for stem, (transcript, chosen) in read_transcripts(settings).items():
-        for said, over in chosen:
-            names = [f"{stem}/{stem}_{number + 1}.jpg" for number in over]
+        for number, (said, over) in enumerate(chosen):
+            names = [f"{stem}/{stem}_{frame + 1}.jpg" for frame in over]
             locations = [archives.find(name) for name in names]
             locations = [location for location in locations if location]
             missing += not locations
             if locations:
-                found.append((said.words, locations, f"{transcript}: segment {said.line}: "))
+                label = f"{transcript}: segment {said.line}: "
+                found.append((said.words, locations, label, stem, number))
     if not found:
         raise UserError(f"{' '.join(settings.images)}: no frame such as {names[0]}")
     if missing:
@@ -210,7 +216,7 @@ def write_frames(settings, writer):
     parts = hold_out(find_utterances(settings))
     if not parts["val"]:
         raise UserError(f"{settings.transcripts}: fewer than 10 utterances with frames")
-    words = {split: [text for text, _, _ in part] for split, part in parts.items()}
+    words = {split: [text for text, *_ in part] for split, part in parts.items()}
     tokenizer, template = make_tokenizer(settings, words["train"])
     writer.start(
         tokenizer,
@@ -221,19 +227,31 @@ def write_frames(settings, writer):
     write = lambda part, one, ids: (as_moments if len(one.turns) > 1 else as_clip)(part, one, ids)
     for split, part in parts.items():
         pictures, dialogues = [], []
-        for clip, (text, locations, label) in enumerate(part):
+        for clip, (text, locations, label, *_) in enumerate(part):
             pictures += [Captioned(location, clip, [text], label) for location in locations]
             if len(locations) > 1 and settings.frames > 1:
                 spread = np.linspace(0, len(locations) - 1, min(settings.frames, len(locations)))
                 spaced = [locations[i] for i in spread.round().astype(int)]
                 dialogues.append(Dialogue(spaced, [("<image>" * len(spaced), text)], label))
-        for stretch in video.stretches(list(range(len(part))), settings.window):
-            turns = [("<image>", part[i][0]) for i in stretch]
-            middles = [part[i][1][len(part[i][1]) // 2] for i in stretch]
-            dialogues.append(Dialogue(middles, turns, part[stretch[0]][2]))
-        whole = writer.split(split)
+        dialogues += moments_of(part, settings.window)
         own, most = words[split], settings.max_skipped
+        whole = writer.split(split)
         write_split(whole, own, pictures, most, dialogues, write, settings.replay)
+
+
+def moments_of(part, window):
+    """The Dialogues of `window` utterances that follow each other in one film; the middle frame of
+    each."""
+    by_film = defaultdict(dict)
+    for text, locations, label, film, number in part:
+        by_film[film][number] = text, locations[len(locations) // 2], label
+    found = []
+    for own in by_film.values():
+        for stretch in video.stretches(list(own), window):
+            texts, middles, labels = zip(*(own[number] for number in stretch))
+            turns = [("<image>", text) for text in texts]
+            found.append(Dialogue(list(middles), turns, labels[0]))
+    return found
 
 
 def make_tokenizer(settings, lines):
@@ -252,8 +270,17 @@ def as_saycam(settings):
     return saycam.Config(frames=settings.images[0], **options)
 
 
+def refuse_others(settings, names, kind):
+    """Raise UserError for options that do not belong to a kind of input."""
+    given = [name for name in names if name in settings.given]
+    if given:
+        raise UserError(f"babyview: --{given[0]} is not for {kind}")
+
+
 def prepare(settings, writer):
     if settings.annotations or settings.train:
+        others = ("videos", "transcripts", "rttm", "min_score", "fps", "frames", "window")
+        refuse_others(settings, others, "--annotations")
         if len(settings.images) != 1:
             raise UserError("babyview: give the pictures of --annotations by one --images DIR")
         saycam.prepare(as_saycam(settings), writer)
@@ -263,6 +290,8 @@ def prepare(settings, writer):
             "--images DIR and --annotations FILE.json ..."
         )
     elif settings.videos:
-        video.write_films(settings, writer, find_films(settings))
+        refuse_others(settings, ("val", "test", "max_skipped"), "--videos")
+        video.write_films(settings, writer, find_films(settings), settings.replay)
     else:
+        refuse_others(settings, ("val", "test"), "--transcripts")
         write_frames(settings, writer)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.cores import on_all_cores
 from common.images import FITS, ImageFormat, to_square
 from config import UserError, option, regular
-from sources import Filtered, ffmpeg, hold_out, transcripts
+from sources import Filtered, ffmpeg, hold_out, replay_text, transcripts
 from tokenizer import TEMPLATES, Tokenizer, caption_sample, chat_sample, check_vocabulary
 
 
@@ -52,6 +52,7 @@ class Film:
     transcript: Path
     said: list
     over: list
+    strict: bool = True  # an utterance past the film's end is an error; else it is left out
 
     @property
     def wanted(self):
@@ -138,7 +139,7 @@ def read_film(job):
         return str(error)
     last = count / fps
     late = [one for one in film.said if one.end > last + 1 / fps]
-    if late:
+    if late and film.strict:
         temporary.unlink(missing_ok=True)
         return (
             f"{film.transcript}:{late[0].line}: said until {late[0].end:g} s, but {film.path} ends "
@@ -170,13 +171,23 @@ def read_films(all_films, settings, image_format, folder):
 # Writing
 
 
+def rows_of(film, path, size):
+    """{number of a frame: its row} in the file with the frames of a film."""
+    count = path.stat().st_size // (size * size * 3)
+    return {number: row for row, number in enumerate(film.wanted[:count])}
+
+
+def past_the_end(film, path, size):
+    """The numbers of the utterances of a film of which no frame exists."""
+    rows = rows_of(film, path, size)
+    return [i for i, numbers in enumerate(film.over) if not any(n in rows for n in numbers)]
+
+
 def write_film(part, film, chosen, path, template, settings, clip):
     """Write the samples of a film's utterances with the numbers `chosen`; returns the next clip
     number. path: the file with its frames."""
     tokenizer, size = part.writer.tokenizer, settings.size
-    shape = size, size, 3
-    count = path.stat().st_size // int(np.prod(shape))
-    rows = {number: row for row, number in enumerate(film.wanted[:count])}
+    shape, rows = (size, size, 3), rows_of(film, path, size)
     images, over = {}, {}
     with open(path, "rb") as file:
         for i in chosen:
@@ -221,8 +232,9 @@ def prepare(settings, writer):
     write_films(settings, writer, find_films(settings))
 
 
-def write_films(settings, writer, all_films):
-    """Read Films and write their samples, every tenth stretch for validation. Raises UserError."""
+def write_films(settings, writer, all_films, replay=0.0):
+    """Read Films and write their samples, every tenth stretch for validation. replay: see
+    sources.write_split(). Raises UserError."""
     items = [(k, i) for k, film in enumerate(all_films) for i in range(len(film.said))]
     parts = hold_out(items)
     if not parts["val"]:
@@ -237,12 +249,17 @@ def write_films(settings, writer, all_films):
     folder.mkdir(parents=True, exist_ok=True)
     paths = read_films(all_films, settings, image_format, folder)
     writer.start(tokenizer, image_format, {"name": settings.template, "system": ""})
+    late = sum(len(past_the_end(*pair, settings.size)) for pair in zip(all_films, paths))
+    if late:
+        print(f"{late:,} utterances have no picture: they are said after their film's end")
     for split, chosen in parts.items():
         part, clip = writer.split(split), -1
         part.text(all_films[k].said[i].words for k, i in chosen)
         for k, film in enumerate(all_films):
             own = [i for number, i in chosen if number == k]
             clip = write_film(part, film, own, paths[k], template, settings, clip)
+        if split == "train":
+            replay_text(part, [all_films[k].said[i].words for k, i in chosen], replay)
     for path in paths:
         path.unlink()
     folder.rmdir()

@@ -41,7 +41,8 @@ BOARD = {
 
 def entry(test, rows, subject):
     """{"name", "scores": {measure of the leaderboard: score}, "chance", "cannot_see",
-    "cannot_read"} of a test, the last three of its first measure; None if that has no score."""
+    "cannot_read"} of a test. Chance and controls are those of its first measure; None if that
+    measure is missing."""
     results = score(test, rows, subject, "published", "published")
     name, measures = BOARD[test]
     first = next(iter(measures.values()))

@@ -12,8 +12,8 @@ tower's size. EgoBabyVLM's other probes, such as ImageNet's, run in its launcher
 `export.py --to egobabyvlm`.
 
 Linear: SGD with momentum 0.9 and a cosine on a layer with 16 learning rates side by side, from
-CLS. The best rate and the best step, on the test part itself, are what counts, as published: so it
-is an upper bound. ABX: is X nearer to A of its own class than to B of another, by cosine? 100
+CLS. As published, the best rate and step are chosen on the test part, so the score is an upper
+bound. ABX: is X nearer to A of its own class than to B of another, by cosine? 100
 triples for each ordered pair of classes, a tie is wrong; X and A may be the same picture, as
 published.
 """
@@ -171,18 +171,21 @@ def abx(features, labels, seed=42):
 def probe(name, folder, loaded):
     """{"all": {"linear", "abx"}} of a tower on a folder. name: mnist or countbench."""
     parts = (read_mnist if name == "mnist" else read_countbench)(folder)
+    numbers = np.unique(np.concatenate([labels for _, labels in parts.values()]))
+    # ABX is on MNIST's test part, and on CountBench's training part
+    of_abx = "test" if name == "mnist" else "train"
+    counts = np.unique(parts[of_abx][1], return_counts=True)[1]
+    if len(counts) < 2 or max(counts) < 2:
+        raise UserError(f"{folder}: want pictures of two classes, and two of one")
     encoded = {}
     for split, (pictures, labels) in parts.items():
         encoded[split] = encode(loaded, pictures, f"{name} {split}"), labels
-    numbers = np.unique(np.concatenate([labels for _, labels in encoded.values()]))
     place = {number: i for i, number in enumerate(numbers.tolist())}
     as_class = lambda labels: torch.tensor([place[label] for label in labels.tolist()])
     train, test = ((x, as_class(labels)) for x, labels in (encoded["train"], encoded["test"]))
-    # ABX is on MNIST's test part, and on CountBench's training part
-    of_abx = encoded["test" if name == "mnist" else "train"]
     return {
         "all": {
             "linear": accuracy(linear(train, test, *SCHEDULES[name]), round(1 / len(place), 4)),
-            "abx": accuracy(abx(*of_abx), 0.5),
+            "abx": accuracy(abx(*encoded[of_abx]), 0.5),
         }
     }

@@ -1,6 +1,6 @@
 """
 LongTail-Swap and Visual-Property Swap, of EgoBabyVLM: is a sentence likelier with its own word than
-with the word of another sentence? Of rare words as well as of frequent ones.
+with the word of another sentence? It tests rare and frequent words.
 
     python eval.py --checkpoint out/ego/language.pt --swap DIR
 

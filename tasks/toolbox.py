@@ -30,8 +30,8 @@ from tasks.babyvlm import winoground
 from tasks.scores import accuracy
 from tasks.toolbox_files import parse
 
-# The eleven columns whose mean is published as overall
-COLUMNS = (
+# The eleven columns whose mean the paper gives as overall
+PAPER_COLUMNS = (
     ("picture_vocabulary", "accuracy"),
     ("localization", "accuracy"),
     ("left_right", "accuracy"),
@@ -100,8 +100,8 @@ def by_pixels(test, rows, subject):
         last, pictures = row["rounds"][-1], len(row["image"])
         if TESTS[test].query and pictures == len(last.options) + 1:
             query, *others = pixels_of(row, subject)
-            far = [distance(query, other) for other in others]
-            answers.append([last.options[int(np.argmin(far))]])
+            distances = [distance(query, other) for other in others]
+            answers.append([last.options[int(np.argmin(distances))]])
         elif test.startswith("memory"):
             answers.append(newest_by_pixels(row, pixels_of(row, subject)))
         else:
@@ -181,7 +181,8 @@ def labels_of(row, subject):
 
 def things_tested(row, labels):
     """[(round, round)] of a Memory dialogue, counted from 0: for each thing of the learning rounds
-    the two later rounds that show it again. Things that are shown once or three times are none."""
+    the two later rounds that show it again. Things that are shown once or three times are
+    skipped."""
     base = learning_rounds(row)
     learnt = {label for own in labels[:base] for label in own}
     rounds = defaultdict(list)
@@ -193,9 +194,9 @@ def things_tested(row, labels):
 
 
 def score_memory(rows, parsed, labels, rule):
-    """{"adjusted": of the things learnt, those that both rounds found; "learning", "testing": of
-    the rounds before and after}. published: for each dialogue, then the mean, and of `adjusted`
-    over all things that were learnt, tested or not."""
+    """{"adjusted": the share of things that both rounds found; "learning", "testing": the share of
+    rounds that are right, while things are learnt and after}. Under `published` each dialogue is
+    scored, then the mean is taken, and `adjusted` divides by all things that were learnt."""
     dialogues = defaultdict(list)
     for row, own, shown in zip(rows, parsed, labels):
         base = learning_rounds(row)
@@ -266,13 +267,15 @@ def with_mark(results):
 
 def memory_labels(rows, subject):
     """labels_of() of each row. Prints how many have no `adjusted` score, because no thing of the
-    learning rounds comes again in two later rounds; they count in the other measures."""
+    learning rounds comes again in two later rounds. They count in the other measures; under
+    `published` they are wrong."""
     labels = [labels_of(row, subject) for row in rows]
     untested = [i for i, own in enumerate(labels) if not things_tested(rows[i], own)]
     if untested:
         print(
             f"{len(untested)} of {len(rows)} dialogues have no adjusted score, dialogue "
-            f"{untested[0]} first: no label and no equal file shows which picture comes again"
+            f"{untested[0]} first: no label and no equal file shows which picture comes again "
+            "(by the leaderboard's rules they are wrong)"
         )
     return labels
 
@@ -319,12 +322,12 @@ def example(rows, subject):
 def overall(tasks):
     """{"toolbox": ...}: the mean of the eleven columns, of the model and each control; {} if a test
     is missing."""
-    if not all(measure in tasks.get(name, {}).get("all", {}) for name, measure in COLUMNS):
+    if not all(measure in tasks.get(name, {}).get("all", {}) for name, measure in PAPER_COLUMNS):
         return {}
     means = {}
     for who in ("", *CONTROLS):
         scores, chances = [], []
-        for name, measure in COLUMNS:
+        for name, measure in PAPER_COLUMNS:
             own = tasks[name]["all"]
             scores.append(own[key_of(who, measure)]["score"])
             chances.append(own[measure]["chance"])

@@ -71,17 +71,25 @@ def candidates(directory):
             yield name, split, path
 
 
+def has_listening(directory):
+    """Whether a folder has our own looking_while_listening.json: then its baby_winoground.csv, of
+    the toy world, is another test."""
+    return (Path(directory) / "looking_while_listening.json").exists()
+
+
 def find_tests(directory):
     """[(key, test, path)] of the Toolbox's tests in a folder, in the order of TESTS. The key is the
-    test's name; of further files of a test (NIH has two of Picture Vocabulary) the file's. Of
-    several splits the test part is taken, else the one without a name, validation or training.
+    test's name; a second file of a test (NIH has two of Picture Vocabulary) is keyed by its file
+    name. The first split found is used: test, unnamed, val, train.
 
-    Raises UserError if there are none, or a file without a name is also there in another layout."""
+    Raises UserError if there are none, or two files of one name in two layouts."""
     found, others = defaultdict(dict), []
     if not Path(directory).is_dir():
         raise UserError(f"--json {directory}: no such folder")
     for name, split, path in candidates(directory):
         test = known_name(name)
+        if path.suffix == ".csv" and has_listening(directory):
+            continue
         if not test:
             others.append(path)
         elif (name, split) in found[test]:
@@ -95,8 +103,9 @@ def find_tests(directory):
             for (name, own), path in found[test].items():
                 if own == split:
                     chosen.setdefault(name, path)
-        for number, (name, path) in enumerate(sorted(chosen.items(), key=lambda pair: pair[0])):
-            tests.append((name if number else test, test, path))
+        names = sorted(chosen, key=lambda name: (name != test, name))  # our own name first
+        for number, name in enumerate(names):
+            tests.append((name if number else test, test, chosen[name]))
     if not tests:
         splits = [name for name in ("test", "val", "train") if (Path(directory) / name).is_dir()]
         hint = f"; give {Path(directory) / splits[0]}" if splits else ""
@@ -127,7 +136,7 @@ def read_options(question):
             letters.append(letter)
     if letters:
         return tuple(letters)
-    _, _, offered = question.partition("ONLY")
+    _, _, offered = question.partition("ONLY")  # as in "respond ONLY with 'right' or 'left'."
     return tuple(dict.fromkeys(re.findall(r"['‘\"“]([^'‘’\"“”]+)['’\"”]", offered)))
 
 
@@ -158,7 +167,7 @@ def first_number(reply):
     """The first number of a text, in digits or spelled, zero to ten, as digits; or ""."""
     for token in re.findall(r"\d+|[a-zA-Z]+", reply.lower()):
         if token.isdigit():
-            return str(int(token))
+            return str(int(token[:1000]))  # int() refuses longer ones than 4,300
         if token in SPELLED:
             return str(SPELLED.index(token))
     return ""
@@ -230,7 +239,7 @@ def read_item(test, item):
         raise ValueError(f"{sum(asked)} <image> for {len(images)} pictures")
     row["rounds"] = [read_round(test, *turn) for turn in turns]
     if test.startswith("memory"):
-        check_memory(item, asked)
+        check_memory(item, asked, row["rounds"])
         row |= {key: item[key] for key in ("labels", "learnt") if item.get(key)}
     elif len(turns) > 1:
         raise ValueError(f"{len(turns)} questions, want one")
@@ -259,6 +268,10 @@ def read_round(test, question, answer):
         raise ValueError("its question offers no options: want (A) (B) ..., or ONLY with '...'")
     if options and options[0] != "A" and not test.startswith("delayed_response"):
         raise ValueError("want options (A) (B) ...")
+    if test.startswith("delayed_response") and options and options[0] != "A":
+        foreign = [option for option in options if option not in DIRECTIONS]
+        if foreign:
+            raise ValueError(f"{foreign[0]!r} is no direction: want {', '.join(DIRECTIONS)}")
     right = parse(answer, options, "strict")
     if not right or (options and right not in options):
         wanted = ", ".join(options) or "a number"
@@ -278,10 +291,12 @@ def check_pictures(test, pictures, options):
         raise ValueError(f"{pictures} pictures, want {wanted} and one question")
 
 
-def check_memory(item, asked):
+def check_memory(item, asked, rounds):
     """Raise ValueError if an item is no Memory dialogue. asked: pictures of each round."""
     if len(asked) < 3 or asked[0] != 1 or set(asked[1:]) != {2}:
         raise ValueError("want 3 rounds or more, the first of 1 picture, others of 2")
+    if any(len(round_.options) != count for round_, count in zip(rounds, asked)):
+        raise ValueError("each round wants a letter for each of its pictures: (A) or (A) (B)")
     labels, learnt = item.get("labels"), item.get("learnt")
     if labels and not (
         isinstance(labels, list)
@@ -289,7 +304,8 @@ def check_memory(item, asked):
         and all(isinstance(own, list) and all(isinstance(w, str) for w in own) for own in labels)
     ):
         raise ValueError(f"its labels must be {len(asked)} lists of names, one for each round")
-    if learnt and not isinstance(learnt, dict):
+    names = set(item["image"])
+    if learnt and not (isinstance(learnt, dict) and {*learnt, *map(str, learnt.values())} <= names):
         raise ValueError("its learnt must be {picture: the picture of the same thing}")
 
 

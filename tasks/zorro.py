@@ -6,8 +6,8 @@ wrong one?
 
 DIR holds a .txt file for each of 23 paradigms, with wrong sentences in odd lines and right ones in
 even lines; or EgoBabyVLM's .json of 13 tasks, lines of {"sentence_good", "sentence_bad"}.
-`accuracy` is the mean over files, `thirteen` that over the 13 tasks, to which the paradigms' names
-are mapped.
+`accuracy` is the mean over files; `thirteen`, if all are there, the mean over EgoBabyVLM's 13
+tasks. Each paradigm belongs to one.
 
 A vocabulary with upper-case words gets the sentences as EgoBabyVLM writes them, in their case and
 without a space before . and ?; for others they are lower-cased.
@@ -100,7 +100,7 @@ def zorro(directory, loaded, batch):
         paradigms[path.stem] = accuracy(hits, 0.5)
         by_task[task_of(path.stem)] += hits.tolist()
     means = {"accuracy": [result["score"] for result in paradigms.values()]}
-    if "" not in by_task:
+    if set(by_task) == set(TASKS.values()):
         means["thirteen"] = [np.mean(hits) for hits in by_task.values()]
     for name, scores in means.items():
         score = round(float(np.mean(scores)), 4)

@@ -236,6 +236,8 @@ def test_gen_kwargs_and_bare_questions(adapter, exported, made):
     end = whole[len(whole) // 2]
     [cut] = model.generate_until(requests(model, made, "count", until=[end])[:1])
     assert cut == whole.split(end)[0].strip()
+    nothing = Instance("say a word", {}, lambda doc: [], 0, "count", "test")
+    assert model.generate_until([nothing]) != [""] and not model.failed
     first = requests(model, made, "count")[0]
     bare = Instance(first.args[0].replace("<image> ", ""), *first.args[1:])
     in_front = Instance("<image>\n" + bare.args[0], *first.args[1:])

@@ -125,6 +125,44 @@ def test_clips_and_moments(folder):
     assert [one for one in found if len(one[0]) == 1] == expected()
 
 
+def test_moments_stay_in_one_film_and_have_no_gaps(folder):
+    """Two films, of which stretches are held out."""
+    for name in ("frames", "transcripts"):
+        for path in sorted((folder / name).glob("one*")):
+            (path.parent / path.name.replace("one", "two")).symlink_to(path)
+    for path in sorted((folder / "frames" / "one").iterdir()):
+        (path.parent / path.name.replace("one", "two")).symlink_to(path)
+    segments = [(s, e, text.replace("Look", "See"), scores) for s, e, text, scores in SEGMENTS]
+    (folder / "transcripts" / "two.json").unlink()
+    (folder / "transcripts" / "two.json").write_text(json.dumps(whisperx(segments)))
+    command.main(["babyview", *OF_FRAMES[:2], *SIZES, "--window=3"])
+    moments = [(shades, words) for shades, words in all_samples(Data("data/babyview"))
+               if len(shades) == 3]  # fmt: skip
+    assert moments
+    kept = [i for i in range(SECONDS - 1) if i not in (3, 5, 6)]
+    for _, words in moments:
+        assert not ("Look" in words and "See" in words)
+        words = words.replace("See", "Look")
+        numbers = [n for n, i in enumerate(kept) if SEGMENTS[i][2] in words]
+        assert numbers == list(range(numbers[0], numbers[0] + 3))
+
+
+def test_films_that_end_early_and_replay(folder, capsys):
+    (folder / "films").mkdir()
+    make_film(folder / "films" / "one.mkv", seconds=15)
+    flags = ["babyview", "--videos=films", "--transcripts=transcripts", *SIZES]
+    segments = [(i + 0.5, i + 1.2, text, scores) for i, (_, _, text, scores) in enumerate(SEGMENTS)]
+    (folder / "transcripts" / "one.json").write_text(json.dumps(whisperx(segments)))
+    command.main([*flags, "--replay=1"])
+    assert "utterances have no picture: they are said after" in capsys.readouterr().out
+    samples = Data("data/babyview").open("train", "samples")[:, 3].tolist()
+    assert samples.count(0) == samples.count(1) > 0
+    make_film(folder / "films" / "one.avi", seconds=3)
+    with pytest.raises(UserError, match="a second film beside") as error:
+        command.main([*flags, "--name=two"])
+    assert one_line(error)
+
+
 def test_manifests_and_llava_json_as_published(folder):
     entry = lambda i: {
         "utterance": f"Look, it's {i}!", "frame_filenames": [f"one/one_{i + 1}.jpg"],
@@ -194,6 +232,8 @@ def test_corrupted_files_are_one_line(folder, change, why):
         (["--transcripts=transcripts"], "either --videos DIR or --images"),
         (["--transcripts=transcripts", "--images=frames", "--videos=frames"], "either --videos"),
         (["--annotations=a.json"], "by one --images DIR"),
+        (["--annotations=a.json", "--images=frames", "--rttm=rttm"], "--rttm is not for --annot"),
+        (["--transcripts=transcripts", "--videos=frames", "--val=a"], "--val is not for --videos"),
         (["--transcripts=none", "--images=frames"], "--transcripts none: no such folder"),
         (["--transcripts=transcripts", "--videos=none"], "--videos none: no such folder"),
         (["--transcripts=transcripts", "--videos=frames"], "no film in frames has its name"),

@@ -122,7 +122,7 @@ def test_words_open_as_a_causal_language_model(recipe, tmp_path, name):
 def test_a_language_model_alone_has_no_pictures(recipe, tmp_path, capsys):
     export.main([str(recipe / "language.pt"), str(tmp_path / "out"), "--to=egobabyvlm"])
     assert [path.name for path in (tmp_path / "out" / "configs").iterdir()] == ["nano_words.yaml"]
-    assert "disqualified" in capsys.readouterr().out  # it saw the toy world
+    assert "it saw toy: by the rules" in capsys.readouterr().out
     with pytest.raises(UserError, match="a tower alone") as error:
         export.main([str(recipe / "vision.pt"), str(tmp_path / "tower"), "--to=egobabyvlm"])
     assert one_line(error)
@@ -137,11 +137,12 @@ def seed_folder(folder, seed, lexical, **more):
     score = lambda value: {"score": value, "n": 3, "chance": 0.5, "ci95": None}
     bench = {"lexical": lexical, "grammatical": 0.5, "overall": (lexical + 0.5) / 2}
     scores = {"all": {name: score(value) for name, value in bench.items()}}
-    results = {"digest": f"d{seed}", "phase": "phase2", "tasks": {"machine_devbench": scores}}
+    results = {"digest": f"d{seed}", "phase": "phase2", "tasks": {"machine_devbench": scores},
+               "trained_on": "babyview", "shuffled": False, "ties": "published"}  # fmt: skip
     (folder / "results_machine_devbench.json").write_text(json.dumps(results | more))
     results["tasks"] = {"language": {"all": {name: score(0.6 + seed / 100) for name in
                                              ("syntax", "semantics", "overall")}}}  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results | more))
     return str(folder)
 
 
@@ -149,8 +150,14 @@ def test_a_row_of_three_seeds(tmp_path):
     lexical = (0.512, 0.537, 0.498)
     folders = [seed_folder(tmp_path / f"s{i}", i, value) for i, value in enumerate(lexical)]
     path = tmp_path / "nano.json"
-    export.main([*folders, str(path), "--row", "--team=Us"])
+    # a check for chance is no result, though its name sorts last
+    shuffled = json.loads((tmp_path / "s0" / "results_machine_devbench.json").read_text())
+    shuffled["tasks"]["machine_devbench"]["all"]["lexical"]["score"] = 0.0
+    shuffled["shuffled"] = True
+    (tmp_path / "s0" / "results_machine_devbench_shuffled.json").write_text(json.dumps(shuffled))
+    export.main([*folders, str(path), "--row", "--team=Us", "--name=Our model"])
     row = json.loads(path.read_text())
+    assert row["model"] == "Our model" and row["training_data"] == "BabyView 2025.1"
     mean, deviation = 100 * statistics.mean(lexical), 100 * statistics.stdev(lexical)
     assert row["multimodal"]["lexical"] == f"{mean:.1f} ± {deviation:.1f}" == "51.6 ± 2.0"
     assert row["multimodal"]["grammatical"] == "50.0 ± 0.0"
@@ -166,10 +173,48 @@ def test_rows_that_would_be_wrong(tmp_path):
     (tmp_path / "empty").mkdir()
     cases.append(([*folders[:2], str(tmp_path / "empty")], "no results"))
     cases.append(([*folders, seed_folder(tmp_path / "two", 9, 0.5, digest="x")], "two checkpoints"))
+    fair = [seed_folder(tmp_path / "fair", 5, 0.5, ties="fair"), *folders[:2]]
+    cases.append((fair, "without --ties published"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "results.json").write_text('{"acc": 1}')
+    cases.append(([*folders[:2], str(tmp_path / "foreign")], "not results of eval.py"))
+    halves = [tmp_path / f"h{i}" for i in range(3)]
+    for i, folder in enumerate(halves):
+        seed_folder(folder, 20 + i, 0.5)
+        (folder / "results.json").unlink()
+        path_of = folder / "results_machine_devbench.json"
+        results = json.loads(path_of.read_text())
+        del results["tasks"]["machine_devbench"]["all"]["grammatical"]
+        path_of.write_text(json.dumps(results))
+    cases.append((list(map(str, halves)), "no whole family"))
     for own, why in cases:
         with pytest.raises(UserError, match=why) as error:
             export.main([*own, path, "--row"])
         assert one_line(error)
+
+
+def test_what_a_row_was_trained_on_is_in_it(tmp_path, capsys):
+    folders = [seed_folder(tmp_path / f"s{i}", i, 0.5, trained_on="toy") for i in range(3)]
+    export.main([*folders, str(tmp_path / "row.json"), "--row"])
+    assert json.loads((tmp_path / "row.json").read_text())["training_data"] == "toy"
+    assert "a run on other data than BabyView's is out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["row.json", "--row"], "RESULTS_1"),
+        (["a", "b", "c", "row.json", "--row", "--to=babyvlm"], "give one"),
+        (["--to=babyvlm", "a.pt", "out"], "paths come first"),
+        (["a.pt", "out", "--to=babyvlm", "--repo=/NAME"], "want USER/NAME"),
+    ],
+)
+def test_mistaken_commands(recipe, tmp_path, monkeypatch, flags, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pt").write_bytes((recipe / "phase2.pt").read_bytes())
+    with pytest.raises(UserError, match=why) as error:
+        export.main(flags)
+    assert one_line(error)
 
 
 def test_the_copied_code_is_found_from_another_folder(exported, monkeypatch, tmp_path):

@@ -463,7 +463,7 @@ def test_grammar_pairs_need_no_prepared_folder(tmp_path, monkeypatch):
     (tmp_path / "zorro").mkdir()
     (tmp_path / "zorro" / "one.txt").write_text("ball a .\na ball .\n")
     evaluation.main([f"--checkpoint={ROOT}/assets/toy.pt", "--zorro=zorro", "--out=here"])
-    results = json.loads((tmp_path / "here/results.json").read_text())
+    results = json.loads((tmp_path / "here/results_zorro.json").read_text())
     assert list(results["tasks"]) == ["zorro"] and "val_loss" not in results
 
 

@@ -130,14 +130,46 @@ def test_from_the_command_line(recipe, mnist, tmp_path, monkeypatch):
     for name in ("vision.pt", "phase2.pt"):
         flags = [f"--checkpoint={recipe / name}", f"--out={tmp_path}/{name}"]
         evaluation.main([*flags, f"--mnist={mnist}", f"--countbench={tmp_path}/count"])
-    found = json.loads((tmp_path / "vision.pt" / "results.json").read_text())["tasks"]
+    found = json.loads((tmp_path / "vision.pt" / "results_mnist_countbench.json").read_text())[
+        "tasks"
+    ]
     assert found["mnist"]["all"]["linear"]["n"] == 200 and found["mnist"]["all"]["abx"]["n"] == 9000
     assert found["countbench"]["all"]["linear"]["n"] == 6
     assert found["countbench"]["all"]["linear"]["chance"] == pytest.approx(1 / 3, abs=1e-4)
-    assert found == json.loads((tmp_path / "phase2.pt" / "results.json").read_text())["tasks"]
+    assert (
+        found
+        == json.loads((tmp_path / "phase2.pt" / "results_mnist_countbench.json").read_text())[
+            "tasks"
+        ]
+    )
     with pytest.raises(UserError, match="has no tower") as error:
         evaluation.main([f"--checkpoint={recipe / 'language.pt'}", f"--mnist={mnist}"])
     assert one_line(error)
+
+
+def test_mistakes_are_one_line(recipe, home, mnist, tmp_path):
+    """Also beside the prepared folder that a tower was trained on, which has no loss for it."""
+    (tmp_path / "one" / "3").mkdir(parents=True)
+    for i in range(10):
+        Image.new("RGB", (20, 30)).save(tmp_path / "one" / "3" / f"{i}.png")
+    tower = f"--checkpoint={recipe / 'vision.pt'}"
+    for flags, why in (
+        ([tower, f"--countbench={tmp_path}/one"], "two classes"),
+        ([tower, f"--mnist={mnist}", "--zorro=none"], "knows no words"),
+        ([f"--checkpoint={recipe / 'phase2.pt'}", f"--json={tmp_path}"], "need a --task"),
+    ):
+        with pytest.raises(UserError, match=why) as error:
+            evaluation.main([*flags, f"--out={tmp_path}"])
+        assert one_line(error)
+
+
+def test_a_tower_is_probed_beside_its_data(recipe, home, mnist, tmp_path, monkeypatch):
+    monkeypatch.setitem(probes.SCHEDULES, "mnist", (4, 2, 64))
+    evaluation.main(
+        [f"--checkpoint={recipe / 'vision.pt'}", f"--mnist={mnist}", f"--out={tmp_path}"]
+    )
+    results = json.loads((tmp_path / "results_mnist.json").read_text())
+    assert list(results["tasks"]) == ["mnist"] and "val_loss" not in results
 
 
 def test_countbench_is_split_or_comes_split(tmp_path):

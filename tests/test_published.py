@@ -296,6 +296,23 @@ def test_layouts(tmp_path):
     ]
 
 
+def test_our_own_names_come_first_and_no_key_twice(tmp_path):
+    """Two files of one test; and the toy world, whose baby_winoground.csv is another test."""
+    for name in ("count", "object_counting", "compare_real", "more_natural"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    found = [(key, path.name) for key, _, path in find_tests(tmp_path)]
+    assert found == [
+        ("more_natural", "more_natural.json"),
+        ("compare_real", "compare_real.json"),
+        ("object_counting", "object_counting.json"),
+        ("count", "count.json"),
+    ]
+    (tmp_path / "baby_winoground.csv").write_text("")
+    (tmp_path / "looking_while_listening.json").write_text("[]")
+    listening = [path.name for _, t, path in find_tests(tmp_path) if t.startswith("looking")]
+    assert listening == ["looking_while_listening.json"]
+
+
 def test_a_folder_without_tests_is_one_line(tmp_path):
     (tmp_path / "test").mkdir()
     for folder, why in ((tmp_path, "give .*test"), (tmp_path / "none", "no such folder")):

@@ -122,7 +122,7 @@ def test_from_the_command_line(recipe, tmp_path, capsys):
     flags = [f"--checkpoint={recipe}/language.pt", f"--out={tmp_path}/out"]
     evaluation.main([*flags, f"--swap={tmp_path}/swaps", f"--zorro={tmp_path}/zorro"])
     assert "visual: 1 of 3 rows skipped" in capsys.readouterr().out
-    tasks = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    tasks = json.loads((tmp_path / "out" / "results_zorro_swap.json").read_text())["tasks"]
     scores = {name: result["score"] for name, result in tasks["swap"]["all"].items()}
     assert list(scores) == ["wordswap", "inflswap", "agrswap", "visual"]
     assert tasks["swap"]["all"]["visual"]["n"] == 4
@@ -166,11 +166,17 @@ def test_thirteen_tasks_pool_their_paradigms(recipe, tmp_path):
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     (tmp_path / "filler-gap-wh_x.txt").write_text("a red ball .\nball red a .")
     result = zorro(tmp_path, loaded, 4)["all"]
+    assert "thirteen" not in result  # of two tasks alone
     hit = result["binding-principle_a"]["score"]
     assert hit in (0, 1) and result["filler-gap-wh_x"]["score"] == 1 - hit
-    pooled = (3 * hit + (1 - hit)) / 4
-    assert result["thirteen"]["score"] == pytest.approx((hit + pooled) / 2, abs=1e-4)
     assert result["accuracy"]["score"] == pytest.approx((hit + hit + 1 - hit) / 3, abs=1e-4)
+    others = set(TASKS.values()) - {"binding", "filler_gap"}
+    for task in others:
+        (tmp_path / f"{task}.txt").write_text("ball red a .\na red ball .")
+    result = zorro(tmp_path, loaded, 4)["all"]
+    pooled = (3 * hit + (1 - hit)) / 4
+    assert result["thirteen"]["n"] == 13
+    assert result["thirteen"]["score"] == pytest.approx((12 * hit + pooled) / 13, abs=1e-4)
 
 
 def test_case_is_kept_if_the_vocabulary_keeps_it(recipe, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ def test_letters(said, strict, published):
         ("ten 4", "", "10"),
         ("b2b", "", "2"),
         ("eleven", "", ""),
+        ("9" * 5000, "9" * 5000, "9" * 1000),  # more digits than int() takes
         ("none", "", ""),
     ],
 )
@@ -435,8 +436,8 @@ def test_who_cannot_read_says_what_is_commonest():
 
 def test_overall_is_the_mean_of_eleven_columns():
     one = {"score": 0.5, "n": 1, "chance": 0.25, "ci95": None}
-    keys = [toolbox.key_of(c, m) for c in ("", *toolbox.CONTROLS) for _, m in toolbox.COLUMNS]
-    tasks = {name: {"all": dict.fromkeys(keys, one)} for name, _ in toolbox.COLUMNS}
+    keys = [toolbox.key_of(c, m) for c in ("", *toolbox.CONTROLS) for _, m in toolbox.PAPER_COLUMNS]
+    tasks = {name: {"all": dict.fromkeys(keys, one)} for name, _ in toolbox.PAPER_COLUMNS}
     tasks["object_counting"]["all"] = dict.fromkeys(keys, one | {"score": 1.0})
     means = toolbox.overall(tasks)["toolbox"]["all"]
     assert means["mean"]["n"] == 11 and means["mean"]["score"] == pytest.approx(6 / 11, abs=1e-4)
@@ -817,7 +818,10 @@ FOUR = " (A) (B) (C) (D)"
         ("object_counting", talked(("<image> how many?", "some")), "'some' is no answer"),
         ("delayed_response", talked(("where?", "left")), "conversations"),
         ("delayed_response", talked(("<image> ONLY 'left' or 'right'", "top")), "no answer"),
-        ("delayed_response_open", talked(("<image> ONLY 'up' or 'left'", "top")), "no answer"),
+        ("delayed_response_open", talked(("<image> ONLY 'up' or 'left'", "left")), "no direction"),
+        ("delayed_response", talked(("<image> ONLY 'left' or 'up'", "up")), "'up' is no direction"),
+        ("memory", talked(ONCE, ("<image><image> (A)", "A"), TWICE), "a letter for each"),
+        ("memory", talked(ONCE, TWICE, TWICE) | {"learnt": {"a.png": "z"}}, "its learnt must"),
         ("more_natural", talked(TWICE, TWICE), "2 questions, want one"),
         ("left_right", talked(("<image> ONLY with 'left' or 'top'", "left")), "options (A) (B)"),
         ("memory", talked(*[ONCE] * ROUNDS), "first of 1 picture, others of 2"),

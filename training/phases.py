@@ -121,11 +121,7 @@ def set_up(settings, name, phases, dataset, processes):
     torch.manual_seed(settings.seed)
     raw_model = models.make_model(settings, phase, dataset, parents)
     if saved:
-        try:
-            models.restore(raw_model, saved)
-        except RuntimeError as error:  # load_state_dict's, of several lines
-            why = " ".join(str(error).split())[:200]
-            raise UserError(f"{settings.out}/{name}.pt: not of this model: {why}") from None
+        restore_model(raw_model, saved, f"{settings.out}/{name}.pt")
     raw_model.to(device)
     check_backends(settings, raw_model, device)
 
@@ -140,12 +136,7 @@ def set_up(settings, name, phases, dataset, processes):
         for split, of_split in zip(phase.splits, stored)
     ]
     if saved:
-        if len(optimizers) != len(saved["optimizers"]):
-            raise UserError(
-                f"{settings.out}/{name}.pt was saved by other optimizers: take another --out"
-            )
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
+        restore_optimizers(optimizers, saved, f"{settings.out}/{name}.pt")
     return Run(
         settings=settings,
         name=name,
@@ -164,6 +155,23 @@ def set_up(settings, name, phases, dataset, processes):
         batch=batch,
         skipped=saved.get("skipped", 0) if saved else 0,
     )
+
+
+def restore_model(model, saved, path):
+    """Give a model the weights of its checkpoint at `path`. Raises UserError."""
+    try:
+        models.restore(model, saved)
+    except RuntimeError as error:  # load_state_dict's, of several lines
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not of this model: {why}") from None
+
+
+def restore_optimizers(optimizers, saved, path):
+    """Give optimizers their states. Raises UserError if they were others."""
+    if len(optimizers) != len(saved["optimizers"]):
+        raise UserError(f"{path} was saved by other optimizers: take another --out")
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
 
 
 def compute_dtype(settings, device):
