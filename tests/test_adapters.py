@@ -104,9 +104,13 @@ class Instance:
         self.args = args
 
 
-@pytest.fixture(params=["0.3", "0.7"])
+BOTH = pytest.mark.parametrize("adapter", ["0.3", "0.7"], indirect=True)
+
+
+@pytest.fixture
 def adapter(request, exported, monkeypatch):
-    """model.py of the exported folder, imported beside the stand-in of one of the versions."""
+    """model.py of the exported folder, imported beside the stand-in of a version, 0.7 unless a
+    test says another."""
 
     class lmms:
         def __init__(self):
@@ -114,7 +118,7 @@ def adapter(request, exported, monkeypatch):
 
     modules = {"api": {}, "api.model": {"lmms": lmms}, "api.instance": {"Instance": Instance},
                "api.registry": {"register_model": lambda name: lambda cls: cls}}  # fmt: skip
-    if request.param == "0.7":
+    if getattr(request, "param", "0.7") == "0.7":
 
         class GenerationResult:
             def __init__(self, text, token_counts=None):
@@ -149,7 +153,7 @@ def requests(model, made, name, **gen_kwargs):
     return [Instance(text(d), gen_kwargs, visuals, i, name, "test") for i, d in enumerate(docs)]
 
 
-@pytest.mark.parametrize("batch_size", ["16", 1])
+@pytest.mark.parametrize("adapter, batch_size", [("0.3", "16"), ("0.7", 1)], indirect=["adapter"])
 def test_replies_are_evals(adapter, exported, wide, made, batch_size):
     """Of pictures in all modes; modules of the same names stay what they were."""
     before = sys.modules["config"], sys.modules["inference"]
@@ -166,6 +170,7 @@ def test_replies_are_evals(adapter, exported, wide, made, batch_size):
     assert any(any(json.loads(one)) for one in said)
 
 
+@BOTH
 def test_losses_are_evals(adapter, exported, wide, made):
     model = adapter.NanoBabyLLaVA(pretrained=str(exported), device="cpu")
     with open(made / "wino.csv", newline="") as file:

@@ -130,7 +130,7 @@ def test_digests_see_weights_and_steps_but_not_speed(tmp_path):
 
 
 def test_the_soak_runs_and_sees_all_phases(tmp_path, capsys):
-    settings = reliability.Config(steps=200)
+    settings = reliability.Config(steps=80)
     endurance.soak(tmp_path, settings)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(processes.PHASES) and all("%" in row for row in rows[1:])
