@@ -572,31 +572,29 @@ def main(argv):
     if settings.row and len(paths) < 2:
         raise UserError("want: python export.py RESULTS_1 RESULTS_2 RESULTS_3 ROW.json --row")
     if settings.row:
-        lines = ego_submission.write_row(paths[:-1], paths[-1], settings.name, settings.team)
+        ego_submission.write_row(paths[:-1], paths[-1], settings.name, settings.team)
     elif len(paths) != 2:
         raise UserError("want: python export.py CHECKPOINT.pt DIR [--to babyvlm]")
     elif settings.to == "babyvlm":
-        lines = submission.write(*paths, settings.name, settings.repo)
+        submission.write(*paths, settings.name, settings.repo)
     elif settings.to == "egobabyvlm":
-        lines = ego_submission.write(*paths, export_language)
+        ego_submission.write(*paths, export_language)
     else:
-        lines = export_to_transformers(Path(paths[0]), paths[1])
-    for line in lines:
-        print(line)
+        export_to_transformers(Path(paths[0]), paths[1])
 
 
 def export_to_transformers(source, folder):
-    """Write a checkpoint file as a folder for transformers. Yields a line to print."""
+    """Write a checkpoint file as a folder for transformers."""
     loaded, results = checkpoint.load(source), source.parent / "results.json"
     if loaded.model.gpt is not None and loaded.model.projector is None:
         export_language(loaded, folder)
-        yield f"{folder}: {source}, as AutoModelForCausalLM opens it"
+        print(f"{folder}: {source}, as AutoModelForCausalLM opens it")
         return
     scores = read_json(results) if results.exists() else None
     if scores and scores.get("digest") != loaded.checkpoint["digest"]:
         scores = None  # of another checkpoint
     export(loaded, folder, scores)
-    yield f"{folder}: {source}, as AutoModelForImageTextToText opens it"
+    print(f"{folder}: {source}, as AutoModelForImageTextToText opens it")
 
 
 if __name__ == "__main__":

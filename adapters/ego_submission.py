@@ -33,7 +33,7 @@ LANGUAGE = ("syntax", "semantics", "overall")
 
 def write(source, folder, export_language):
     """Write the folder of a checkpoint file. export_language(loaded, folder): writes a language
-    model for transformers. Yields lines to print. Raises UserError."""
+    model for transformers. Raises UserError."""
     loaded, folder = checkpoint.load(source), Path(folder).resolve()
     if loaded.model.gpt is None:
         raise UserError(f"{source}: a tower alone; give phase 1 or later, or language.pt")
@@ -51,21 +51,21 @@ def write(source, folder, export_language):
         lines += [f'  {key}: "{path}"', *(f"  {option}: {value}" for option, value in own.items())]
         with writing(folder / "configs" / f"{name}.yaml") as file:
             file.write(("\n".join(lines) + "\n").encode("utf-8"))
-    yield f"{folder}: {source}, for EgoBabyVLM's launcher: {', '.join(names)}"
-    yield f"it saw {submission.describe_corpora(loaded.checkpoint)}"
-    yield from warn_of_other_data(checkpoint.corpora_of(loaded.checkpoint))
-    yield f"to do: PYTHONPATH={folder}; copy configs/ to evaluation/configs/model"
+    print(f"{folder}: {source}, for EgoBabyVLM's launcher: {', '.join(names)}")
+    print(f"it saw {submission.describe_corpora(loaded.checkpoint)}")
+    warn_of_other_data(checkpoint.corpora_of(loaded.checkpoint))
+    print(f"to do: PYTHONPATH={folder}; copy configs/ to evaluation/configs/model")
 
 
 def warn_of_other_data(corpora):
-    """Yield a line for data that are not from `data.py babyview`, and one for foreign weights."""
+    """Print a line for data that are not from `data.py babyview`, and one for foreign weights."""
     other = sorted({one["source"] for one in corpora if one["source"] != "babyview"})
     weights = [source for source in other if Path(source).suffix or "/" in source]
     data = [source for source in other if source not in weights]
     if data:
-        yield f"it saw {', '.join(data)}: by the rules a run on other data than BabyView's is out"
+        print(f"it saw {', '.join(data)}: by the rules a run on other data than BabyView's is out")
     if weights:
-        yield f"check that these weights saw BabyView alone: {', '.join(weights)}"
+        print(f"check that these weights saw BabyView alone: {', '.join(weights)}")
 
 
 def read_results(folder):
@@ -138,10 +138,10 @@ def make_row(folders, row_id, name, team):
 
 
 def write_row(folders, path, name, team):
-    """Write the JSON of make_row(), whose id is the file's name. Yields lines to print."""
+    """Write the JSON of make_row(), whose id is the name of the file."""
     row = make_row(folders, Path(path).stem, name or Path(path).stem, team)
     write_json(path, row)
-    yield f"{path}: {row['n_seeds']} seeds, trained on {row['training_data']}"
+    print(f"{path}: {row['n_seeds']} seeds, trained on {row['training_data']}")
     if row["training_data"] != "BabyView 2025.1":
-        yield "by the rules a run on other data than BabyView's is out"
-    yield "check category and training_data before you send it"
+        print("by the rules a run on other data than BabyView's is out")
+    print("check category and training_data before you send it")

@@ -137,8 +137,8 @@ def copy_adapter(name, path):
 
 def write(source, folder, name="", repo=""):
     """Write the submission of a checkpoint file to a new or empty folder. name: of the model on the
-    leaderboard; empty: the folder's name. repo: USER/NAME on the Hugging Face hub. Yields lines
-    to print. Raises UserError."""
+    leaderboard; empty: the folder's name. repo: USER/NAME on the Hugging Face hub. Prints
+    what to do next. Raises UserError."""
     loaded, folder = checkpoint.load(source), Path(folder)
     if loaded.model.projector is None:
         raise UserError(f"{source}: it cannot see; give one of phase 1 or later")
@@ -148,10 +148,10 @@ def write(source, folder, name="", repo=""):
     write_code(loaded, folder)
     write_json(folder / "submission.json", describe(loaded, name or folder.name, repo))
     copy_adapter("babyvlm.py", folder / "model.py")
-    yield f"{folder}: {source}, as lmms-eval opens it with --model_args pretrained={folder}"
-    yield f"it saw {describe_corpora(loaded.checkpoint)}"
+    print(f"{folder}: {source}, as lmms-eval opens it with --model_args pretrained={folder}")
+    print(f"it saw {describe_corpora(loaded.checkpoint)}")
     if saw_toy_world(loaded.checkpoint):
-        yield "a rehearsal: what saw the toy world is no result on SAYCam"
-    yield f"to do: upload {folder} to the hub; fill main_contributions in submission.json"
+        print("a rehearsal: what saw the toy world is no result on SAYCam")
+    print(f"to do: upload {folder} to the hub; fill main_contributions in submission.json")
     if not repo:
-        yield "to do: replace `checkpoint` in submission.json, or export with --repo USER/NAME"
+        print("to do: replace `checkpoint` in submission.json, or export with --repo USER/NAME")
