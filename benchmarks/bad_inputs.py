@@ -113,16 +113,19 @@ def make_tables(good):
     for test, counts, answer in (
         ("picture_vocabulary", [4], "B"),
         ("left_right", [4], "A"),
-        ("delayed_response_open", [3], "up left"),
+        ("delayed_response_open", [3], "top left"),
         ("memory", [1] + [2] * 14, "A"),
         ("object_counting", [1], "7"),
     ):
         said = []
-        for count in counts:
-            said += [{"from": "human", "value": toolbox_prompts.write(test, count, "ball")}]
+        for number, count in enumerate(counts):
+            question = toolbox_prompts.write(test, count, "ball")
+            if test == "memory" and number == 0:
+                question = f"{toolbox_prompts.NEW}(A) <image>"
+            said += [{"from": "human", "value": question}]
             said += [{"from": "gpt", "value": answer}]
-        question = {"image": names[: sum(counts)], "conversations": said, "subset": "seen"}
-        (good / "tests" / f"{test}.json").write_text(json.dumps([question] * 2))
+        item = {"image": names[: sum(counts)], "conversations": said, "subset": "seen"}
+        (good / "tests" / f"{test}.json").write_text(json.dumps([item] * 2))
     pair = {"image": names[:2], "phrases": ["a ball", "a cup"]}
     (good / "tests" / "looking_while_listening.json").write_text(json.dumps([pair] * 2))
     asked = [{"from": "human", "value": "<image>what ?"}]

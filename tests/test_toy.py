@@ -34,7 +34,7 @@ def test_the_toy_world_is_the_same_bytes_everywhere():
             "toy_v2",
             "--scenes=12 --clips=12 --moments=12 --lines=100 --items=48 --games=62 "
             "--replay=12 --questions=10",
-            "72319ee7b880b19d",
+            "cce7e5eeb8ecc880",
         ),
     ],
 )
