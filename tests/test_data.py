@@ -153,7 +153,10 @@ def test_preparing_holds_no_bin_in_memory(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["nothing"], "nothing: no such source; python data.py babyview | llava | pairs | saycam | toy"),
+        (
+            ["nothing"],
+            "nothing: no such source; python data.py babyview | llava | pairs | saycam | toy",
+        ),
         (["toy", "--name=../x"], "want a plain name"),
         (["toy", "--name=.."], "want a plain name"),
         (["toy", "--scenes=0"], "scenes 0 is not allowed: 1 to"),
