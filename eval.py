@@ -69,8 +69,6 @@ class Config(config.Options):
 
 def check_options(settings, sees):
     """Raise UserError for options that do not go together. sees: whether the model has a tower."""
-    if settings.task not in TASKS:  # a test of the Toolbox under its published name
-        settings.task = known_name(settings.task) or settings.task
     task, asked = settings.task, settings.task or "nothing"
     if task not in ("", "toolbox", *TASKS):
         raise UserError(f"--task {task}: one of toolbox, {', '.join(TASKS)}")
@@ -278,6 +276,8 @@ def print_beside_the_paper(results, loaded, out):
 
 def main(argv):
     settings = config.load(Config, argv, __doc__)
+    if settings.task not in TASKS:  # a test of the Toolbox under its published name
+        settings.task = known_name(settings.task) or settings.task
     device = checkpoint.choose_device(settings.device)
     torch.set_float32_matmul_precision("highest")  # training on a GPU may have lowered it
     loaded = inference.open_model(settings.checkpoint, device, settings.dtype)

@@ -119,7 +119,7 @@ class Config(config.Options):
     eval_every: int = option(500, low=1)  # validation loss, or the tower's linear probes
     eval_batches: int = option(20, low=1)  # of the validation set, always the same samples
     save_every: int = option(250, low=1)  # an interruption loses at most this much
-    keep: str = option("last", choices=("last", "best"))  # best: end with the lowest val_loss
+    keep: str = option("last", choices=("last", "best"))  # best: lowest val_loss (no tower has one)
     skip_bad_steps: int = option(0, low=0)  # tolerate so many steps whose gradient is not finite
     evaluate: bool = True  # after --phase all, run eval.py on the last checkpoint
 

@@ -2,7 +2,7 @@
 A checkpoint as a submission to the BabyVLM challenge: a folder of
 
     model.py           babyvlm.py of this folder: the model inside lmms-eval
-    submission.json    what the leaderboard wants to know, read off the checkpoint
+    submission.json    the leaderboard's fields, filled in from the checkpoint
     checkpoint.pt      the weights, without what only training needs
     nanobabyllava/     our files that model.py runs
 

@@ -230,8 +230,7 @@ def write_frames(settings, writer):
         for clip, (text, locations, label, *_) in enumerate(part):
             pictures += [Captioned(location, clip, [text], label) for location in locations]
             if len(locations) > 1 and settings.frames > 1:
-                spread = np.linspace(0, len(locations) - 1, min(settings.frames, len(locations)))
-                spaced = [locations[i] for i in spread.round().astype(int)]
+                spaced = video.spread(locations, settings.frames)
                 dialogues.append(Dialogue(spaced, [("<image>" * len(spaced), text)], label))
         dialogues += moments_of(part, settings.window)
         own, most = words[split], settings.max_skipped

@@ -181,7 +181,7 @@ def read_chat(path):
 def plain_words(text):
     """The words of a CHAT tier without its codes: [...] and <...> marks, pauses such as (.) and
     (1.5), &-um, xxx, suffixes after @. Omitted parts of words, in round brackets, are restored.
-    What a speaker said twice or corrected stays, because it was heard."""
+    Repetitions and corrections are kept: the child heard them."""
     text = re.sub(r"\x15[^\x15]*\x15|\[[^\]]*\]|\([\d.:]+\)|[<>‡„↓↑]", " ", text)
     text = re.sub(r"\+[^\w\s]+", " ", text)  # +... +/. and other terminators
     words = []

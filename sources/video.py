@@ -203,8 +203,7 @@ def write_film(part, film, chosen, path, template, settings, clip):
         for image in shown:
             part.sample(*caption_sample(tokenizer, words), [image])
         if len(shown) > 1 and settings.frames > 1:
-            spread = np.linspace(0, len(shown) - 1, min(settings.frames, len(shown)))
-            spaced = [shown[i] for i in spread.round().astype(int)]
+            spaced = spread(shown, settings.frames)
             part.sample(*caption_sample(tokenizer, words, len(spaced)), spaced)
     chosen = [i for i in chosen if over[i]]
     for stretch in stretches(chosen, settings.window):
@@ -212,6 +211,12 @@ def write_film(part, film, chosen, path, template, settings, clip):
         turns = [("<image>", film.said[i].words) for i in stretch]
         part.sample(*chat_sample(tokenizer, template, turns), middles)
     return clip
+
+
+def spread(items, most):
+    """At most `most` of some items, evenly spread."""
+    chosen = np.linspace(0, len(items) - 1, min(most, len(items)))
+    return [items[i] for i in chosen.round().astype(int)]
 
 
 def stretches(numbers, window):

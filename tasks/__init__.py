@@ -77,10 +77,7 @@ TASKS = {
         ("image", "positive_phrase", "negative_phrase"), ("image",), babyvlm.vtwt, published=True
     ),
     "baby_winoground": Task(
-        ("instance_id", "positive_phrase", "negative_phrase", "image", "image_tag"),
-        ("image",),
-        babyvlm.baby_winoground,
-        published=True,
+        babyvlm.WINOGROUND_COLUMNS, ("image",), babyvlm.baby_winoground, published=True
     ),
     "caption": Task(("image", "text"), ("image",), babyvlm.captions, published=True, speaks=True),
     "two_by_one": Task(

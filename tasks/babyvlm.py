@@ -75,6 +75,9 @@ def winoground(instances, subject, ties):
     return results
 
 
+WINOGROUND_COLUMNS = ("instance_id", "positive_phrase", "negative_phrase", "image", "image_tag")
+
+
 def pair_instances(rows):
     """[(positive picture, negative picture, positive phrase, negative phrase)] of Baby Winoground's
     CSV, which has a row for each picture. Raises UserError."""

@@ -36,7 +36,7 @@ LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e
                   0.3, 0.5)  # times batch / 256  # fmt: skip
 SCHEDULES = {"mnist": (20 * 234, 234, 256), "countbench": (50 * 6, 6, 64)}  # steps, a pass, batch
 TRIPLES = 100
-CACHED = 256  # pictures that are encoded at a time
+BATCH = 256  # pictures that are encoded together
 
 
 # ---------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def encode(loaded, pictures, name):
     """The CLS features of pictures, PIL images or paths, after the final norm: (n, E) float."""
     image_format, tower, features = loaded.image_format, loaded.model.tower, []
     side = (image_format.size, image_format.size)
-    for start in tqdm(range(0, len(pictures), CACHED), name, unit_scale=CACHED, unit="image"):
-        images = [open_picture(picture) for picture in pictures[start : start + CACHED]]
+    for start in tqdm(range(0, len(pictures), BATCH), name, unit_scale=BATCH, unit="image"):
+        images = [open_picture(picture) for picture in pictures[start : start + BATCH]]
         frames = [np.array(image.resize(side, Image.Resampling.BILINEAR)) for image in images]
         pixels = to_pixels(np.stack(frames), image_format, loaded.device).to(loaded.dtype)
         features.append(tower(pixels)[:, 0].float().cpu())

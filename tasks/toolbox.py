@@ -115,7 +115,7 @@ def pixels_of(row, subject):
 
 
 def newest_by_pixels(row, pictures):
-    """The answers of Memory's rounds by which picture is the least similar to all before."""
+    """Memory's answers: in each round the picture that is least similar to all before it."""
     own, before = ["A"], pictures[:1]
     for first, round_ in zip(range(1, len(pictures), 2), row["rounds"][1:]):
         pair = pictures[first : first + 2]

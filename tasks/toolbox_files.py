@@ -20,7 +20,7 @@ from pathlib import Path
 from common.files import read_csv, read_list
 from config import UserError
 from sources.toolbox_prompts import DIRECTIONS, TESTS
-from tasks.babyvlm import pair_instances
+from tasks.babyvlm import WINOGROUND_COLUMNS, pair_instances
 
 # The names of each test in the releases for SAYCam, BabyView, Ego4D and NIH, and on the leaderboard
 PUBLISHED = {
@@ -37,7 +37,6 @@ PUBLISHED = {
     "object_counting": ("count",),
     "looking_while_listening": ("baby_winoground", "winoground"),
 }
-COLUMNS = ("instance_id", "positive_phrase", "negative_phrase", "image", "image_tag")
 
 
 def known_name(name):
@@ -185,7 +184,7 @@ def read_items(test, path, skip=False):
     skip: leave out items that cannot be scored, and print how many. Raises UserError, with file
     and item."""
     if test == "looking_while_listening" and str(path).endswith(".csv"):
-        rows = read_csv(path, COLUMNS, ("positive_phrase", "negative_phrase"))
+        rows = read_csv(path, WINOGROUND_COLUMNS, ("positive_phrase", "negative_phrase"))
         return [
             {"image": [positive, negative], "phrases": [phrase, foil]}
             for positive, negative, phrase, foil in pair_instances(rows)
