@@ -11,6 +11,7 @@ of batches has:
     .read(plan, part)   the rows plan.rows[part] as arrays; processes and micro-batches read a
                         part (a slice) each
     .fixed_plan(limit)  the plans of a validation pass (not for frames)
+    .describe(plans)    what these plans read on average, in words
 
 Letters: B batch, T sequence length, N images, P image tokens an image, E vision width, S image side
 in pixels, K targets.
@@ -192,6 +193,9 @@ class TextBatches:
         parts = range(0, len(rows), self.batch)
         return [Plan(rows[i : i + self.batch], self.T) for i in parts]
 
+    def describe(self, plans):
+        return f"{self.batch} x {self.T} tokens"
+
     def read(self, plan, part=slice(None)):
         wanted = plan.rows[part] * self.T
         starts = np.minimum(wanted, len(self.text) - 1 - self.T)
@@ -332,6 +336,14 @@ class SampleBatches:
         """The plans of a validation pass over `limit` samples (0: all), the curriculum left out."""
         return self.group(self.order.curriculum + fixed_rows(self.order.shuffled, limit))
 
+    def describe(self, plans):
+        length, image_tokens = np.mean([plan.length for plan in plans]), 0
+        if self.image_ids is not None:
+            samples = self.samples[np.concatenate([plan.rows for plan in plans])].astype(np.int64)
+            first, count = samples[:, 2], samples[:, 3]
+            image_tokens = float((self.totals[first + count] - self.totals[first]).mean())
+        return f"{self.batch} x {length:,.0f} tokens, {image_tokens:,.0f} of them of images"
+
     def read(self, plan, part=slice(None)):
         rows = plan.rows[part]
         stream = np.full((len(rows), plan.length + 1), self.tokenizer.pad, np.int64)
@@ -428,6 +440,9 @@ class ClipBatches:
 
     def plan(self, step):
         return Plan(self.order(step * self.batch, self.batch), start=step * self.batch)
+
+    def describe(self, plans):
+        return f"{self.batch} pairs of frames"
 
     def read(self, plan, part=slice(None)):
         rows, first = plan.rows[part], part.start or 0

@@ -241,14 +241,15 @@ def save(path, checkpoint):
 # Loading
 
 
-def read_torch(path, safe=()):
+def read_torch(path, safe=(), mapped=False):
     """The contents of a torch.save file, on the CPU. No code in it is run; only classes in `safe`
-    may occur. Raises UserError for a missing, foreign or incomplete file."""
+    may occur. mapped: tensors are read from the file when they are needed, for those who want
+    shapes alone. Raises UserError for a missing, foreign or incomplete file."""
     # safe_globals() is in PyTorch from 2.5 on
     allowed = torch.serialization.safe_globals(list(safe)) if safe else nullcontext()
     try:
         with allowed:
-            return torch.load(regular(path), map_location="cpu", weights_only=True)
+            return torch.load(regular(path), map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise UserError(f"{path}: {why_missing(path)}") from None
     except DAMAGE as error:
@@ -289,9 +290,10 @@ def convert(checkpoint):
     return converted
 
 
-def read(path):
-    """The dict that train.py wrote. Raises UserError for another file or format."""
-    checkpoint = read_torch(path)
+def read(path, mapped=False):
+    """The dict that train.py wrote; mapped: see read_torch(). Raises UserError for another file or
+    format."""
+    checkpoint = read_torch(path, mapped=mapped)
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found == 1:
         raise UserError(f"{path}: of an earlier version (format 1, now {FORMAT}): train it again")
@@ -314,9 +316,9 @@ def read(path):
     return checkpoint
 
 
-def build(checkpoint, device="cpu", **backends):
-    """The Loaded of a checkpoint's dict. backends: `attention` and `norm`, see kernels.py. Raises
-    UserError if its parts do not fit each other."""
+def build(checkpoint, device=None, **backends):
+    """The Loaded of a checkpoint's dict, on a device; None: the one in force. backends: `attention`
+    and `norm`, see kernels.py. Raises UserError if its parts do not fit each other."""
     parts = checkpoint["parts"]
     tokenizer = gpt = projector = None
     if checkpoint["tokenizer"]:
@@ -338,7 +340,8 @@ def build(checkpoint, device="cpu", **backends):
             f"a {checkpoint['phase']} whose sizes or weights do not fit each other ({reason})"
         ) from None
     image_format = ImageFormat.parse(checkpoint["images"])
-    return Loaded(model.eval().to(device), tokenizer, image_format, checkpoint)
+    model = model.eval() if device is None else model.eval().to(device)
+    return Loaded(model, tokenizer, image_format, checkpoint)
 
 
 def load(path, device="cpu"):

@@ -23,7 +23,9 @@ import math
 import operator
 import os
 import re
+import shutil
 import sys
+import textwrap
 import typing
 from pathlib import Path
 
@@ -44,11 +46,12 @@ class UserError(Exception):
 class Options:
     """The base class of a script's Config.
 
-    `given` maps each option that was set to where it was set:
-    {"n_layer": "configs/phase0.py:17", "seed": "--seed"}."""
+    `given` maps each option that was set, the last one last, to where it was set:
+    {"n_layer": "configs/phase0.py:17", "seed": "--seed"}. `arguments` is the command line, `file`
+    its last config file."""
 
     def __post_init__(self):
-        self.given = {}
+        self.given, self.arguments, self.file = {}, [], ""
 
 
 # Options of earlier versions: {old name: what to write now}. They are refused with this advice.
@@ -62,13 +65,71 @@ RENAMED = {
 }
 
 
-def option(default, low=None, high=None, choices=None, once=None):
-    """A default with its allowed values: low <= value <= high, or one of `choices`.
+# What other programs call an option: {their name: ours, or advice}.
+MEANINGS = {
+    "learning_rate": "phase2_lr (each phase has its own)",
+    "batch_size": "phase2_batch (each phase has its own)",
+    "max_iters": "phase2_steps (each phase has its own)",
+    "num_train_epochs": "phase2_epochs (each phase has its own)",
+    "output_dir": "out",
+    "out_dir": "out",
+    "output": "out",
+    "dataset": "data",
+    "data_dir": "data",
+    "model": "checkpoint",
+    "model_path": "checkpoint",
+    "ckpt": "checkpoint",
+    "weights": "checkpoint",
+    "images": "image",
+    "picture": "image",
+    "file": "image",
+    "question": "prompt",
+    "text": "prompt",
+    "temp": "temperature",
+    "max_tokens": "max_new_tokens",
+    "n_layers": "n_layer",
+    "layers": "n_layer",
+    "num_layers": "n_layer",
+    "heads": "n_head",
+    "num_heads": "n_head",
+    "hidden_size": "n_embd",
+    "width": "n_embd",
+    "context": "block_size",
+    "context_length": "block_size",
+    "max_length": "block_size",
+    "model_max_length": "block_size",
+    "patch_size": "patch",
+    "wd": "weight_decay",
+    "clip": "grad_clip",
+    "warmup_ratio": "warmup",
+    "eval_interval": "eval_every",
+    "log_interval": "log_every",
+    "gradient_accumulation_steps": "grad_accum",
+    "gradient_checkpointing": "recompute",
+    "bf16": "dtype bfloat16",
+    "fp16": "dtype bfloat16",
+    "resume": "the same command again: it resumes by itself",
+    "gpus": "torchrun --nproc_per_node=8 train.py ...",
+    "num_gpus": "torchrun --nproc_per_node=8 train.py ...",
+    "tokenizer": "vocab_size, of data.py",
+    "image_size": "size, of data.py",
+    "vision_tower_path": "vision_weights",
+    "tower": "vision_tower",
+    "lora_r": "lora_rank",
+    "video": "videos",
+    "transcript": "transcripts",
+    "subtitles": "transcripts",
+}
+
+
+def option(default, low=None, high=None, choices=None, once=None, listed=None):
+    """A default with its allowed values: low <= value <= high, or one of `choices`. listed: names
+    that --help shows and the script itself checks.
 
     once: what a file or flag has set must not be changed by a later one; a dict of the exceptions,
     {value: values that may replace it}, {} for none. With {"0": ("vision", "language")} a file may
     say phase = "0", and --phase vision narrow it."""
-    allowed = {"low": low, "high": high, "choices": choices, "once": once}
+    allowed = {"low": low, "high": high, "choices": choices, "once": once, "listed": listed}
     return dataclasses.field(default=default, metadata=allowed)
 
 
@@ -132,20 +193,25 @@ def parse_value(text, kind):
         return text
 
 
-def read_flags(flags, kinds):
-    """[(name, value, "--name")] of flags; kinds: {option: type}. Raises UserError."""
+def read_flags(flags, kinds, plain=""):
+    """[(name, value, "--name")] of flags; kinds: {option: type}; plain: the option that arguments
+    without a name are values of. Raises UserError."""
     settings, flags = [], list(flags)
     while flags:
         flag = flags.pop(0)
-        if not flag.startswith("--"):
+        if not flag.startswith("--") and not plain:
             raise UserError(f"{flag}: config files come first, options start with --")
+        if not flag.startswith("--"):
+            flag = f"--{plain}={flag}"
         name, has_value, value = flag[2:].partition("=")
         name = name.replace("-", "_")
         kind = kinds.get(name, str)
         several = typing.get_origin(kind) is tuple
         values = [value] if has_value else []
-        at_most = math.inf if several else 1
+        at_most = math.inf if several and not has_value else 1
         while flags and len(values) < at_most and not flags[0].startswith("--"):
+            if plain and kind is bool and flags[0].lower() not in ("true", "false"):
+                break  # --chat img.jpg
             values.append(flags.pop(0))
         if not values and kind is bool:
             values = ["True"]
@@ -221,52 +287,93 @@ def split_arguments(argv):
 
 
 def read_comments(Config):
-    """{option: the comment at the end of its definition}."""
+    """{option: (the heading above it, the comment at the end of its definition)}. A heading is a
+    comment on a line of its own."""
     comments = {}
     for kind in Config.__mro__[:-1]:
         source = inspect.getsource(kind)
-        lines, (definition,) = source.splitlines(), ast.parse(source).body
+        lines, (definition,), heading, last = source.splitlines(), ast.parse(source).body, "", 0
         for node in definition.body:
             if isinstance(node, ast.AnnAssign):
-                comments[node.target.id] = lines[node.end_lineno - 1].partition("  # ")[2]
+                for line in lines[last : node.lineno - 1]:
+                    if line.startswith("    # "):
+                        heading = line.strip("# ")
+                last = node.end_lineno
+                comment = lines[last - 1].partition("  # ")[2]
+                comments[node.target.id] = heading, comment
     return comments
 
 
-def print_help(Config, description):
-    """Print a script's description and each of its options: default, type, range, comment."""
-    comments = read_comments(Config)
-    print(description.strip() + "\n\noptions:")
-    for field in dataclasses.fields(Config):
-        kind = getattr(field.type, "__name__", "")
-        if typing.get_origin(field.type) is tuple:
-            kind = f"several {typing.get_args(field.type)[0].__name__}"
-        allowed = describe_range(field.metadata)
-        kind += f", {allowed}" if allowed else ""
-        print(f"  --{field.name}={field.default!r}  ({kind}) {comments[field.name]}")
+def show_value(value):
+    """A value as it is written on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "(none)"
+    return str(value) if value != "" else "(empty)"
+
+
+def describe_limits(field):
+    """The allowed values of an option, for --help: choices, and limits that one may reach."""
+    allowed = field.metadata
+    if allowed.get("choices") or allowed.get("listed"):
+        names = [str(name) for name in allowed["choices"] or allowed["listed"] if name != ""]
+        return "one of " + ", ".join(names)
+    low, high = allowed.get("low"), allowed.get("high")
+    if high is not None and high <= 100:
+        return f"{low} to {high}" if low is not None else f"at most {high}"
+    return f"at least {low}" if low is not None and low > 1 else ""
+
+
+def print_help(Config, description, config):
+    """Print a script's description and its options, grouped under their headings, with the values
+    that `config` has, and what is allowed."""
+    comments, width = read_comments(Config), min(shutil.get_terminal_size((100, 24)).columns, 100)
+    from_file = f", with the values of {config.file}" if config.file else ""
+    print(f"{description.strip()}\n\noptions{from_file}:")
+    fields = dataclasses.fields(Config)
+    headings = dict.fromkeys(["", *(comments[field.name][0] for field in fields)])
+    indent = " " * 26
+    for heading in headings:
+        print(f"\n{heading}:" if heading else "")
+        for field in (field for field in fields if comments[field.name][0] == heading):
+            comment = comments[field.name][1]
+            begin = f"  --{field.name} {show_value(getattr(config, field.name))}"
+            limits = describe_limits(field)
+            text = f"{comment}; {limits}" if comment and limits else comment or limits
+            if len(begin) >= len(indent):
+                print(begin)
+                begin = ""
+            wrapped = textwrap.wrap(text, width - len(indent)) or [""]
+            print(begin.ljust(len(indent)) + f"\n{indent}".join(wrapped))
 
 
 def refuse_unknown(name, where, known):
-    """Raise UserError for an option that does not exist: its new name, else the nearest name."""
+    """Raise UserError for an option that does not exist: its new name, else options of the same
+    meaning, else the nearest name."""
     if name in RENAMED:
         raise UserError(f"{where}: {name} has a new name: {RENAMED[name]}")
-    nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
-    raise UserError(f"{where}: no option {name!r}; did you mean {nearest!r}?")
+    if name in MEANINGS and (MEANINGS[name] in known or " " in MEANINGS[name]):
+        raise UserError(f"{where}: no option {name!r}; did you mean {MEANINGS[name]!r}?")
+    related = [other for other in known if name in other.split("_")]
+    near = related or difflib.get_close_matches(name, known, 1, 0.6)
+    advice = f"did you mean {' or '.join(map(repr, near))}?" if near else "--help lists all"
+    raise UserError(f"{where}: no option {name!r}; {advice}")
 
 
-def load(Config, argv, description=""):
-    """A Config from its defaults, then the config files at the start of argv, then flags.
+def load(Config, argv, description="", plain=""):
+    """A Config from its defaults, then the config files at the start of argv, then flags; plain:
+    see read_flags().
 
     Raises UserError, with the place, for an unknown name, a wrong type, a value that is not
     allowed, or an option declared `once` that a file and a flag set differently.
-    --help prints all options and exits."""
-    if "--help" in argv or "-h" in argv:
-        print_help(Config, description)
-        sys.exit(0)
+    --help prints all options, with the values of these files and flags, and exits."""
+    wants_help = "--help" in argv or "-h" in argv
+    argv = [argument for argument in argv if argument not in ("--help", "-h")]
     fields = {field.name: field for field in dataclasses.fields(Config)}
     files, flags = split_arguments(argv)
     settings = [setting for path in files for setting in read_config_file(path)]
-    settings += read_flags(flags, {name: field.type for name, field in fields.items()})
+    settings += read_flags(flags, {name: field.type for name, field in fields.items()}, plain)
     config = Config()
+    config.arguments, config.file = list(argv), (files or [""])[-1]
     for name, value, where in settings:
         if name not in fields:
             refuse_unknown(name, where, fields)
@@ -281,8 +388,16 @@ def load(Config, argv, description=""):
             message = f"{where}: {name} {value!r} contradicts {name} {before!r} of"
             raise UserError(f"{message} {config.given[name]}")
         setattr(config, name, value)
+        config.given.pop(name, None)
         config.given[name] = where
+    if wants_help:
+        print_help(Config, description, config)
+        sys.exit(0)
     return config
+
+
+def error_line(error):
+    return f"error: {' '.join(str(error).split())}"
 
 
 def run(main):
@@ -295,7 +410,7 @@ def run(main):
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(error_line(error))
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (MemoryError, RuntimeError) as error:

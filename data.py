@@ -27,7 +27,7 @@ import numpy as np
 
 import config
 from common.files import named, read_json, read_text, write_json, writing
-from common.images import ImageFormat, Picture
+from common.images import ImageFormat, as_picture
 from config import UserError
 from pretrained.tokenizer_json import parse_tokenizer
 
@@ -107,8 +107,7 @@ class SplitWriter:
         or one frame (S, S, 3). Raises ValueError for a clip number below the last: the frames of a
         clip must be side by side."""
         if isinstance(picture, np.ndarray):
-            height, width, _ = picture.shape
-            picture = Picture(picture[None], rows=0, columns=0, width=width, height=height)
+            picture = as_picture(picture)
         if clip < self.last_clip:
             raise ValueError(f"clip {clip} after clip {self.last_clip}: their numbers must rise")
         self.last_clip = clip
@@ -262,6 +261,16 @@ def known_sources():
     )
 
 
+NEEDS = {  # what else to say about a folder that is missing
+    name: f"; {corpus} needs an agreement with Databrary ({page}); to try the code without it, run "
+    "`python train.py configs/toy.py`"
+    for name, corpus, page in (
+        ("saycam", "SAYCam", "volume 564, see docs/saycam.md"),
+        ("babyview", "BabyView", "volume 1882, see docs/challenges.md"),
+    )
+}
+
+
 class Data:
     """A prepared folder: `meta`, `tokenizer`, `image_format`, and the bins as memory maps.
 
@@ -275,7 +284,8 @@ class Data:
         if not path.exists():
             half = any(self.directory.glob("*.partial")) or any(self.directory.glob("*.bin"))
             why = f"{self.directory} is half prepared" if half else f"no {path}"
-            raise UserError(f"{why}: run `python data.py {source} ...` first")
+            needs = next((NEEDS[one] for one in NEEDS if name.startswith(one)), "")
+            raise UserError(f"{why}: run `python data.py {source} ...` first{needs}")
         found = read_json(path)
         self.meta = found if isinstance(found, dict) else {}
         version = self.meta.get("format")

@@ -7,17 +7,20 @@ pairs, word swaps, probes of the tower, validation loss.
     python eval.py --shuffle                                   # random pictures: chance
     python eval.py --task vtwt --csv vtwt.csv --images frames.zip   # BabyVLM's published files
     python eval.py --task toolbox --json DIR --scores scores.json   # the Toolbox's published files
+    python eval.py --compare out/toy out/linear                # runs beside each other
 
 The score of a phrase is its mean negative log-likelihood (NLL) per token after the picture; lower
 is better, and a tie counts as its fair share. (Zorro sums; captions are generated.) Each accuracy
 has n, chance and a 95 % Wilson interval, also for each `subset` that a test's file names. Writes
 results.json, report.html and captions.png beside the checkpoint; of one test, or of published
-folders, results_NAME.json and report_NAME.html.
+folders, results_NAME.json and report_NAME.html. --compare writes compare.html: differences with
+paired 95 % intervals over the same items, and curves over each other.
 
 A new test: tasks/__init__.py.
 """
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,20 +35,20 @@ from common.files import read_json, read_log, remove_leftovers, write_json, writ
 from config import UserError, option
 from data import Data
 from sources.toolbox_prompts import TESTS
-from tasks import TASKS, board, probes, report, run_task, toolbox
+from tasks import TASKS, board, compare, probes, report, run_task, sheets, toolbox
 from tasks.board import BOARD
 from tasks.swap import language_scores, run_swap
 from tasks.toolbox_files import find_tests, known_name
 from tasks.zorro import zorro
 from tokenizer import TEMPLATES
-from training import features, validation
+from training import features, page, validation
 
 
 @dataclass
 class Config(config.Options):
     checkpoint: str = "out/toy/phase2.pt"  # a .pt that train.py wrote, or a LLaVA folder
     data: str = ""  # a prepared folder with eval/ and val bins; empty: the one it was trained on
-    task: str = ""  # one test, or toolbox (all of its); empty: all whose files are in data
+    task: str = option("", listed=("toolbox", *TASKS))  # one test; empty: all whose files are there
     csv: str = ""  # the test's file (or folder, or JSON); empty: eval/<task>.csv in data
     template: str = option("", choices=("", "plain", *TEMPLATES))  # for questions; empty: its own
     json: str = ""  # of toolbox: a folder of its JSON files; empty: eval in data
@@ -61,6 +64,7 @@ class Config(config.Options):
     mnist: str = ""  # a folder with MNIST's idx files: probes of the tower
     countbench: str = ""  # a folder of CountBench's pictures: the same
     batch: int = option(256, low=1, high=1 << 20)  # phrases scored at a time
+    compare: tuple[str, ...] = ()  # folders of tested runs: their differences to the first one
     shuffle: bool = False  # random pictures for each test: all scores must fall to chance
     out: str = ""  # where to write; empty: the checkpoint's folder
     device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda if there is one
@@ -86,9 +90,10 @@ def check_options(settings, sees):
 
 
 def losses(loaded, dataset):
-    """{"val_loss", "bits_per_character"} on a prepared folder: the loss that the phase is validated
-    on, and that of its held-out text, which tells how much later phases forget. A loss without data
-    is left out. With another vocabulary or image format it prints why and returns {}."""
+    """{"val_loss", "val_rows", "bits_per_character"} on a prepared folder: the loss that the phase is
+    validated on, over so many rows, all there are (train.py logs it over some of them); and that of
+    its held-out text, which tells how much later phases forget. A loss without data is left out.
+    With another vocabulary or image format it prints why and returns {}."""
     model, saved = loaded.model, loaded.checkpoint
     words_alone = model.projector is None
     if model.gpt is None:  # a tower
@@ -105,18 +110,19 @@ def losses(loaded, dataset):
     found = text_losses(model, dataset)
     if words_alone:
         return found
-    bits = {name: value for name, value in found.items() if name != "val_loss"}
+    bits = {name: value for name, value in found.items() if name == "bits_per_character"}
     if not dataset.count(split, kind.BIN):
         print(f"no validation loss: {dataset.directory} has nothing to validate this model on")
         return bits
     stored = features.open_stored(dataset, split, model)
     truncate = saved["settings"].get("truncate", False)
     samples = kind(dataset, split, 64, 0, model, stored, truncate)
-    return {"val_loss": validation.val_loss(model, samples, dataset.image_format)} | bits
+    loss = validation.val_loss(model, samples, dataset.image_format)
+    return {"val_loss": loss, "val_rows": samples.rows} | bits
 
 
 def text_losses(model, dataset):
-    """{"val_loss", "bits_per_character"} of a model on held-out text; without the second, and a
+    """{"val_loss", "val_rows", "bits_per_character"} of a model on held-out text; without bits, and a
     printed reason, for words that are not in the vocabulary; {} without text."""
     if not dataset.count("val", "text"):
         print(f"no bits per character: {dataset.directory} has no text to validate on")
@@ -128,11 +134,12 @@ def text_losses(model, dataset):
         count = int((dataset.open("val", "text") == unknown).sum())
         if count:  # a guessed <unk> would count as a guessed word
             print(f"no bits per character: {count:,} words of val are not in the vocabulary")
-            return {"val_loss": loss}
+            return {"val_loss": loss, "val_rows": text.rows}
     counts = dataset.meta["splits"]["val"]
     tokens_per_character = counts["text"] / counts["characters"]
     # nats per token x tokens per character = nats per character; / ln 2 = bits
-    return {"val_loss": loss, "bits_per_character": loss * tokens_per_character / math.log(2)}
+    bits = loss * tokens_per_character / math.log(2)
+    return {"val_loss": loss, "val_rows": text.rows, "bits_per_character": bits}
 
 
 def choose_files(settings, folder, sees):
@@ -189,7 +196,7 @@ def run_published(loaded, settings):
 
 
 def evaluate(loaded, settings):
-    """(results, a dict {"tasks": {...}, "val_loss": ..., ...}; the tasks.Report of each test).
+    """(results, a dict {"tasks": {...}, "val_loss": ..., ...}; {test: tasks.Report}).
     Raises UserError."""
     sees, saved = loaded.model.projector is not None, loaded.checkpoint
     check_options(settings, sees)
@@ -229,30 +236,74 @@ def evaluate(loaded, settings):
     results["tasks"] |= toolbox.overall(results["tasks"])
     entries = {key: report.board for key, report in reports.items() if report.board}
     results["board"] = {name: own for name, own in entries.items() if name in BOARD}
-    return results, list(reports.values())
+    return results, reports
 
 
-def write(results, reports, out, task):
-    """Write results.json, report.html, captions.png, toolbox.png, and scores.json if all tests of
-    the leaderboard were run, to the folder `out`; returns their names, which say if one task was
-    run alone, pictures were shuffled, or answers were read as published."""
+def hits_of(results, reports):
+    """{test: {"items": digest, "hits": {subset: {measure: of each item}}}}, for comparing runs."""
+    found = {}
+    for test, one in reports.items():
+        measures = {
+            subset: {name: result.hits for name, result in own.items() if hasattr(result, "hits")}
+            for subset, own in results["tasks"][test].items()
+        }
+        found[test] = {"items": one.items, "hits": measures}
+    return found
+
+
+def page_tests(results, reports, loaded):
+    """The page.Tests of results."""
+    tasks = results["tasks"]
+    facts = {
+        "checkpoint": f"{results['checkpoint']} ({results['phase']})",
+        "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,}",
+        "tested on": results["data"],
+        "tested": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    if "val_loss" in results:
+        rows = f"of all {results['val_rows']:,} held-out rows"
+        facts["validation loss"] = f"{results['val_loss']:.3f}, {rows} (the curve: of fewer)"
+    if "bits_per_character" in results:
+        facts["held-out text"] = f"{results['bits_per_character']:.3f} bits per character"
+    notes = list(report.marks(tasks))
+    if results["shuffled"]:
+        notes.append("Pictures were shuffled: these are no results, but a check for chance.")
+    return page.Tests(
+        tiles=report.tiles_of(tasks),
+        groups=report.groups_of(tasks),
+        captions=[one for found in reports.values() for one in found.captions],
+        attention=next((found.attention for found in reports.values() if found.attention), None),
+        facts=facts,
+        rows=[report.HEADER, *report.rows_of(tasks)],
+        notes=notes,
+    )
+
+
+def write(results, reports, loaded, out, task):
+    """Write results.json, hits.json, report.html, captions.png, toolbox.png, and scores.json if all
+    tests of the leaderboard were run, to the folder `out`; returns their names, which say if one
+    task was run alone, pictures were shuffled, or answers were read as published."""
     how = "_shuffled" if results["shuffled"] else ""
     how += "_published" if results["parse"] == "published" else ""
     suffix = (f"_{task}" if task else "") + how
-    entries = [entry for one in reports for entry in one.entries]
-    examples = [example for one in reports for example in one.examples]
-    sheet = report.contact_sheet(entries) if entries else None
-    names = [f"results{suffix}.json", f"report{suffix}.html"]
+    names = [f"results{suffix}.json", f"hits{suffix}.json", f"report{suffix}.html"]
     remove_leftovers(out)
     write_json(out / names[0], results)
-    with writing(out / names[1]) as file:
-        file.write(report.page(results, sheet, read_log(out / "log.jsonl")).encode("utf-8"))
-    sheets = {"captions": sheet, "toolbox": report.example_sheet(examples) if examples else None}
-    for name, drawn in sheets.items():
-        if drawn:
+    write_json(out / names[1], hits_of(results, reports))
+    tests = page_tests(results, reports, loaded)
+    text = page.render(str(out), read_log(out / "log.jsonl"), results["source"], tests)
+    with writing(out / names[2]) as file:
+        file.write(text.encode("utf-8"))
+    examples = [example for one in reports.values() for example in one.examples]
+    drawn = {
+        "captions": sheets.contact_sheet(tests.captions) if tests.captions else None,
+        "toolbox": sheets.example_sheet(examples) if examples else None,
+    }
+    for name, sheet in drawn.items():
+        if sheet:
             names.append(f"{name}{how}.png")
             with writing(out / names[-1]) as file:
-                drawn.save(file, "PNG")
+                sheet.save(file, "PNG")
     if len(results["board"]) == len(BOARD):
         names.append(f"scores{'_shuffled' if results['shuffled'] else ''}.json")
         board.write(out / names[-1], results["board"])
@@ -276,6 +327,8 @@ def print_beside_the_paper(results, loaded, out):
 
 def main(argv):
     settings = config.load(Config, argv, __doc__)
+    if settings.compare:
+        return compare.main(settings.compare, settings.out)
     if settings.task not in TASKS:  # a test of the Toolbox under its published name
         settings.task = known_name(settings.task) or settings.task
     device = checkpoint.choose_device(settings.device)
@@ -295,7 +348,7 @@ def main(argv):
     results, reports = evaluate(loaded, settings)
     out = Path(settings.out or Path(settings.checkpoint).parent)
     tests = [settings.task] if settings.task else [name for name, _ in published_folders(settings)]
-    names = write(results, reports, out, "_".join(tests))
+    names = write(results, reports, loaded, out, "_".join(tests))
     print(*report.table(results["tasks"]), sep="\n")
     if results["board"] and (settings.scores or len(results["board"]) == len(BOARD)):
         print("", *board.table(results["board"]), "", sep="\n")
@@ -304,9 +357,10 @@ def main(argv):
         print(f"written: {settings.scores}, of {len(results['board'])} of {len(BOARD)} tests")
     if settings.csv and TASKS[settings.task].published:
         print_beside_the_paper(results, loaded, out)
-    for name in ("val_loss", "bits_per_character"):
-        if name in results:
-            print(f"{name} {results[name]:.4f}")
+    if "val_loss" in results:
+        print(f"val_loss {results['val_loss']:.4f} (of all {results['val_rows']:,} held-out rows)")
+    if "bits_per_character" in results:
+        print(f"bits_per_character {results['bits_per_character']:.4f}")
     print(f"written: {out}/{', '.join(names)}")
 
 

@@ -10,6 +10,7 @@ A trained model at work: pictures and words in, words or their likelihoods out.
     answer_prompts      the same for prompts of any lengths
     answer_dialogues    several questions in a row, with the model's own answers in between
     score_text          how likely a text is after pictures, and whether greedy decoding gives it
+    attention_of        where in the pictures each word of an answer looked
 
 Letters: N images, S image side in pixels, E vision width, C model width.
 """
@@ -269,6 +270,24 @@ def caption_pictures(loaded, embeds, max_new_tokens=50, batch=100):
     return captions
 
 
+def attention_of(loaded, tokens, answer, embeds):
+    """Where in the pictures each token of an answer looked: (tokens, N, side, side), numpy. It is
+    the attention, averaged over layers and heads, of the position that predicted the token; the sum
+    over a picture is the share of its attention that is on that picture. tokens: the prompt.
+    Raises UserError for a model whose image tokens are not a grid of patches."""
+    model = loaded.model
+    if model.tiled or not model.projector.keeps_grid:
+        raise UserError("--attention: image tokens of this model are not a grid of patches")
+    whole = torch.tensor([[*tokens, *answer]], device=loaded.device)
+    maps = model.attention_maps(whole, torch.cat(embeds))[0]  # (T, T)
+    columns = (whole[0] == loaded.tokenizer.image).nonzero()[:, 0].view(len(embeds), -1)
+    side = int(columns.shape[1] ** 0.5)
+    columns = columns[:, -side * side :]  # without CLS
+    queries = torch.arange(len(tokens) - 1, len(tokens) + len(answer) - 1)
+    of_tokens = maps[queries][:, columns].view(len(answer), len(embeds), side, side)
+    return of_tokens.float().cpu().numpy()
+
+
 def make_prompt(loaded, embeds, words, template=None, system=""):
     """The tokens before an answer: pictures and the first words of a caption, or with a Template a
     question about the pictures. Raises UserError if they leave no space for an answer."""
@@ -283,8 +302,11 @@ def make_prompt(loaded, embeds, words, template=None, system=""):
     tokens = expand(tokens, tokenizer.image, [len(embed) for embed in embeds])
     check_leading(loaded.model, tokens)
     if len(tokens) >= block_size:
+        longest = max((len(embed) for embed in embeds), default=0)
+        fitting = (block_size - 1 - len(tokens) + sum(map(len, embeds))) // max(longest, 1)
+        advice = f"; {fitting or 'no'} such image{'s' * (fitting > 1)} would fit" * bool(longest)
         raise UserError(
-            f"{len(embeds)} images and the prompt make {len(tokens)} tokens; this "
-            f"model holds {block_size}, its answer included"
+            f"{len(embeds)} images and the prompt make {len(tokens)} tokens; this model holds "
+            f"{block_size}, its answer included{advice}"
         )
     return tokens

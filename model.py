@@ -239,9 +239,11 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std)
 
     def set_rotary(self):
-        """Compute the tables of rotary positions, always in fp32: (block_size, 1, D / 2)."""
-        positions = torch.arange(self.config.block_size).float()
-        angles = torch.outer(positions, rotary_frequencies(self.config))[:, None]
+        """Compute the tables of rotary positions, always in fp32: (block_size, 1, D / 2). They are
+        in no checkpoint, so they are computed even if the model is built on the meta device."""
+        with torch.device("cpu"):
+            positions = torch.arange(self.config.block_size).float()
+            angles = torch.outer(positions, rotary_frequencies(self.config))[:, None]
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -257,12 +259,13 @@ class GPT(nn.Module):
             x = x.to(dtype)
         return F.dropout(x, self.config.dropout, self.training)
 
-    def backends(self, dtype):
-        """The (attention, norm) backends that run on this device in `dtype`. Raises ValueError if
-        one that was asked for by name cannot run."""
+    def backends(self, dtype, device=None):
+        """The (attention, norm) backends that run in `dtype` on a device, this model's by default.
+        Raises ValueError if one that was asked for by name cannot run."""
         # choose() looks only at device, dtype and width
-        query = self.cos.new_empty(0, self.config.head_width, dtype=dtype)
-        hidden = self.cos.new_empty(0, self.config.n_embd, dtype=dtype)
+        device = self.device if device is None else device
+        query = torch.empty(0, self.config.head_width, dtype=dtype, device=device)
+        hidden = torch.empty(0, self.config.n_embd, dtype=dtype, device=device)
         return (
             choose(self.config.attention, "sdpa", query),
             choose(self.config.norm, "torch", hidden),

@@ -1,18 +1,18 @@
 """
 Caption a picture, ask about it, or continue some words.
 
-    python sample.py --image img.jpg                          # a caption
-    python sample.py --image a.jpg --image b.jpg              # several pictures in one context
-    python sample.py --image img.jpg --prompt "the ball is"   # continue these words
-    python sample.py --prompt "where 's the" --temperature 0.8 --num_samples 3       # words alone
-    python sample.py --image img.jpg --attention out.png      # where each word looked
-    python sample.py --image img.jpg --checkpoint out/toy_llava15/phase3.pt --chat
-    python sample.py --image img.jpg --checkpoint DIR --prompt "What is this?"       # a LLaVA
+    python sample.py img.jpg                          # a caption; --image img.jpg does the same
+    python sample.py a.jpg b.jpg                      # several pictures in one context
+    python sample.py img.jpg --prompt "the ball is"   # continue these words
+    python sample.py --prompt "where 's the" --temperature 0.8 --num_samples 3   # words alone
+    python sample.py img.jpg --attention out.png      # where each word looked
+    python sample.py img.jpg --checkpoint out/toy_llava15/phase3.pt --chat
+    python sample.py img.jpg --checkpoint DIR --prompt "What is this?"           # a LLaVA
 
 --checkpoint is a file that train.py wrote or a Hugging Face folder of a LLaVA. Its default is
 out/toy/phase2.pt (with --chat out/toy_llava15/phase3.pt) if that exists, else assets/toy.pt, a
-small model of the toy world that comes with the repository. For chat models the prompt is a
-question and is wrapped in the model's template.
+small model of the toy world that comes with the repository; the first line, on stderr, names it.
+For chat models the prompt is a question and is wrapped in the model's template.
 
     > what is this ?
     a red ball .
@@ -23,6 +23,7 @@ question and is wrapped in the model's template.
 In a conversation /image FILE shows another picture, /reset starts again, Ctrl-D ends it.
 """
 
+import sys
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -34,7 +35,14 @@ from PIL import Image, ImageDraw
 import checkpoint
 import config
 from config import UserError, option
-from inference import check_leading, embed_pictures, make_prompt, open_model, read_pictures
+from inference import (
+    attention_of,
+    check_leading,
+    embed_pictures,
+    make_prompt,
+    open_model,
+    read_pictures,
+)
 from model import KVCache
 from tokenizer import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
 
@@ -95,8 +103,9 @@ class Conversation:
     def __init__(self, loaded, template, system=""):
         if template is None:
             raise UserError(
-                "this model was trained on no conversations: give a checkpoint of phase 3, a LLaVA "
-                f"folder, or --template, one of {', '.join(TEMPLATES)}"
+                "this model has learnt captions and no conversations: leave out --chat, or train "
+                "one with `python train.py configs/toy_llava15.py`, or give a LLaVA's folder as "
+                f"--checkpoint, or a --template: {', '.join(TEMPLATES)}"
             )
         self.loaded, self.template, self.system = loaded, template, system
         self.stop = end_tokens(loaded.tokenizer, self.template)
@@ -217,41 +226,33 @@ def converse(conversation, embeds, settings, generator):
 def draw_attention(path, loaded, tokens, answer, embeds, pictures):
     """Draw where in the pictures each word of the answer looked: the attention of the position that
     predicted the word. Raises UserError."""
-    model = loaded.model
-    if model.tiled or not model.projector.keeps_grid:
-        raise UserError("--attention: image tokens of this model are not a grid of patches")
-    whole = torch.tensor([tokens + answer], device=loaded.device)
-    maps = model.attention_maps(whole, torch.cat(embeds))[0]  # (T, T)
-    columns = (whole[0] == loaded.tokenizer.image).nonzero()[:, 0].view(len(embeds), -1)
-    side = int(columns.shape[1] ** 0.5)
-    columns = columns[:, -side * side :]  # without CLS
-    queries = torch.arange(len(tokens) - 1, len(tokens) + len(answer) - 1)
-    of_words = maps[queries][:, columns].view(len(answer), len(embeds), side, side)
     words = [loaded.tokenizer.decode([token]).strip() or "<eos>" for token in answer]
-    frames = [picture.frames[0] for picture in pictures]
+    maps = attention_of(loaded, tokens, answer, embeds)
     try:
-        attention_sheet(frames, words, of_words.float().cpu().numpy()).save(path)
+        attention_sheet([picture.frames[0] for picture in pictures], words, maps).save(path)
     except ValueError as error:  # a file name without a known suffix
         raise UserError(f"--attention {path}: {error}") from None
 
 
 def attention_sheet(frames, words, maps):
     """A PIL image with a row for each of frames (N, S, S, 3): the frame, then for each word the
-    frame, brighter where that word looked. maps (words, N, side, side), at least 0."""
-    scale, height = 128, 128 + 14
+    frame, brighter where that word looked, and the share of its attention that is on the picture.
+    maps: as inference.attention_of() returns them."""
+    scale, height = 128, 128 + 16
     sheet = Image.new("RGB", (scale * (1 + len(words)), height * len(frames)), "white")
     draw = ImageDraw.Draw(sheet)
+    brightest = max(maps.max(), 1e-9)  # of all words: a word that ignored the picture stays dark
     for i, frame in enumerate(frames):
         picture = Image.fromarray(frame).resize((scale, scale))
         dark = picture.point(lambda value: value // 4)
         sheet.paste(picture, (0, i * height))
         for j, word in enumerate(words):
-            light = maps[j][i] / max(maps[j][i].max(), 1e-9)
-            light = Image.fromarray((light * 255).astype(np.uint8))
+            level = (maps[j][i] / brightest) ** 0.6  # else all but the brightest is black
+            light = Image.fromarray((level * 255).astype(np.uint8))
             light = light.resize((scale, scale), Image.Resampling.BICUBIC)
             x, y = (j + 1) * scale, i * height
             sheet.paste(Image.composite(picture, dark, light), (x, y))
-            draw.text((x + 4, y + scale + 1), word, "black")
+            draw.text((x + 4, y + scale + 2), f"{word}  {maps[j][i].sum():.0%}", "black")
     return sheet
 
 
@@ -259,15 +260,31 @@ def attention_sheet(frames, words, maps):
 # The command
 
 
+def choose_checkpoint(settings):
+    """The path of the model that answers; it is named on stderr."""
+    usual = Path("out/toy_llava15/phase3.pt" if settings.chat else "out/toy/phase2.pt")
+    if settings.checkpoint:
+        print(f"model: {settings.checkpoint}", file=sys.stderr)
+        return settings.checkpoint
+    if usual.exists():
+        print(f"model: {usual}, which configs/{usual.parts[1]}.py trained here", file=sys.stderr)
+        return usual
+    print(
+        "model: assets/toy.pt, which comes with the code. It knows sixteen drawn things in eight "
+        "colours and nothing else: a photograph too is a drawn thing to it",
+        file=sys.stderr,
+    )
+    return Path(__file__).parent / "assets" / "toy.pt"
+
+
 def main(argv):
-    settings = config.load(Config, argv, __doc__)
+    if not argv:
+        return print(__doc__.strip())
+    settings = config.load(Config, argv, __doc__, plain="image")
     if settings.attention and not settings.image:
         raise UserError("--attention needs an --image to look at")
-    shipped = Path(__file__).parent / "assets" / "toy.pt"
-    usual = Path("out/toy_llava15/phase3.pt" if settings.chat else "out/toy/phase2.pt")
-    default = usual if usual.exists() else shipped
     device = checkpoint.choose_device(settings.device)
-    loaded = open_model(settings.checkpoint or default, device, settings.dtype)
+    loaded = open_model(choose_checkpoint(settings), device, settings.dtype)
     if loaded.model.gpt is None:
         raise UserError(f"{settings.checkpoint}: a tower alone; give a later phase's checkpoint")
     template, system = loaded.choose_template(settings.template, settings.system)

@@ -9,13 +9,17 @@ Grow a small vision-language model from what one infant saw and heard, phase by 
 Each phase writes out/<run>/NAME.pt and starts from the phases before. The same command resumes an
 interrupted phase from its last save, to the same bits on a CPU, and skips a finished one.
 
-A new phase is a row of PHASES, with its options NAME_steps, NAME_lr, NAME_batch and NAME_learn in
-Config. Other parts to train: the options phase1_learn and so on. Another optimizer:
+A new phase is a row of PHASES, with its options NAME_steps, NAME_epochs, NAME_lr, NAME_batch and
+NAME_learn in Config. Other parts to train: the options phase1_learn and so on. Another optimizer:
 training/optimizer.py.
 """
 
 import copy
 import math
+import os
+import re
+import shlex
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,21 +32,44 @@ import config
 import data
 import vision
 from batches import ClipBatches, PairBatches, SampleBatches, TextBatches
+from checkpoint import choose_device
 from common.files import locked, only_one, trim_log
 from config import UserError, option
 from fast.memory import return_memory
 from model import BabyLLaVA
-from training import models, phases, resume, validation
+from training import (
+    measure,
+    models,
+    page,
+    phases,
+    planning,
+    published,
+    rehearsal,
+    resume,
+    run_card,
+    validation,
+)
 from training.phases import LATER_OPTIONS, Phase
 from training.prefetch import pinned, prefetched
-from training.processes import find_processes, is_lost_process
-from training.progress import Progress
+from training.processes import (
+    Processes,
+    end_with_launcher,
+    find_processes,
+    is_first_process,
+    is_lost_process,
+    reported_once,
+)
+from training.progress import Clock, Progress
 
 
 @dataclass
 class Config(config.Options):
-    # vision, language, 0 (both of them), 1, 2, 3, or all (and then eval.py)
-    phase: str = option("all", once={"0": ("vision", "language")})  # which phase to train
+    # the run
+    phase: str = option(
+        "all",
+        once={"0": ("vision", "language")},
+        listed=("vision", "language", "0 (both)", "1", "2", "3", "all (and then eval.py)"),
+    )  # which phase to train
     data: str = "data/toy"  # a folder that data.py wrote; a toy world is drawn if it is missing
     out: str = "out/toy"  # the run's folder: checkpoints, log.jsonl and results
     init: str = ""  # where to start from instead of `out`: a run's folder, a .pt or a LLaVA folder
@@ -51,53 +78,69 @@ class Config(config.Options):
     # the vision tower
     vision_tower: str = option("vit", choices=tuple(vision.TOWERS))  # its kind, if it is trained
     patch: int = option(8, low=1, high=1024)  # side of a patch in pixels: P = (S / patch)^2
-    vision_width: int = option(128, low=1, high=1 << 16)  # E
+    vision_width: int = option(128, low=1, high=1 << 16)  # width of its features, E
     vision_depth: int = option(4, low=1, high=1000)  # blocks
-    vision_heads: int = option(4, low=1, high=1 << 12)  # 128 / 4 = 32 wide each
+    vision_heads: int = option(4, low=1, high=1 << 12)  # attention heads
     conv_stages: tuple[int, ...] = ()  # blocks in each stage of a convnext
     extra_stage: int = option(0, low=0, high=100)  # blocks of one more stage on a trained convnext
-    prototypes: int = option(128, low=1, high=1 << 20)  # K, outputs of DINO's head
+    prototypes: int = option(128, low=1, high=1 << 20)  # outputs of DINO's head, K
     head_hidden: int = option(256, low=1, high=1 << 16)  # width of DINO's head inside
-    head_bottleneck: int = option(64, low=1, high=1 << 16)  # and before the prototypes
+    head_bottleneck: int = option(64, low=1, high=1 << 16)  # its width before the prototypes
     local_views: int = option(0, low=0, high=100)  # small crops, besides the two large ones
-    teacher_temperature: float = option(0.04, low=1e-4, high=10.0)  # lower is sharper
-    momentum: float = option(0.99, low=0.0, high=1.0)  # of the teacher at the start; it rises to 1
+    teacher_temperature: float = option(
+        0.04, low=1e-4, high=10.0
+    )  # of DINO's teacher; lower is sharper
+    momentum: float = option(
+        0.99, low=0.0, high=1.0
+    )  # of DINO's teacher at the start; it rises to 1
     # features and projector
     select_layer: int = option(-2, high=-1)  # -1: the tower's last block; -2: the one before
     keep_cls: bool = False  # the CLS token is an image token too, before the patches
     image_pool: int = option(1, low=1, high=64)  # 2: average 2 x 2 image tokens into one
-    projector: str = "mlp2x_gelu"  # linear, mlpNx_gelu, identity
-    image_attention: str = option("causal", choices=("causal", "full"))  # full: within an image
-    features: str = option("stored", choices=("stored", "live"))  # live: in every step
+    projector: str = "mlp2x_gelu"  # linear, mlp2x_gelu (N layers: mlpNx_gelu), identity
+    image_attention: str = option(
+        "causal", choices=("causal", "full")
+    )  # full: image tokens see one another
+    features: str = option(
+        "stored", choices=("stored", "live")
+    )  # of a frozen tower; live: computed in every step
     # the language model
     n_layer: int = option(4, low=1, high=1000)  # blocks
-    n_head: int = option(4, low=1, high=1 << 12)  # heads
+    n_head: int = option(4, low=1, high=1 << 12)  # attention heads
     n_kv_head: int = option(0, low=0, high=1 << 12)  # key and value heads; 0: as many as n_head
-    n_embd: int = option(128, low=2, high=1 << 16)  # C
+    n_embd: int = option(128, low=2, high=1 << 16)  # width, C
     n_hidden: int = option(0, low=0, high=1 << 18)  # width of the MLP; 0: 8/3 of n_embd, rounded up
     block_size: int = option(128, low=2, high=1 << 20)  # the longest sequence, images included
     truncate: bool = False  # cut samples over block_size after an answer that fits; else refuse
     dropout: float = option(0.0, low=0.0, high=0.99)  # in the GPT, while it is trained
-    # each phase: steps, highest learning rate, and batch over all processes
-    vision_steps: int = option(1500, low=1)  # DINO
+    # each phase (batches are of all processes together)
+    vision_steps: int = option(1500, low=1)  # of DINO
+    vision_epochs: float = option(0.0, low=0.0, high=1e6)  # passes; 0: vision_steps count
     vision_lr: float = option(1e-3, low=0.0)  # highest learning rate
     vision_batch: int = option(32, low=1, high=1 << 20)  # frames
-    language_steps: int = option(150, low=1)  # GPT
+    language_steps: int = option(150, low=1)  # of the GPT
+    language_epochs: float = option(0.0, low=0.0, high=1e6)  # passes; 0: language_steps count
     language_lr: float = option(1e-3, low=0.0)  # highest learning rate
     language_batch: int = option(16, low=1, high=1 << 20)  # rows of block_size tokens
-    phase1_steps: int = option(100, low=1)  # projector
+    phase1_steps: int = option(100, low=1)  # of the projector
+    phase1_epochs: float = option(0.0, low=0.0, high=1e6)  # passes; 0: phase1_steps count
     phase1_lr: float = option(3e-3, low=0.0)  # highest learning rate
     phase1_batch: int = option(32, low=1, high=1 << 20)  # samples
     phase1_learn: tuple[str, ...] = ()  # parts: projector gpt tower=2e-4; empty: see PHASES
-    phase2_steps: int = option(2300, low=0)  # projector and GPT; 0: skip this phase
+    phase2_steps: int = option(2300, low=0)  # of projector and GPT; 0: skip this phase
+    phase2_epochs: float = option(0.0, low=0.0, high=1e6)  # passes; 0: phase2_steps count
     phase2_lr: float = option(2e-3, low=0.0)  # highest learning rate
     phase2_batch: int = option(16, low=1, high=1 << 20)  # samples
     phase2_learn: tuple[str, ...] = ()  # as phase1_learn
-    phase3_steps: int = option(600, low=1)  # the same, on conversations
+    phase3_steps: int = option(600, low=1)  # of the same, on conversations
+    phase3_epochs: float = option(0.0, low=0.0, high=1e6)  # passes; 0: phase3_steps count
     phase3_lr: float = option(1e-3, low=0.0)  # highest learning rate
     phase3_batch: int = option(32, low=1, high=1 << 20)  # samples
     phase3_learn: tuple[str, ...] = ()  # as phase1_learn
-    lora_rank: int = option(0, low=0, high=1 << 14)  # phases 2, 3: train such factors of the GPT
+    # how all phases train
+    lora_rank: int = option(
+        0, low=0, high=1 << 14
+    )  # phases 2, 3: train low-rank factors of the GPT; 0: its weights
     lora_alpha: float = option(16.0, low=0.0)  # their product is scaled by alpha / rank
     recompute: bool = False  # gradient checkpointing of the GPT: less memory, a third more time
     grad_accum: int = option(1, low=1, high=1 << 20)  # micro-batches per step and process
@@ -122,6 +165,10 @@ class Config(config.Options):
     keep: str = option("last", choices=("last", "best"))  # best: lowest val_loss (no tower has one)
     skip_bad_steps: int = option(0, low=0)  # tolerate so many steps whose gradient is not finite
     evaluate: bool = True  # after --phase all, run eval.py on the last checkpoint
+    # what a run will take
+    plan: bool = False  # print parameters, FLOP, memory and time of each phase, and end
+    gpu: str = option("", choices=("", *planning.GPUS))  # with --plan: its time on such GPUs
+    mfu: float = option(0.35, low=0.01, high=1.0)  # with --gpu: the share of its peak that is used
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,21 +329,25 @@ def validate_and_save(run, step):
         with run.autocast():
             metrics = run.phase.validate(run)
         log = Path(settings.out) / "log.jsonl"
-        run.processes.record(log, phase=run.name, step=step, **metrics)
+        when = {"time": round(time.time(), 1)}
+        run.processes.record(log, phase=run.name, step=step, **metrics, **when)
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         values = values or "no eval/probe.csv to probe the tower with"
         run.processes.print(f"{run.name} step {step}: {values}")
         if settings.keep == "best" and "val_loss" in metrics:
             phases.keep_best(run, step, metrics["val_loss"])
+        if run.processes.is_first:
+            page.write_live(settings.out, run.dataset.meta["source"])
     if is_last or (step > run.start and step % settings.save_every == 0):
         phases.save(run, step)
         return_memory()
 
 
-def loop(run):
-    """Train from run.start to run.steps."""
+def loop(run, clock=None):
+    """Train from run.start to run.steps. clock: see progress.py."""
     steps, ahead = range(run.start, run.steps), run.settings.batches_ahead
-    with prefetched(partial(read_batch, run), steps, ahead) as coming, Progress(run) as progress:
+    coming = prefetched(partial(read_batch, run), steps, ahead)
+    with coming as coming, Progress(run, clock) as progress:
         for step, (plan, batches) in zip(steps, coming):
             with progress.paused():
                 validate_and_save(run, step)
@@ -310,8 +361,8 @@ def loop(run):
 # All phases
 
 
-def train_phase(settings, name, dataset, processes):
-    """Train one phase to its end."""
+def train_phase(settings, name, dataset, processes, clock):
+    """Train one phase to its end. clock: see progress.py."""
     run = phases.set_up(settings, name, PHASES, dataset, processes)
     if run is None:
         return
@@ -325,9 +376,12 @@ def train_phase(settings, name, dataset, processes):
     if isinstance(run.raw_model, BabyLLaVA):
         line += ", attention {}, norm {}".format(*run.raw_model.gpt.backends(dtype))
     processes.print(line)
+    if run.val_batches:
+        few = min(settings.eval_batches * run.batch, run.val_batches.rows)
+        processes.print(f"{name}: val_loss is of {few:,} of {run.val_batches.rows:,} held-out rows")
     if processes.is_first:
         trim_log(Path(settings.out) / "log.jsonl", name, run.start)
-    loop(run)
+    loop(run, clock)
 
 
 def load_settings(argv):
@@ -344,17 +398,23 @@ def load_settings(argv):
         settings = config.load(Config, [str(path), *flags], __doc__)
     if settings.vision_weights == "none":  # overrides a config file that names a tower
         settings.vision_weights = ""
+    for name in PHASES:
+        steps_or_epochs(settings, f"{name}_steps", f"{name}_epochs")
     return settings
 
 
-TOY_WORLDS = ("toy", "toy_chat", "toy_v2")  # sources that need no files
+def steps_or_epochs(settings, steps, epochs):
+    """Of two options that say how long a phase is, drop the one that was given first."""
+    given = [name for name in settings.given if name in (steps, epochs)]
+    if len(given) == 2:
+        setattr(settings, given[0], getattr(Config(), given[0]))
 
 
 def draw_if_missing(directory):
     """Draw a toy world that does not exist yet. The first of several processes draws it, and the
     others wait for its lock on the file system, where nothing times out."""
     source, meta = str(directory).removeprefix("data/"), Path(directory) / "meta.json"
-    if source in TOY_WORLDS and not meta.exists():
+    if source in published.TOY_WORLDS and not meta.exists():
         import sources  # not imported for other data
 
         Path("data").mkdir(exist_ok=True)
@@ -363,13 +423,31 @@ def draw_if_missing(directory):
                 sources.prepare(source, [])
 
 
+def warn_of_passes(rehearsals, processes):
+    """Print a warning for phases that read their data many times."""
+    for one in rehearsals:
+        passes = one.steps * one.batch / one.batches[0].rows
+        if passes > 50:
+            processes.print(
+                f"warning: {one.name} reads its {one.batches[0].rows:,} rows {passes:,.0f} times: "
+                f"it will learn them by heart; give --{one.name}_epochs 5, or more data"
+            )
+
+
 def train(settings, processes):
     """Train all phases that are asked for, then evaluate."""
     draw_if_missing(settings.data)
     dataset = data.Data(settings.data)
     names = resume.choose_phases(settings, dataset, PHASES)
-    if not names:
-        raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
+    rehearsals = rehearsal.rehearse(settings, names, PHASES, dataset, processes)
+    warn_of_passes(rehearsals, processes)
+    if rehearsals:
+        log, card = (
+            Path(settings.out) / "log.jsonl",
+            run_card.describe(settings, dataset, processes),
+        )
+        processes.record(log, run=card, time=round(time.time(), 1))
+    clock = Clock({one.name: one.work for one in rehearsals})
     for name in names:
         # resume.inherit() writes what a phase inherits into its settings, so each gets a copy.
         own = copy.copy(settings)
@@ -377,18 +455,89 @@ def train(settings, processes):
         if option_name and getattr(settings, option_name):
             resume.import_weights(own, name, PHASES[name], dataset, processes)
         else:
-            train_phase(own, name, dataset, processes)
+            train_phase(own, name, dataset, processes, clock)
         processes.wait()  # the next phase reads what the first process has written
-    if settings.phase == "all" and settings.evaluate and processes.is_first:
-        last = f"--checkpoint={settings.out}/{names[-1]}.pt"
-        if PHASES[names[-1]].validates_on:  # not a tower alone
-            import eval as evaluation  # no test is imported before this point
+    last = Path(settings.out) / f"{names[-1]}.pt"
+    is_tower = not PHASES[names[-1]].validates_on
+    if settings.phase == "all" and settings.evaluate and processes.is_first and not is_tower:
+        import eval as evaluation  # no test is imported before this point
 
-            evaluation.main([last, f"--data={settings.data}", f"--device={settings.device}"])
+        where = [f"--data={settings.data}", f"--device={settings.device}"]
+        evaluation.main([f"--checkpoint={last}", *where])
+    processes.print(next_commands(settings, names[-1], last))
+
+
+def next_commands(settings, name, last):
+    """The commands that one may run next, after phase `name` whose checkpoint is `last`."""
+    commands = []
+    if PHASES[name].batches is not ClipBatches:  # not a tower alone
+        toy = settings.data.startswith("data/toy")
+        words = '--prompt "where \'s the"' if PHASES[name].batches is TextBatches else "img.jpg"
+        words = "assets/scene.png" if toy and words == "img.jpg" else words
+        commands.append(f"python sample.py {words} --checkpoint {last}")
+    following = [other for other, row in PHASES.items() if name in row.starts_from]
+    if settings.phase == "all":
+        commands.append(f"python eval.py --checkpoint {last} --shuffle  # the same by chance")
+    elif following:
+        commands.append(following_command(settings, resume.phase_flag(following[0])))
+    return "next: " + "\n      ".join(commands)
+
+
+def following_command(settings, phase):
+    """This command for another phase; a file configs/phase1.py stands for the one of that phase."""
+    arguments = list(settings.arguments)
+    where = settings.given["phase"]
+    if where != "--phase":  # a file says the phase
+        path = Path(settings.file)
+        other = path.with_name(re.sub(r"\d(?=\.py$)", phase, path.name))
+        arguments = [str(other) if one == settings.file else one for one in arguments]
+        return shlex.join(["python", "train.py", *arguments])
+    for i, one in enumerate(arguments):
+        if one == "--phase":
+            arguments[i + 1] = phase
+        elif one.startswith("--phase="):
+            arguments[i] = f"--phase={phase}"
+    return shlex.join(["python", "train.py", *arguments])
+
+
+def measured(arguments, name):
+    """What a phase takes, see measure.measure(). It runs in a process of its own."""
+    settings, processes = load_settings(arguments), Processes(0, 1, torch.device("cpu"))
+    missing = planning.Missing()
+    found, _ = planning.rehearse_all(settings, PHASES, load_settings, processes, missing)
+    (one,) = (one for one in found if one.name == name)
+    return measure.measure(one, read_batch, take_step)
+
+
+def show_plan(settings):
+    """Print what a run will take. torchrun's processes count as GPUs."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if is_first_process():
+        processes = Processes(0, world, torch.device("cpu"))
+        run = partial(measure.in_a_process, measured, settings.arguments)
+        planning.show(settings, PHASES, load_settings, processes, run)
+
+
+def rehearse_early(settings):
+    """Check a run before its processes meet and before a toy world is drawn. Raises UserError."""
+    missing = planning.Missing(published.TOY_WORLDS)
+    dataset = missing.open_data(settings.data)
+    processes = Processes(0, int(os.environ.get("WORLD_SIZE", 1)), choose_device(settings.device))
+    names = resume.choose_phases(settings, dataset, PHASES)
+    if not names:
+        raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
+    found = rehearsal.rehearse(copy.copy(settings), names, PHASES, dataset, processes)
+    planning.check_memory(found)
 
 
 def main(argv):
-    settings = load_settings(argv)
+    end_with_launcher()
+    with reported_once():
+        settings = load_settings(argv)
+        if settings.plan:
+            return show_plan(settings)
+        if is_first_process():
+            rehearse_early(settings)
     processes = find_processes(settings)
     try:
         with only_one(settings.out, "training") if processes.is_first else nullcontext():

@@ -117,6 +117,12 @@ class Picture:
         return self.rows, self.columns, self.width, self.height
 
 
+def as_picture(frame):
+    """The Picture of one frame (S, S, 3), without tiles."""
+    height, width, _ = frame.shape
+    return Picture(frame[None], rows=0, columns=0, width=width, height=height)
+
+
 # ---------------------------------------------------------------------------------------------
 # Reading it
 

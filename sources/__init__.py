@@ -20,14 +20,19 @@ import config
 from common.files import about, named, only_one, writing
 from common.images import Beside, read_all
 from config import UserError, option
-from data import BINS, Writer, known_sources, row_bytes
+from data import BINS, Writer, bin_shape, known_sources, row_bytes
 from tokenizer import Tokenizer, caption_sample, chat_sample
 
 
 @dataclass
-class Filtered(config.Options):
-    """The options of a source whose utterances can be filtered by a model, see filtering.py."""
+class Recordings(config.Options):
+    """The options of sources of one's own recordings: how they are held out, and how utterances are
+    filtered by a model, see filtering.py."""
 
+    # what is held out for validation and for the tests
+    val_films: tuple[str, ...] = ()  # names of whole films; empty: a tenth of the films
+
+    # filtering by a model
     filter: str = ""  # a trained model: keep utterances that their own picture makes likelier
     min_gain: float = option(0.0, low=-1e9, high=1e9)  # by at least so many nats per token
     others: int = option(4, low=1, high=1000)  # other pictures to compare with
@@ -37,15 +42,16 @@ def wants_filter(settings):
     """Whether a source's utterances are to be filtered. Raises UserError for options of the filter
     without --filter."""
     unused = [name for name in ("min_gain", "others") if name in settings.given]
-    if isinstance(settings, Filtered) and unused and not settings.filter:
+    if isinstance(settings, Recordings) and unused and not settings.filter:
         raise UserError(f"--{unused[0]} is for --filter FILE, which is missing")
     return bool(getattr(settings, "filter", ""))
 
 
-def prepare(source, argv, open_filter=None):
+def prepare(source, argv, open_filter=None, make_tests=None):
     """Run sources/<source>.py with its options. Returns (folder, its meta). Raises UserError.
 
-    open_filter(settings) -> apply(writer): see filtering.py; needed if settings want a filter."""
+    open_filter(settings) -> apply(writer): see filtering.py; needed if settings want a filter.
+    make_tests(writer): makes tests of recordings, see own_tests.py."""
     known = known_sources()
     if source not in known:
         raise UserError(f"{source or '(none)'}: no such source; python data.py {' | '.join(known)}")
@@ -60,6 +66,8 @@ def prepare(source, argv, open_filter=None):
         module.prepare(settings, writer)
         if apply_filter:
             apply_filter(writer)
+        if make_tests and isinstance(settings, Recordings):
+            make_tests(writer)
         return directory, writer.finish()
 
 
@@ -80,6 +88,38 @@ def hold_out(items, key=None):
     parts = {"train": [], "val": []}
     for item, k in zip(items, key_of):
         parts["val" if k in in_val else "train"].append(item)
+    return parts
+
+
+FEW = 5  # films; of fewer, stretches are held out
+
+
+def hold_out_films(items, film_of, val_films=()):
+    """{"train", "val"}: whole films are for validation, those named or every tenth, at least one;
+    of fewer than five films every tenth of a hundred stretches. What is held out is printed.
+
+    film_of(item): the name of its film, or None. Raises UserError for an unknown name."""
+    films = [name for name in dict.fromkeys(map(film_of, items)) if name]
+    unknown = [name for name in val_films if name not in films]
+    if unknown:
+        known = ", ".join(films[:8]) + (" ..." if len(films) > 8 else "") or "none has a name"
+        raise UserError(
+            f"--val_films {unknown[0]}: no such film with utterances; there are {known}"
+        )
+    if val_films and len(set(val_films)) == len(films):
+        raise UserError(f"--val_films names all {len(films)} films: nothing is left to train on")
+    if not val_films and len(films) < FEW:
+        parts = hold_out(items)
+        if parts["val"]:
+            few = f" ({len(films)} films; --val_films names whole ones)" if films else ""
+            print(f"held out: every tenth of {min(100, len(items))} stretches{few}")
+        return parts
+    chosen = set(val_films or hold_out(films)["val"] or films[len(films) // 2 :][:1])
+    shown = ", ".join(sorted(chosen)[:8]) + (" ..." if len(chosen) > 8 else "")
+    print(f"held out: {len(chosen)} of {len(films)} films, {shown}")
+    parts = {"train": [], "val": []}
+    for item in items:
+        parts["val" if film_of(item) in chosen else "train"].append(item)
     return parts
 
 
@@ -198,6 +238,13 @@ def adopt(part):
         path = part.path(f"{kind}.partial")
         if path.exists():
             part.bin(kind, path.stat().st_size // row_bytes(kind, part.writer.meta))
+
+
+def unfinished_bin(part, kind):
+    """A bin of a data.SplitWriter that is not finished yet, as an array."""
+    part.bins[kind].file.flush()
+    dtype, row = bin_shape(kind, part.writer.meta)
+    return np.memmap(part.path(f"{kind}.partial"), dtype, "r").reshape(-1, *row)
 
 
 # ---------------------------------------------------------------------------------------------

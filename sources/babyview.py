@@ -32,9 +32,9 @@ from config import UserError, option, regular
 from sources import (
     Captioned,
     Dialogue,
-    Filtered,
+    Recordings,
     dialogue_writer,
-    hold_out,
+    hold_out_films,
     saycam,
     video,
     write_split,
@@ -48,7 +48,7 @@ REASONS = ("the key child's voice", "a low score", "no words", "no frame")
 
 
 @dataclass
-class Config(Filtered):
+class Config(Recordings):
     name: str = ""  # write to data/<name>; empty: babyview
     videos: str = ""  # a folder of films
     images: tuple[str, ...] = ()  # folders or zips of ready frames, VIDEO/VIDEO_1.jpg ...
@@ -156,7 +156,12 @@ def read_transcripts(settings):
             if not rttm.is_file():
                 raise UserError(f"{rttm}: none for {path}; without --rttm no voice is left out")
             voice = read_voice(rttm)
-        found[path.stem] = path, keep_segments(path, voice, settings, dropped)
+        own = Counter()
+        found[path.stem] = path, keep_segments(path, voice, settings, own)
+        dropped += own
+        lost = ", ".join(f"{count} {reason}" for reason, count in own.items())
+        kept = len(found[path.stem][1])
+        print(f"  {path.name}: {kept} utterances kept" + (f"; left out: {lost}" if lost else ""))
     kept = sum(len(chosen) for _, chosen in found.values())
     if not kept:
         raise UserError(f"{settings.transcripts}: no utterance in its .json files is kept")
@@ -213,7 +218,7 @@ def find_utterances(settings):
 
 def write_frames(settings, writer):
     """Write the samples of ready frames."""
-    parts = hold_out(find_utterances(settings))
+    parts = hold_out_films(find_utterances(settings), lambda one: one[3], settings.val_films)
     if not parts["val"]:
         raise UserError(f"{settings.transcripts}: fewer than 10 utterances with frames")
     words = {split: [text for text, *_ in part] for split, part in parts.items()}
@@ -262,7 +267,18 @@ def make_tokenizer(settings, lines):
 
 def as_saycam(settings):
     """The options of `data.py saycam` for manifests."""
-    same = ("name", "annotations", "train", "val", "test", "template", "size", "fit", "resample")
+    same = (
+        "val_films",
+        "name",
+        "annotations",
+        "train",
+        "val",
+        "test",
+        "template",
+        "size",
+        "fit",
+        "resample",
+    )
     options = {
         name: getattr(settings, name) for name in (*same, "vocab_size", "max_skipped", "replay")
     }

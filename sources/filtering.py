@@ -21,16 +21,9 @@ from checkpoint import choose_device
 from common.files import write_json
 from common.images import to_picture
 from config import UserError
-from data import bin_shape
+from sources import unfinished_bin
 
 WINDOW = 512  # samples scored together: each is compared with pictures of the others
-
-
-def unfinished_bin(part, kind):
-    """A bin of a data.SplitWriter that is not finished yet, as an array."""
-    part.bins[kind].file.flush()
-    dtype, row = bin_shape(kind, part.writer.meta)
-    return np.memmap(part.path(f"{kind}.partial"), dtype, "r").reshape(-1, *row)
 
 
 def gains(loaded, clips, words, others, rng):

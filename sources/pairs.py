@@ -18,13 +18,21 @@ from common.archives import Archives
 from common.files import read_csv
 from common.images import FITS, RESAMPLING, ImageFormat
 from config import UserError, option
-from sources import Captioned, Filtered, hold_out, keep_out, make_tokenizer, write_split
+from sources import (
+    Captioned,
+    Recordings,
+    hold_out,
+    hold_out_films,
+    keep_out,
+    make_tokenizer,
+    write_split,
+)
 
 
 @dataclass
-class Config(Filtered):
+class Config(Recordings):
     name: str = ""  # write to data/<name>; empty: pairs
-    csv: str = ""  # a CSV file with columns image and caption
+    csv: str = ""  # a CSV file with columns image and caption, and optionally film
     images: str = "."  # the folder or zip its image names are in
     text: str = ""  # transcripts, one utterance a line; empty: the captions
     size: int = option(64, low=8, high=2048)  # S: frames are S x S pixels
@@ -42,8 +50,9 @@ def read_lines(path):
 
 
 def read_pictures(path, archives):
-    """The pictures of a CSV in the order of their first rows, each with all its captions."""
-    pictures = {}
+    """The pictures of a CSV in the order of their first rows, each with all its captions; and the
+    film of each, if there is such a column."""
+    pictures, films = {}, {}
     for row in read_csv(path, ("image", "caption"), ("caption",)):
         location = archives.find(row["image"])
         if location is None:  # it will be counted as unreadable
@@ -51,8 +60,9 @@ def read_pictures(path, archives):
         if location not in pictures:
             label = f"{path}:{row['line']}: "
             pictures[location] = Captioned(location, len(pictures), [], label)
+            films[location] = row.get("film") or None
         pictures[location].captions.append(row["caption"])
-    return list(pictures.values())
+    return list(pictures.values()), films
 
 
 def prepare(settings, writer):
@@ -60,7 +70,9 @@ def prepare(settings, writer):
         raise UserError("pairs: give --csv FILE --images DIR, or --text FILE, or both")
     pictures = {"train": [], "val": []}
     if settings.csv:
-        pictures = hold_out(read_pictures(settings.csv, Archives([settings.images])))
+        found, films = read_pictures(settings.csv, Archives([settings.images]))
+        film_of = lambda picture: films[picture.location]
+        pictures = hold_out_films(found, film_of, settings.val_films)
         if not pictures["val"]:
             raise UserError(f"{settings.csv}: {len(pictures['train'])} pictures; need at least 10")
     text = {

@@ -11,7 +11,7 @@ BabyLLaVA-V2's (the same; of several pictures, a clip or moments in turn, which 
 list of utterances without pictures: transcripts for the language model. A word in a file's name
 says whether it is for training, validation or testing (train; val, valid, validation, dev; test);
 or give it by --train, --val, --test instead of --annotations. Without validation files a tenth of
-the training files is held out.
+the training files is held out, of five films or more whole films.
 """
 
 import os
@@ -28,9 +28,10 @@ from config import UserError, option
 from sources import (
     Captioned,
     Dialogue,
-    Filtered,
+    Recordings,
     dialogue_writer,
     hold_out,
+    hold_out_films,
     images_of,
     keep_out,
     make_tokenizer,
@@ -49,7 +50,7 @@ SPLIT_WORDS = {
 
 
 @dataclass
-class Config(Filtered):
+class Config(Recordings):
     name: str = ""  # write to data/<name>; empty: saycam
     frames: str = ""  # a folder or zip of JPEGs; empty: they lie beside their JSON
     annotations: tuple[str, ...] = ()  # JSON files, their split given by their names
@@ -76,6 +77,7 @@ class Utterance:
     similarities: list | None = None  # of each picture to the words; optional
     turns: list | None = None  # of a clip or moments: [(question, answer)]
     path: str = ""  # of the JSON
+    film: str | None = None  # where it is known
 
 
 def read_item(item, fix):
@@ -97,7 +99,7 @@ def read_item(item, fix):
         else:
             names, turns, _ = read_dialogue(item, fix)
             if several or len(turns) > 1:
-                return Utterance(turns[0][1], names, turns=turns)
+                return Utterance(turns[0][1], names, turns=turns, film=film_of_frame(names[0]))
         words = turns[0][1]
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -109,7 +111,18 @@ def read_item(item, fix):
         similarities = [similarities] * len(names)
     if similarities is not None and len(similarities) != len(names):
         raise KeyError("similarity")
-    return Utterance(words.strip(), names, similarities)
+    film = item.get("video_filename") or film_of_frame(names[0])
+    return Utterance(words.strip(), names, similarities, film=film)
+
+
+def film_of_frame(name):
+    """The film of a frame by its name: SAYCam's S_20130531_0601_01_UUU_FF.jpg, or the folder of
+    VIDEO/VIDEO_1.jpg; None for other names."""
+    found = re.match(r"(\w_\d{8}_\d{4}_\d{2})_", os.path.basename(name))
+    folder = os.path.basename(os.path.dirname(name))
+    if found:
+        return found[1]
+    return folder if folder and os.path.basename(name).startswith(f"{folder}_") else None
 
 
 def read_annotations(path, fix):
@@ -174,17 +187,24 @@ def read_all_annotations(settings):
             if not utterance.turns:
                 utterance.frames = choose(utterance, settings, path)
             shown[split].append(utterance)
+    if speech["train"] and not speech["val"]:
+        speech |= hold_out(speech["train"])
+    return with_validation(shown, settings.val_films), speech
+
+
+def with_validation(shown, val_films):
+    """{split: Utterances}, with films or stretches of the training ones held out if there is no
+    file for validation. Raises UserError."""
+    if shown["val"] and val_films:
+        raise UserError("--val_films: a file says what is held out; give the training files alone")
+    if not shown["train"] or shown["val"]:
+        return shown
+    if any(utterance.film for utterance in shown["train"]):
+        return shown | hold_out_films(shown["train"], lambda one: one.film, val_films)
     # by first frame: utterances over one picture stay in the same part
-    shown = with_validation(shown, key=lambda utterance: tuple(utterance.frames[:1]))
-    speech = with_validation(speech)
-    return shown, speech
-
-
-def with_validation(utterances, key=None):
-    """{split: Utterances}, with a tenth of the training ones held out if there is no other."""
-    if utterances["train"] and not utterances["val"]:
-        return utterances | hold_out(utterances["train"], key)
-    return utterances
+    if val_films:
+        hold_out_films(shown["train"], lambda one: None, val_films)  # says that no film has a name
+    return shown | hold_out(shown["train"], key=lambda one: tuple(one.frames[:1]))
 
 
 def lines_of(utterances):

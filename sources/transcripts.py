@@ -5,6 +5,7 @@ into a list of Said. A new form is a reader here and an entry in READERS.
 
 import html
 import re
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -152,8 +153,8 @@ def read_table(path):
 
 def read_chat(path):
     """The Said of a CHILDES transcript (CHAT): main tiers such as *MOT: that end with a time mark,
-    milliseconds between two bell characters; tiers without one are skipped. Raises UserError for a
-    speaker who is not among @Participants."""
+    milliseconds between two bell characters; tiers without one are skipped. A speaker who is not
+    among @Participants is warned of."""
     tiers, participants = [], None
     for number, line in enumerate(read_lines(path), 1):
         if line.startswith("\t") and tiers:
@@ -169,7 +170,8 @@ def read_chat(path):
             continue
         speaker = name[1:].strip()
         if participants is not None and speaker not in participants:
-            raise UserError(f"{path}:{number}: {speaker} is not among @Participants")
+            print(f"warning: {path}:{number}: {speaker} is not among @Participants")
+            participants.append(speaker)  # warned of once
         mark = re.search(r"\x15(\d+)_(\d+)\x15", rest)
         if mark:
             where = f"{path}:{number}"
@@ -196,25 +198,46 @@ READERS = {".srt": read_srt, ".vtt": read_vtt, ".csv": read_table, ".cha": read_
 CHILD = "CHI"  # CHILDES' code of the key child
 
 
-def read_transcript(path, speakers=()):
-    """(the Said of a transcript in order, all its speakers). speakers: keep only these; "-MOT":
-    leave these out; the key child CHI is kept only if named. Raises UserError, with file and
-    line."""
-    said = READERS[Path(path).suffix.lower()](path)
+def in_order(said, path, sort):
+    """The Said by their start. Raises UserError, with file and line, if they are not in order and
+    sort is False, or if one ends before it starts."""
     before = 0.0
     for one in said:
         where = f"{path}:{one.line}"
         if one.end < one.start:
             raise UserError(f"{where}: it ends at {one.end:g} s, before it starts, {one.start:g} s")
-        if one.start < before:
-            raise UserError(f"{where}: time runs backwards, from {before:g} s to {one.start:g} s")
+        if one.start < before and not sort:
+            raise UserError(
+                f"{where}: time runs backwards, from {before:g} s to {one.start:g} s; --sort puts "
+                "utterances in order"
+            )
         before = one.start
+    return sorted(said, key=lambda one: one.start) if sort else said
+
+
+def read_transcript(path, speakers=(), sort=False):
+    """(the Said of a transcript in order, all its speakers, {reason: how many were left out}).
+
+    speakers: keep only these; "-MOT": leave these out; the key child CHI is kept only if named. A
+    transcript that names nobody is kept whole. sort: put it in order. Raises UserError, with file
+    and line."""
+    said = in_order(READERS[Path(path).suffix.lower()](path), path, sort)
+    named = {one.speaker for one in said} - {""}
     left_out = [CHILD, *(name[1:] for name in speakers if name.startswith("-"))]
     kept = [name for name in speakers if not name.startswith("-")]
-    chosen = []
+    if kept and said and not named:
+        print(f"{path}: it names no speakers, so all of its utterances are kept")
+        kept = []
+    elif kept and not named & set(kept):
+        print(f"{path}: none of {', '.join(kept)} speaks in it, only {', '.join(sorted(named))}")
+    chosen, dropped = [], Counter()
     for one in said:
         one.words = " ".join(one.words.split()).lower()
         wanted = one.speaker in kept if kept else one.speaker not in left_out
-        if one.words and re.search(r"\w", one.words) and wanted:
+        if not wanted:
+            dropped[f"of {one.speaker or 'nobody named'}"] += 1
+        elif not re.search(r"\w", one.words):
+            dropped["without words"] += 1
+        else:
             chosen.append(one)
-    return chosen, {one.speaker for one in said}
+    return chosen, {one.speaker for one in said}, dict(dropped)

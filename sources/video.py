@@ -14,7 +14,7 @@ split.
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +24,17 @@ from tqdm import tqdm
 from common.cores import on_all_cores
 from common.images import FITS, ImageFormat, to_square
 from config import UserError, option, regular
-from sources import Filtered, ffmpeg, hold_out, replay_text, transcripts
+from sources import Recordings, ffmpeg, hold_out_films, replay_text, transcripts
 from tokenizer import TEMPLATES, Tokenizer, caption_sample, chat_sample, check_vocabulary
 
 
 @dataclass
-class Config(Filtered):
+class Config(Recordings):
     name: str = ""  # write to data/<name>; empty: video
     videos: str = ""  # a folder of films
     transcripts: str = ""  # a folder of transcripts; empty: that of videos
     speakers: tuple[str, ...] = ()  # keep only these; -MOT: leave out; CHI only if named
+    sort: bool = False  # put transcripts in order whose times run backwards
     fps: float = option(2.0, low=0.01, high=120.0)  # frames per second
     frames: int = option(8, low=1, high=1024)  # at most, in a clip, evenly spread; 1: no clips
     window: int = option(6, low=0, high=64)  # utterances in a sequence of moments; below 2: none
@@ -53,6 +54,7 @@ class Film:
     said: list
     over: list
     strict: bool = True  # an utterance past the film's end is an error; else it is left out
+    dropped: dict = field(default_factory=dict)  # {reason: how many utterances were left out}
 
     @property
     def wanted(self):
@@ -98,10 +100,12 @@ def find_films(settings):
         if path.stem not in by_stem:
             raise UserError(f"{path}: no {path.stem}{{{','.join(transcripts.READERS)}}} in {texts}")
         transcript = by_stem.pop(path.stem)
-        said, heard = transcripts.read_transcript(transcript, settings.speakers)
+        said, heard, dropped = transcripts.read_transcript(
+            transcript, settings.speakers, settings.sort
+        )
         speakers |= heard
         over = [frames_over(one, settings.fps) for one in said]
-        found.append(Film(path, transcript, said, over))
+        found.append(Film(path, transcript, said, over, dropped=dropped))
     if not found:
         raise UserError(f"{folder}: no films")
     if by_stem:
@@ -231,6 +235,19 @@ def stretches(numbers, window):
     return found
 
 
+def summary(film, frames, past_the_end):
+    """A line on a film: its minutes, its utterances, and those left out and why."""
+    minutes = max((one.end for one in film.said), default=0.0) / 60
+    dropped = film.dropped | {"said after the film's end": past_the_end}
+    why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+    left_out = f"; left out: {why}" if why else ""
+    kept = len(film.said) - past_the_end
+    return (
+        f"  {film.path.name}: {minutes:.1f} minutes to its last utterance, {kept} utterances over "
+        f"{frames} frames{left_out}"
+    )
+
+
 def prepare(settings, writer):
     if not settings.videos:
         raise UserError("video: give --videos DIR, and --transcripts DIR if they are elsewhere")
@@ -238,10 +255,11 @@ def prepare(settings, writer):
 
 
 def write_films(settings, writer, all_films, replay=0.0):
-    """Read Films and write their samples, every tenth stretch for validation. replay: see
+    """Read Films and write their samples, films or stretches for validation. replay: see
     sources.write_split(). Raises UserError."""
     items = [(k, i) for k, film in enumerate(all_films) for i in range(len(film.said))]
-    parts = hold_out(items)
+    film_of = lambda item: all_films[item[0]].path.stem
+    parts = hold_out_films(items, film_of, settings.val_films)
     if not parts["val"]:
         some = " ".join(str(film.transcript) for film in all_films[:3])
         raise UserError(f"{some}: {len(items)} utterances; need 10 to hold some out")
@@ -254,9 +272,9 @@ def write_films(settings, writer, all_films, replay=0.0):
     folder.mkdir(parents=True, exist_ok=True)
     paths = read_films(all_films, settings, image_format, folder)
     writer.start(tokenizer, image_format, {"name": settings.template, "system": ""})
-    late = sum(len(past_the_end(*pair, settings.size)) for pair in zip(all_films, paths))
-    if late:
-        print(f"{late:,} utterances have no picture: they are said after their film's end")
+    for film, path in zip(all_films, paths):
+        late = len(past_the_end(film, path, settings.size))
+        print(summary(film, len(rows_of(film, path, settings.size)), late))
     for split, chosen in parts.items():
         part, clip = writer.split(split), -1
         part.text(all_films[k].said[i].words for k, i in chosen)

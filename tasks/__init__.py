@@ -22,10 +22,12 @@ from tqdm import tqdm
 import inference
 from common.archives import Archives, BesideFile, read_bytes
 from common.files import about, read_csv
-from common.images import read_picture
+from common.images import as_picture, read_picture
 from config import UserError
 from sources.toolbox_prompts import TESTS
-from tasks import babyvlm, board, choice, devbench, toolbox, toolbox_files
+from tasks import babyvlm, board, choice, devbench, recordings, toolbox, toolbox_files
+from tasks.scores import names_in
+from training.page import Caption
 
 # columns of free text, which people write without quotes
 SENTENCES = ("text", "phrase", "foil_phrase", "positive_phrase", "negative_phrase")
@@ -88,6 +90,10 @@ TASKS = {
         ("image", "foil_image"),
         babyvlm.two_by_two,
     ),
+    "which_picture": Task(
+        ("text", *recordings.PICTURES), recordings.PICTURES, recordings.which_picture
+    ),
+    "which_utterance": Task(("image", *recordings.TEXTS), ("image",), recordings.which_utterance),
     "machine_devbench": Task(
         ("task", "bin", "image1", "image2", "text1"),
         ("image1", "image2"),
@@ -238,11 +244,15 @@ def phrase_nll(loaded, embeds, phrases, batch=256):
 
 @dataclass
 class Report:
-    """What a test gave. results: {subset: {measure: result}}; entries: of the contact sheet;
-    examples: of the sheet of examples; board: its entry of a leaderboard's scores, or None."""
+    """What a test gave. results: {subset: {measure: result}}; items: a digest of its items, which is
+    the same for another model on the same file; captions: page.Captions; attention: of one of them,
+    or None; examples: of the sheet of examples; board: its entry of a leaderboard's scores, or
+    None."""
 
     results: dict
-    entries: list
+    items: str
+    captions: list
+    attention: tuple | None
     examples: list
     board: dict | None
 
@@ -284,18 +294,42 @@ def run_task(name, path, images, loaded, settings):
         for subset in subsets:
             chosen = [row for row in rows if row["subset"] == subset]
             results[subset] = task.rule(chosen, subject, settings.ties)
+    captions = choose_captions(rows, subject) if task.speaks else []
     return Report(
         results,
-        contact_entries(rows, subject) if task.speaks else [],
+        hashlib.sha256(repr(rows).encode()).hexdigest(),
+        captions,
+        find_attention(captions, subject),
         [(name, *task.example(rows, subject))] if task.example else [],
         task.board(rows, subject) if task.board else None,
     )
 
 
-def contact_entries(rows, subject, most=36):
-    """(frame, text, caption) of some rows, evenly spread."""
+def choose_captions(rows, subject, most=36):
+    """Captions of some rows, evenly spread. Whether one is right is known of rows with a `thing`:
+    it must be named, and no other."""
     spread = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
     chosen = [rows[i] for i in spread]
     names = [row["image"] for row in chosen]
-    texts = [row["text"] for row in chosen]
-    return list(zip(subject.frames(names), texts, subject.caption(names)))
+    things = {row["thing"] for row in rows if row.get("thing")}
+    found = []
+    for row, frame, said in zip(chosen, subject.frames(names), subject.caption(names)):
+        right = names_in(said, things) == {row["thing"]} if row.get("thing") else None
+        found.append(Caption(frame, row["text"], said, right))
+    return found
+
+
+def find_attention(captions, subject):
+    """(frame, words, maps) of where each word of a caption looked, of the first that is not wrong;
+    None if there is none, or if image tokens are not a grid."""
+    shown = next((one for one in captions if one.right is not False and one.said), None)
+    model = subject.loaded.model
+    if shown is None or model.tiled or not model.projector.keeps_grid:
+        return None
+    tokenizer, picture = subject.loaded.tokenizer, as_picture(shown.frame)
+    (embeds,) = inference.embed_pictures(subject.loaded, [picture])
+    prompt = tokenizer.start + [tokenizer.image] * len(embeds)
+    answer = tokenizer.encode(shown.said)[:12]
+    maps = inference.attention_of(subject.loaded, prompt, answer, [embeds])
+    words = [tokenizer.decode([token]).strip() for token in answer]
+    return shown.frame, words, maps[:, 0]

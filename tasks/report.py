@@ -1,14 +1,8 @@
 """
-Results for people: tables, the contact sheet, report.html.
+Results for people: tables of text, and what the report page (training/page.py) shows of tests.
 """
 
-import base64
-import html
-import io
-from collections import defaultdict
-
-import numpy as np
-from PIL import Image, ImageDraw
+from tasks.toolbox import CONTROLS
 
 # As the BabyVLM paper reports them: Labeled-S, VTWT, Baby Winoground (group), METEOR.
 PAPER = {
@@ -68,89 +62,72 @@ def beside_the_paper(tasks, name):
         yield line(model, *("-" if score is None else f"{score:.3f}" for score in scores))
 
 
-def contact_sheet(entries, columns=6):
-    """A PIL image of entries (frame, text, caption): each frame above its text (black) and the
-    model's caption (blue)."""
-    page = Image.new("RGB", (190 * columns, 190 * -(-len(entries) // columns)), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (frame, caption, answer) in enumerate(entries):
-        x, y = 190 * (i % columns) + 8, 190 * (i // columns) + 6
-        page.paste(Image.fromarray(frame).resize((128, 128), Image.Resampling.BICUBIC), (x, y))
-        for k, (text, ink) in enumerate(((caption, "black"), (answer, "blue"))):
-            lines = text[:30] + "\n" + text[30:60]
-            draw.text((x, y + 132 + 22 * k), lines, ink, font_size=9, spacing=0)
-    return page
+# ---------------------------------------------------------------------------------------------
+# For the report page
+
+# {test: (title, the measure that is shown)}; of other tests the first measure
+TITLES = {
+    "labeled_s": ("Labeled-S: which of four pictures shows the word?", "accuracy"),
+    "vtwt": ("VTWT: which of two phrases fits the picture?", "accuracy"),
+    "baby_winoground": ("Winoground: two pictures, two phrases, each true of one", "group"),
+    "caption": ("Captions: is the thing named, and no other?", "names_thing"),
+    "two_by_one": ("Two pictures, one phrase", "accuracy"),
+    "two_by_two": ("Two pictures, two phrases", "group"),
+    "which_picture": ("Own recordings: over which of four pictures was this said?", "accuracy"),
+    "which_utterance": ("Own recordings: which of four was said over this picture?", "accuracy"),
+    "choice": ("Multiple choice: is the right answer likeliest?", "likelihood"),
+    "grammar": ("Grammar pairs, words alone", "accuracy"),
+    "toolbox": ("DevCV Toolbox: mean of its eleven columns", "mean"),
+}
+SUBSETS = {"all": "all", "seen": "seen pairs", "held_out": "held-out pairs"}
 
 
-def example_sheet(items):
-    """A PIL image with a row for each item (test, frames, question, right answer, model's answer):
-    its last nine pictures, the question (black), the answer (blue)."""
-    page = Image.new("RGB", (9 * 104 + 8, 148 * len(items)), "white")
-    draw = ImageDraw.Draw(page)
-    for row, (test, frames, question, right, said) in enumerate(items):
-        y = 148 * row + 4
-        for i, frame in enumerate(frames[-9:]):
-            page.paste(Image.fromarray(frame).resize((100, 100)), (104 * i + 4, y))
-        words = question.replace("<image>", "#")
-        draw.text((4, y + 102), f"{test}: {words[:165]}", "black", font_size=10)
-        draw.text((4, y + 116), words[165:], "black", font_size=10)
-        answer = f"it says: {said}" if said else "nothing is said"
-        draw.text((4, y + 128), f"right: {right}    {answer}", "blue", font_size=10)
-    return page
+def in_plain(name):
+    return name.replace("_", " ")
 
 
-def loss_curve(phase, points):
-    """An SVG figure of [(step, loss)]."""
-    steps, losses = np.array(points, float).T
-    x = 300 * steps / max(steps.max(), 1)
-    y = 100 - 96 * (losses - losses.min()) / max(np.ptp(losses), 1e-9)
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    label = f"{html.escape(phase)}: loss {losses[0]:.3f} to {losses[-1]:.3f}"
-    return (
-        f"<figure><svg width=300 height=104><polyline fill=none stroke=navy points='{line}'/></svg>"
-        f"<figcaption>{label} in {int(steps[-1])} steps</figcaption></figure>"
-    )
+def shown_measure(test, measures):
+    """The measure of a test that stands for it."""
+    wanted = TITLES.get(test, ("", ""))[1]
+    return wanted if wanted in measures else next(iter(measures))
 
 
-STYLE = (
-    "body{font:15px sans-serif;margin:2em}td,th{padding:2px 12px;text-align:left}"
-    "figure{display:inline-block}"
-)
+def groups_of(tasks):
+    """[(title, [(label, result, whether it is a control)])] of eval.py's results: each test's chief
+    measure, of all items and of each subset, and its controls."""
+    groups = []
+    for test, subsets in tasks.items():
+        measure = shown_measure(test, subsets["all"])
+        order = sorted(subsets, key=lambda name: ([*SUBSETS] + [name]).index(name))
+        rows = [
+            (SUBSETS.get(name, in_plain(name)), subsets[name][measure], False)
+            for name in order
+            if measure in subsets[name]
+        ]
+        if len(rows) == 1:
+            rows = [(in_plain(measure), rows[0][1], False)]
+        for control in CONTROLS:
+            if control in subsets["all"]:
+                rows.append((in_plain(control), subsets["all"][control], True))
+        groups.append((TITLES.get(test, (in_plain(test).capitalize(), ""))[0], rows))
+    return groups
 
 
-def page(results, sheet, log):
-    """report.html as text: one file, no script, nothing fetched.
-
-    results: as eval.py writes them; sheet: a PIL picture or None; log: files.read_log's entries."""
-    cells = [
-        "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row)
-        for row in rows_of(results["tasks"])
-    ]
-    losses = defaultdict(list)
-    for entry in log:
-        if "loss" in entry:
-            losses[entry["phase"]].append((entry["step"], entry["loss"]))
-    curves = [loss_curve(phase, points) for phase, points in losses.items()]
-    cells += [f"<tr><td colspan=7>{html.escape(line)}" for line in marks(results["tasks"])]
-    picture = ""
-    if sheet:
-        buffer = io.BytesIO()
-        sheet.save(buffer, "PNG")
-        encoded = base64.b64encode(buffer.getvalue()).decode()
-        picture = (
-            "<h2>Reference caption (black), caption of the model (blue)</h2>"
-            f"<img src='data:image/png;base64,{encoded}'>"
-        )
-    kind = f"Data: {html.escape(results['source'])}."
-    if results["source"] == "toy":
-        kind = "Toy world: drawn pictures, not SAYCam."
-    if results.get("shuffled"):
-        kind += " <b>Pictures were shuffled: these are no results, but a check for chance.</b>"
-    loss = f", validation loss {results['val_loss']:.3f}" if "val_loss" in results else ""
-    header = "".join(f"<th>{name}" for name in HEADER)
-    return (
-        f"<!doctype html><meta charset=utf-8><title>nanoBabyLLaVA</title><style>{STYLE}</style>"
-        f"<h1>nanoBabyLLaVA</h1><p>{kind} {html.escape(results['checkpoint'])}{loss}."
-        f"<table><tr>{header}{''.join(cells)}</table>"
-        f"<h2>Training</h2>{''.join(curves)}{picture}"
-    )
+def tiles_of(tasks, most=5):
+    """[(number, what it is, note)] of the tests that stand for the others."""
+    tiles = []
+    for test in [name for name in TITLES if name in tasks] or list(tasks)[:most]:
+        subsets = tasks[test]
+        measure = shown_measure(test, subsets["all"])
+        title = TITLES.get(test, (in_plain(test).capitalize(), ""))[0].partition(":")[0]
+        if test.startswith("which_"):
+            title = in_plain(test).capitalize()
+        first = subsets.get("seen", subsets["all"])[measure]
+        label = f"{title}, seen pairs" if "seen" in subsets else title
+        notes = []
+        if "held_out" in subsets:
+            notes.append(f"<i>{subsets['held_out'][measure]['score']:.0%}</i> held-out pairs")
+        if first["chance"] is not None:
+            notes.append(f"chance {first['chance']:.0%}")
+        tiles.append((f"{first['score']:.0%}", label, "; ".join(notes)))
+    return tiles[:most]

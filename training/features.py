@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import vision
-from common.files import claimed, named, open_or_create
+from common.files import Rows, claimed, named, open_or_create
 from common.images import to_pixels
 from config import UserError
 from data import open_bin
@@ -89,6 +89,7 @@ def compute(model, frames, image_format, device, path, row_bytes):
     written, and locked while a process computes it. Such a lock ends with its process, so nobody
     waits longer than a block takes, and nobody waits in a collective, which would time out."""
     partial, done = path.with_suffix(".partial"), path.with_suffix(".done")
+    rows_of = Rows(frames)  # not through the map, whose pages would all count as this process's
     starts, is_first = range(0, len(frames), BLOCK), int(os.environ.get("RANK", 0)) == 0
     bar = tqdm(total=len(starts), desc="features", unit="block", disable=not is_first)
     with named(partial), open_or_create(done) as flags, bar:
@@ -101,8 +102,8 @@ def compute(model, frames, image_format, device, path, row_bytes):
                         continue
                     with claimed(flags, number, wait) as is_mine:
                         if is_mine and not read_flags(flags)[number]:
-                            block = frames[start : start + BLOCK]
-                            features = extract(model, block, image_format, device)
+                            numbers = np.arange(start, min(start + BLOCK, len(frames)))
+                            features = extract(model, rows_of[numbers], image_format, device)
                             write_block(rows, start * row_bytes, features)
                             flags.seek(number)
                             flags.write(b"\1")

@@ -26,8 +26,8 @@ EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype", 
 
 @dataclass(frozen=True)
 class Phase:
-    """A row of the table PHASES in train.py. The options NAME_steps, NAME_lr and NAME_batch belong
-    to the phase called NAME, and NAME_learn if it starts from other phases."""
+    """A row of the table PHASES in train.py. The options NAME_steps, NAME_epochs, NAME_lr and
+    NAME_batch belong to the phase called NAME, and NAME_learn if it starts from other phases."""
 
     learns: tuple  # the parts that are trained, as optimizer.parse_part() takes them
     batches: type  # what it reads, see batches.py
@@ -105,12 +105,7 @@ def set_up(settings, name, phases, dataset, processes):
     """The Run of a phase, from its parents or from where it stopped; None if it is done already.
     phases: train.py's table."""
     phase, device = phases[name], processes.device
-    steps, lr, batch = (getattr(settings, f"{name}_{what}") for what in ("steps", "lr", "batch"))
-    if batch % (processes.world * settings.grad_accum):
-        raise UserError(
-            f"{name}_batch {batch} does not divide into {processes.world} processes x "
-            f"grad_accum {settings.grad_accum}"
-        )
+    check_batch(settings, name, processes)
     parents = resume.find_parents(settings, name, phases, dataset, processes.print)
     inherited = resume.inherit(settings, parents)
     inherited |= {own: getattr(settings, own) for own in phase.inherited}
@@ -125,16 +120,14 @@ def set_up(settings, name, phases, dataset, processes):
     raw_model.to(device)
     check_backends(settings, raw_model, device)
 
-    parts = getattr(settings, f"{name}_learn", ()) or phase.learns
-    optimizers = make_optimizers(settings, set_trainable(raw_model, parts, lr), device)
+    steps = getattr(settings, f"{name}_steps")
+    groups = set_trainable(raw_model, *what_is_trained(settings, name, phase))
+    optimizers = make_optimizers(settings, groups, device)
     if not optimizers:
         processes.print(f"{name}: nothing in it can be trained; it is saved as it is")
         steps = 0
     stored = stored_features(settings, dataset, phase.splits, raw_model, device)
-    batches = [
-        phase.batches(dataset, split, batch, settings.seed, raw_model, of_split, settings.truncate)
-        for split, of_split in zip(phase.splits, stored)
-    ]
+    batches = open_batches(settings, name, phase, dataset, raw_model, stored)
     if saved:
         restore_optimizers(optimizers, saved, f"{settings.out}/{name}.pt")
     return Run(
@@ -152,9 +145,42 @@ def set_up(settings, name, phases, dataset, processes):
         val_batches=batches[1] if len(batches) > 1 else None,
         start=saved["step"] if saved else 0,
         steps=steps,
-        batch=batch,
+        batch=getattr(settings, f"{name}_batch"),
         skipped=saved.get("skipped", 0) if saved else 0,
     )
+
+
+def check_batch(settings, name, processes):
+    """Raise UserError for a batch that does not divide among processes and micro-batches."""
+    batch, parts = getattr(settings, f"{name}_batch"), processes.world * settings.grad_accum
+    if batch % parts:
+        raise UserError(
+            f"{name}_batch {batch} does not divide into {processes.world} processes x "
+            f"grad_accum {settings.grad_accum}"
+        )
+
+
+def what_is_trained(settings, name, phase):
+    """(the parts that a phase trains, their highest learning rate)."""
+    parts = getattr(settings, f"{name}_learn", ()) or phase.learns
+    return parts, getattr(settings, f"{name}_lr")
+
+
+def open_batches(settings, name, phase, dataset, model, stored=None):
+    """The batches of each split of a phase. stored: the features of each split, see
+    stored_features()."""
+    batch, stored = getattr(settings, f"{name}_batch"), stored or [None] * len(phase.splits)
+    return [
+        phase.batches(dataset, split, batch, settings.seed, model, of_split, settings.truncate)
+        for split, of_split in zip(phase.splits, stored)
+    ]
+
+
+def set_steps(settings, name, batches):
+    """Set the option NAME_steps of a phase that has NAME_epochs."""
+    epochs, batch = getattr(settings, f"{name}_epochs"), getattr(settings, f"{name}_batch")
+    if epochs:
+        setattr(settings, f"{name}_steps", max(1, round(epochs * batches.rows / batch)))
 
 
 def restore_model(model, saved, path):
@@ -183,17 +209,22 @@ def check_backends(settings, model, device):
     """Raise UserError for kernels that were asked for by name and cannot run here."""
     if getattr(model, "gpt", None) is not None:
         try:
-            model.gpt.backends(compute_dtype(settings, device))
+            model.gpt.backends(compute_dtype(settings, device), device)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+def stores_features(settings, model):
+    """Whether the features of the frames are computed once and stored."""
+    tower = getattr(model, "tower", None)
+    is_trained = tower is not None and any(p.requires_grad for p in tower.parameters())
+    return tower is not None and not is_trained and settings.features == "stored"
 
 
 def stored_features(settings, dataset, splits, model, device):
     """The stored features of each split, computed if needed; None for each if the tower runs in
     every step, because it is trained or because of --features=live."""
-    tower = getattr(model, "tower", None)
-    is_trained = tower is not None and any(p.requires_grad for p in tower.parameters())
-    if tower is None or is_trained or settings.features == "live":
+    if not stores_features(settings, model):
         return [None] * len(splits)
     return [
         features.store(dataset, split, model, device) if dataset.count(split, "frames") else None

@@ -2,9 +2,13 @@
 The processes that train together: how they find each other, and how they wait for each other.
 """
 
+import ctypes
 import os
+import signal
+import sys
 import time
 import uuid
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,7 +18,7 @@ from tqdm import tqdm
 
 import checkpoint
 from common.files import append_log
-from config import UserError
+from config import UserError, error_line
 from fast.memory import keep_memory
 
 
@@ -43,6 +47,35 @@ class Processes:
         """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
+
+
+def is_first_process():
+    """Whether this is the only process, or the first of torchrun's."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def end_with_launcher():
+    """End this process when torchrun ends, however it does."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+@contextmanager
+def reported_once():
+    """For what every process of torchrun's does alike: an error is printed by the first alone. It
+    then kills torchrun, whose thirty lines of traceback would hide that one. (On several machines
+    torchrun is left alone: it must tell the others.)"""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if os.environ.get("GROUP_WORLD_SIZE") != "1" or not hasattr(signal, "SIGKILL"):
+            raise
+        if is_first_process():
+            print(error_line(error), file=sys.stderr, flush=True)
+            os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)  # this process ends with torchrun
+        sys.exit(1)
 
 
 def find_processes(settings):

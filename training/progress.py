@@ -1,7 +1,9 @@
 """
-The bookkeeping of the loop: progress bar, speed, log.jsonl, and steps that are not finite.
+The bookkeeping of the loop: progress bar, speed, time left, log.jsonl, and steps that are not
+finite.
 """
 
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +15,43 @@ from tqdm import tqdm
 from config import UserError
 
 
-class Progress:
-    """Counts and logs the steps of a phases.Run."""
+class Clock:
+    """The time left of a run of several phases. Phases take time in proportion to their
+    arithmetic. work: {phase: FLOP}."""
 
-    def __init__(self, run):
+    def __init__(self, work):
+        self.work, self.done, self.seconds = work, 0.0, 0.0  # of finished phases
+
+    def finish(self, name, seconds):
+        self.done += self.work.pop(name, 0.0)
+        self.seconds += seconds
+
+    def left(self, name, share, seconds):
+        """Seconds to the end of the last phase, when a share of this one has taken so long."""
+        own = self.work.get(name, 0.0)
+        rate = (self.seconds + seconds) / max(self.done + own * share, 1e-9)  # seconds per FLOP
+        later = sum(flop for other, flop in self.work.items() if other != name)
+        return seconds / share * (1 - share) + later * rate
+
+
+def peak_memory(device):
+    """Most megabytes of memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6)
+
+
+class Progress:
+    """Counts and logs the steps of a phases.Run. clock: the run's Clock, or None."""
+
+    def __init__(self, run, clock=None):
         self.run, self.log = run, Path(run.settings.out) / "log.jsonl"
+        self.whole, self.began = clock, time.perf_counter()
         is_first = run.processes.is_first
         self.bar = tqdm(total=run.steps, initial=run.start, desc=run.name, disable=not is_first)
         self.clock, self.units = time.perf_counter(), 0  # units seen since the clock's time
@@ -27,6 +61,8 @@ class Progress:
         return self
 
     def __exit__(self, *error):
+        if self.whole:
+            self.whole.finish(self.run.name, time.perf_counter() - self.began)
         self.bar.close()
 
     @contextmanager
@@ -51,11 +87,26 @@ class Progress:
         if is_due or settings.skip_bad_steps or (step + 1) % settings.save_every == 0:
             skipped = self.check()
         if is_due and not skipped:
-            speed = {unit: round(self.units / (time.perf_counter() - self.clock))}
-            self.bar.set_postfix(loss=f"{float(loss):.3f}", **speed)
-            lr = self.run.optimizers[0].param_groups[0]["lr"]
-            entry = {"loss": round(float(loss), 5), "lr": lr, **speed}
+            speed = round(self.units / (time.perf_counter() - self.clock))
+            shown = f"loss {float(loss):.3f}, {speed:,} {unit}{self.time_left(step)}"
+            self.bar.set_postfix_str(shown)
+            entry = {
+                "loss": round(float(loss), 5),
+                "lr": self.run.optimizers[0].param_groups[0]["lr"],
+                "grad_norm": round(float(norm), 5),
+                unit: speed,
+                "memory_mb": peak_memory(self.run.processes.device),
+                "time": round(time.time(), 1),
+            }
             self.run.processes.record(self.log, phase=self.run.name, step=step, **entry)
+
+    def time_left(self, step):
+        """ ", 7:41 to the end of phase2" if phases follow this one."""
+        if not self.whole or len(self.whole.work) < 2:
+            return ""
+        share = (step + 1 - self.run.start) / (self.run.steps - self.run.start)
+        left = self.whole.left(self.run.name, share, time.perf_counter() - self.began)
+        return f", {tqdm.format_interval(left)} to the end of {[*self.whole.work][-1]}"
 
     def check(self):
         """Whether any unchecked step was skipped because its loss or gradient is not finite.

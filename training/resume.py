@@ -10,6 +10,8 @@ Where a checkpoint of phase NAME is looked for:
 """
 
 import hashlib
+import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,22 +78,28 @@ def choose_phases(settings, dataset, phases):
 # Parents
 
 
-def find_parents(settings, name, phases, dataset, report):
+def find_parents(settings, name, phases, dataset, report, planned=None):
     """{phase: finished checkpoint} that a phase starts from; {"init": ...} for a model that --init
     names. A parent of 0 steps was left out, and its own parent takes its place.
 
-    report(line): prints. Raises UserError for a missing or unfinished parent, or other data."""
-    wanted = phases[name].starts_from
+    report(line): prints. planned: {phase: checkpoint} of phases that will be trained before this
+    one; see rehearsal.py. Raises UserError for a missing or unfinished parent, or other data."""
+    wanted, mapped = phases[name].starts_from, planned is not None
+    if wanted and planned and "init" in planned:
+        return {"init": planned["init"]}
     if wanted and settings.init and not is_run_folder(settings.init):
-        found = read_init(settings.init, phases)
+        found = read_init(settings.init, phases, mapped)
         check_data(settings.init, found, dataset, report, other_images=True)
         return {"init": found}
     while len(wanted) == 1 and not getattr(settings, f"{wanted[0]}_steps"):
         wanted = phases[wanted[0]].starts_from
     parents = {}
     for parent in wanted:
+        if planned and parent in planned:
+            parents[parent] = planned[parent]
+            continue
         path, elsewhere = find_checkpoint(settings, parent)
-        found = checkpoint.read(path) if path.exists() else None
+        found = checkpoint.read(path, mapped) if path.exists() else None
         if not found or not found["done"]:
             state = f"is at step {found['step']}" if found else "does not exist"
             how = f"finish it first with --phase {phase_flag(parent)}"
@@ -102,9 +110,10 @@ def find_parents(settings, name, phases, dataset, report):
     return parents
 
 
-def read_init(path, phases):
+def read_init(path, phases, mapped=False):
     """The finished checkpoint with a projector in a file or folder that --init names. A folder of a
-    LLaVA fixes all options that phases inherit; those without a meaning for it are None."""
+    LLaVA fixes all options that phases inherit; those without a meaning for it are None. mapped:
+    see checkpoint.read_torch()."""
     if not Path(path).exists():
         raise UserError(f"--init {path}: there is none; a run's folder, a .pt or a LLaVA's folder")
     if Path(path).is_dir():
@@ -113,7 +122,7 @@ def read_init(path, phases):
         parent = huggingface.load(path).as_parent()
         options = [option for phase in phases.values() for option in phase.inherited]
         return parent | {"inherited": dict.fromkeys(options) | parent["inherited"]}
-    found = checkpoint.read(path)
+    found = checkpoint.read(path, mapped)
     if "projector" not in found["parts"] or not found["done"]:
         state = f"{found['phase']} at step {found['step']}"
         raise UserError(f"--init {path}: {state}; give a finished phase 1 or later, or the folder")
@@ -164,6 +173,16 @@ def inherit(settings, parents):
 # Its own checkpoint
 
 
+def elsewhere(settings, phase, value):
+    """The command that repeats this one with a new value of an option, in a folder of its own. What
+    the phase starts from is taken from the finished run."""
+    word = re.sub(r"[^\w.=-]+", "_", str(value)).strip("_") or "new"
+    command = ["python", "train.py", *settings.arguments, "--out", f"{settings.out}_{word}"]
+    if phase.starts_from and not settings.init:
+        command += ["--init", settings.out]
+    return shlex.join(command)
+
+
 def find_saved(settings, name, phase, dataset, parents, report):
     """This phase's own checkpoint, finished or to be resumed; None if there is none, or if it
     started from other parents. Raises UserError if it was made with other options or data."""
@@ -176,8 +195,8 @@ def find_saved(settings, name, phase, dataset, parents, report):
         before, now = found["settings"].get(own, getattr(defaults, own)), getattr(settings, own)
         if before != now:
             raise UserError(
-                f"{path} was made with {own}={before}, now it is {now}: give another --out, or "
-                "delete the file to train it again"
+                f"{path} was made with {own}={before}, now it is {now}: delete the file to train "
+                f"it again, or write to another folder: {elsewhere(settings, phase, now)}"
             )
     if found["corpus"] != dataset.meta["corpus"]:
         raise UserError(
@@ -202,13 +221,9 @@ def import_weights(settings, name, phase, dataset, processes):
     checkpoint of a phase, unless it has them already. Raises UserError."""
     option, path = phase.weights_option, Path(settings.out) / f"{name}.pt"
     source = getattr(settings, option)
+    found = find_imported(settings, name, phase, source)
     model = phase.load_weights(source, dataset)
     parents = {option: digest_of(Path(source))}
-    found = checkpoint.read(path) if path.exists() else None
-    if found and option not in found["parents"]:
-        raise UserError(
-            f"{path} was trained: give another --out, or delete the file to use {source} instead"
-        )
     if found and found["parents"] == parents and not checkpoint.has_other_images(found, dataset):
         processes.print(f"{name}: {source} was loaded before, {path}")
         return
@@ -230,6 +245,18 @@ def import_weights(settings, name, phase, dataset, processes):
         contents["corpora"] = [{"phase": name, "source": str(source), "corpus": digest}]
         checkpoint.save(path, contents)
         processes.print(f"{name}: {source} as it is")
+
+
+def find_imported(settings, name, phase, source):
+    """This phase's own checkpoint, if it has weights from elsewhere; None if there is none. Raises
+    UserError if it was trained here."""
+    path = Path(settings.out) / f"{name}.pt"
+    found = checkpoint.read(path, mapped=True) if path.exists() else None
+    if found and phase.weights_option not in found["parents"]:
+        raise UserError(
+            f"{path} was trained: give another --out, or delete the file to use {source} instead"
+        )
+    return found
 
 
 def digest_of(path):

@@ -71,6 +71,7 @@ def validate_tower(run):
 
 
 def validate_loss(run):
+    """The loss on --eval_batches of the validation set; eval.py computes it on all of it."""
     limit, image_format = run.settings.eval_batches * run.batch, run.dataset.image_format
     rank, world = run.processes.rank, run.processes.world
     mean = val_loss(run.raw_model, run.val_batches, image_format, limit, rank, world)

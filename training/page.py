@@ -1,0 +1,362 @@
+"""
+The report page of a run, report.html: one file without a script that fetches nothing. Training
+writes it at each validation, with the curves so far; eval.py writes it whole, with the tests.
+"""
+
+import base64
+import io
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.files import read_log, writing
+from training.figures import chart, escape, score_axis, score_row, smooth
+
+PAUSE = 300  # seconds between two lines of a log that are taken for an interruption
+
+
+@dataclass
+class Tests:
+    """What eval.py adds to a page.
+
+    tiles: [(text of a number, what it is, note)]; groups: [(title, [(label, result, whether it is a
+    control)])]; captions: [Caption]; attention: (frame, words, maps) or None, see
+    inference.attention_of(); facts: {name: text} for the run card; rows: of the table, the header
+    first; notes: lines that must be read with the scores."""
+
+    tiles: list = field(default_factory=list)
+    groups: list = field(default_factory=list)
+    captions: list = field(default_factory=list)
+    attention: tuple | None = None
+    facts: dict = field(default_factory=dict)
+    rows: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+
+
+@dataclass
+class Caption:
+    """A picture (S, S, 3), the words that were said over it, the model's caption, and whether that
+    is right, None if nobody can say."""
+
+    frame: np.ndarray
+    text: str
+    said: str
+    right: bool | None = None
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #17181c; --soft: #62656d; --line: #dfe2e7;
+  --tile: #f4f6f8; --blue: #0b62c4; --pale: #9cc3ec; --warm: #c2410c; --warmpale: #f0b99a;
+  --good: #1a7f43; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14161a; --ink: #eceef1; --soft: #a0a5ae;
+  --line: #33373f; --tile: #1e2127; --blue: #6cb2ff; --pale: #2f5f93; --warm: #ff9a62;
+  --warmpale: #7d4526; --good: #6ed394; } }
+@media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #ccc;
+  --tile: #f4f4f4; --blue: #0b62c4; --pale: #9cc3ec; --warm: #c2410c; --warmpale: #f0b99a;
+  --good: #1a7f43; } body { font-size: 11px; max-width: none; padding: 0; }
+  details::details-content { content-visibility: visible; block-size: auto; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink);
+  background: var(--paper); max-width: 1120px; margin: 0 auto; padding: 24px 16px 60px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
+h2 { font-size: 21px; margin: 40px 0 8px; } h3 { font-size: 15px; margin: 18px 0 4px; }
+p { margin: 4px 0 10px; max-width: 72ch; } .soft, small, summary { color: var(--soft); }
+small { font-size: 12px; } .warm { color: var(--warm); } .good { color: var(--good); }
+.blue { color: var(--blue); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px;
+  margin: 18px 0; }
+.tile { background: var(--tile); border-radius: 8px; padding: 12px 14px; break-inside: avoid; }
+.tile b { display: block; font-size: 26px; line-height: 1.15; } .tile span { display: block;
+  font-size: 13px; color: var(--soft); } .tile i { font-style: normal; font-weight: 600; }
+.group { break-inside: avoid; }
+.row { display: grid; grid-template-columns: minmax(110px, 30%) 1fr 42px; gap: 14px;
+  align-items: center; } .row b { text-align: right; font-variant-numeric: tabular-nums; }
+.row > span { padding-left: 12px; overflow-wrap: anywhere; line-height: 1.2; }
+.row svg { width: 100%; height: 22px; overflow: visible; }
+.row svg.axis { height: 18px; } svg text { fill: var(--soft); font-size: 11px; }
+svg .grid { stroke: var(--line); } svg .chance { stroke: var(--ink); stroke-dasharray: 2 2; }
+.dot .interval { stroke: var(--pale); stroke-width: 5; stroke-linecap: round; }
+.dot circle { fill: var(--blue); } .dot.low .interval { stroke: var(--warmpale); }
+.dot.low circle { fill: var(--warm); } .dot.control circle { fill: var(--paper);
+  stroke: var(--soft); stroke-width: 2; } .dot.control .interval { stroke: var(--line); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(310px, 100%), 1fr));
+  gap: 8px 26px; } figure { margin: 8px 0; break-inside: avoid; }
+figcaption { font-weight: 600; margin-bottom: 2px; } .chart { width: 100%; height: auto; }
+.chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+polyline.raw { stroke: var(--line); stroke-width: 1.2; } polyline.loss, polyline.c1 {
+  stroke: var(--warm); } polyline.val, polyline.c0 { stroke: var(--blue); } circle.val, circle.c0 {
+  fill: var(--blue); } circle.c1 { fill: var(--warm); } polyline.c2 { stroke: var(--good); }
+circle.c2 { fill: var(--good); } polyline.c3 { stroke: var(--soft); } circle.c3 {
+  fill: var(--soft); } .key0 { color: var(--blue); } .key1 { color: var(--warm); }
+.key2 { color: var(--good); } .key3 { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)); gap: 14px 12px; }
+.card { margin: 0; font-size: 13px; line-height: 1.3; break-inside: avoid; }
+.card img { width: 100%; aspect-ratio: 1; border-radius: 6px; border: 2px solid var(--line);
+  display: block; } .card.wrong img { border-color: var(--warm); }
+.card span { display: block; color: var(--soft); margin-top: 4px; }
+.strip { display: flex; flex-wrap: wrap; gap: 10px; } .strip figure { width: 92px; margin: 0; }
+.strip img { width: 92px; height: 92px; border-radius: 6px; display: block; }
+.strip figcaption { font-weight: 400; font-size: 13px; }
+dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 4px 18px; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+code { font: 13px ui-monospace, Menlo, Consolas, monospace; }
+details { margin: 10px 0; } summary { cursor: pointer; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+td, th { padding: 3px 10px; text-align: left; border-bottom: 1px solid var(--line); }
+td:nth-child(n+4), th:nth-child(n+4) { text-align: right; white-space: nowrap; }
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts of the page
+
+
+def as_jpeg(frame):
+    """A picture (S, S, 3) as a data URL; a small one is enlarged, so that it is not blurred."""
+    picture, buffer = Image.fromarray(frame), io.BytesIO()
+    if picture.width < 128:
+        picture = picture.resize((128, 128), Image.Resampling.BICUBIC)
+    picture.save(buffer, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def tile(number, label, note=""):
+    small = f"<span>{note}</span>" if note else ""
+    return f'<div class="tile"><b>{escape(number)}</b><span>{escape(label)}</span>{small}</div>'
+
+
+def scores(groups):
+    """The section of scores."""
+    if not groups:
+        return ""
+    lines = [
+        "<h2>Scores</h2><p class=soft>Dot: score. Bar: 95 % interval. Dashed line: chance. "
+        '<span class="warm">Orange: not above chance.</span> Hollow: a control, which cannot see '
+        "the pictures or cannot read the words.</p>"
+    ]
+    for title, rows in groups:
+        drawn = "".join(score_row(*row) for row in rows)
+        lines.append(f'<div class="group"><h3>{escape(title)}</h3>{drawn}</div>')
+    return "".join(lines) + score_axis()
+
+
+def points_of(entries, name):
+    """[(step, value)] of the entries of a log that have a value of this name."""
+    return [(entry["step"], entry[name]) for entry in entries if is_number(entry.get(name))]
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def training(log, titles):
+    """The section of curves: of each phase its loss and its validation, or probes; and folded, its
+    learning rate and the norm of its gradient. titles: {phase: title}."""
+    by_phase = defaultdict(list)
+    for entry in log:
+        if isinstance(entry.get("phase"), str) and is_number(entry.get("step")):
+            by_phase[entry["phase"]].append(entry)
+    shown, folded = [], []
+    for phase, entries in by_phase.items():
+        title, loss = titles.get(phase, phase), points_of(entries, "loss")
+        last = max(entry["step"] for entry in entries)
+        val, kind, colour = (points_of(entries, name) for name in ("val_loss", "kind", "colour"))
+        if loss or val:
+            series = [(loss, "raw", False), (smooth(loss), "loss", False)] if loss else []
+            series += [(val, "val", True)] if val else []
+            words = '<i class="warm">loss</i>' + (', <i class="blue">validation</i>' if val else "")
+            shown.append(figure(title, words, chart(series, f"{title}: loss", last)))
+        if kind:
+            series = [(kind, "val", True), (colour, "loss", False)]
+            words = '<i class="blue">kind of thing</i>, <i class="warm">colour</i>'
+            shown.append(figure(f"{title}: linear probes", words, chart(series, title, last)))
+        for name, what in (("lr", "learning rate"), ("grad_norm", "gradient norm")):
+            points = points_of(entries, name)
+            if points:
+                drawn = chart([(points, "val", False)], f"{title}: {what}", last)
+                folded.append(figure(title, what, drawn))
+    if not shown:
+        return ""
+    more = f'<div class="charts">{"".join(folded)}</div>'
+    return (
+        f'<h2>Training</h2><div class="charts">{"".join(shown)}</div><details><summary>Learning '
+        f"rates and gradient norms</summary>{more}</details>"
+    )
+
+
+def figure(title, words, drawn):
+    """words: HTML."""
+    caption = f"{escape(title)} <small>{words}</small>"
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
+
+
+def captions(found):
+    """The section of captions."""
+    if not found:
+        return ""
+    judged = [one for one in found if one.right is not None]
+    rights = sum(one.right for one in judged)
+    words = "Grey: what was said. Below it the model's caption"
+    if judged:
+        words += (
+            f', <span class="good">✓</span> if it names the thing that is seen, <span class="warm">'
+            f"✗</span> if not: {rights} of these {len(judged)} are right"
+        )
+    cards = []
+    for one in found:
+        mark = {True: '<b class="good">✓</b> ', False: '<b class="warm">✗</b> ', None: ""}[
+            one.right
+        ]
+        wrong = " wrong" if one.right is False else ""
+        cards.append(
+            f'<figure class="card{wrong}"><img alt="" src="{as_jpeg(one.frame)}"><span>'
+            f"{escape(one.text)}</span>{mark}{escape(one.said)}</figure>"
+        )
+    return f'<h2>What the model says</h2><p class=soft>{words}.</p><div class="cards">{"".join(cards)}</div>'
+
+
+def attention(found):
+    """The section of one picture and where in it each word looked."""
+    if not found:
+        return ""
+    frame, words, maps = found
+    brightest = max(float(maps.max()), 1e-9)
+    picture = Image.fromarray(frame).resize((128, 128), Image.Resampling.BICUBIC)
+    dark = picture.point(lambda value: value // 4)
+    cells = [f'<figure><img alt="" src="{as_jpeg(np.asarray(picture))}"></figure>']
+    for word, own in zip(words, maps):
+        level = (own / brightest) ** 0.6  # else all but the brightest is black
+        light = Image.fromarray((level * 255).astype(np.uint8))
+        light = light.resize((128, 128), Image.Resampling.BICUBIC)
+        drawn = as_jpeg(np.asarray(Image.composite(picture, dark, light)))
+        cells.append(
+            f'<figure><img alt="" src="{drawn}"><figcaption>{escape(word)} <small>'
+            f"{own.sum():.0%}</small></figcaption></figure>"
+        )
+    return (
+        "<h2>Where each word looked</h2><p class=soft>Bright: the patches that the model attended to "
+        "when it said the word, averaged over layers and heads. The number is the share of its "
+        f'attention that was on the picture; the rest was on words.</p><div class="strip">'
+        f"{''.join(cells)}</div>"
+    )
+
+
+def seconds_of(entries):
+    """Seconds between the first and the last entry of a log, without interruptions."""
+    times = [entry["time"] for entry in entries if is_number(entry.get("time"))]
+    steps = np.diff(times) if len(times) > 1 else np.zeros(0)
+    return float(steps[(steps >= 0) & (steps < PAUSE)].sum())
+
+
+def in_words(seconds):
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def run_card(log, facts):
+    """The section of facts about a run: its last start, its phases' times, and facts of the tests."""
+    entry = next((entry for entry in reversed(log) if isinstance(entry.get("run"), dict)), {})
+    items = {name: f"<code>{escape(text)}</code>" if name in ("command", "config") else escape(text)
+             for name, text in entry.get("run", {}).items()}  # fmt: skip
+    names = list(dict.fromkeys(e["phase"] for e in log if isinstance(e.get("phase"), str)))
+    times = {name: seconds_of([e for e in log if e.get("phase") == name]) for name in names}
+    if any(times.values()):
+        parts = ", ".join(f"{escape(name)} {in_words(t)}" for name, t in times.items() if t)
+        items["time"] = f"{in_words(sum(times.values()))} ({parts})"
+    items |= {name: escape(text) for name, text in facts.items()}
+    lines = "".join(f"<dt>{escape(name)}</dt><dd>{text}</dd>" for name, text in items.items())
+    return f"<h2>This run</h2><dl>{lines}</dl>" if items else ""
+
+
+def table(rows):
+    """The folded table of all figures; rows: of text, the header first."""
+    if not rows:
+        return ""
+    header, *rest = rows
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rest
+    )
+    return (
+        f'<h2>All figures</h2><details><summary>{len(rest)} rows</summary><div class="wide">'
+        f"<table><tr>{head}</tr>{body}</table></div></details>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+
+PHASES = {
+    "vision": "Tower (DINO)",
+    "language": "GPT on speech",
+    "phase1": "Phase 1: projector",
+    "phase2": "Phase 2: projector and GPT",
+    "phase3": "Phase 3: conversations",
+}
+
+
+def whole(title, subtitle, sections, refresh=0):
+    """A page of sections (HTML). refresh: seconds after which a browser reads it again; 0: never."""
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">{again}'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><body><h1>{escape(title)}</h1>"
+        f"<p class=soft>{subtitle}</p>{''.join(sections)}</body></html>\n"
+    )
+
+
+def kind_of(source):
+    """What the data is, in words."""
+    if str(source).startswith("toy"):
+        return "Toy world: drawn pictures, not SAYCam."
+    return f"Data: {escape(source)}."
+
+
+def live_tiles(log):
+    """Tiles of a run that is still training: its phase, step and losses."""
+    last = next((e for e in reversed(log) if is_number(e.get("loss"))), None)
+    if not last:
+        return []
+    val = next((e for e in reversed(log) if is_number(e.get("val_loss"))), None)
+    found = [
+        (PHASES.get(last["phase"], last["phase"]), f"training, step {last['step']:,}"),
+        (f"{last['loss']:.3f}", "loss"),
+    ]
+    if val and val["phase"] == last["phase"]:
+        found.append((f"{val['val_loss']:.3f}", f"validation loss at step {val['step']:,}"))
+    return found
+
+
+def render(folder, log, source, tests=None):
+    """report.html as text. tests: a Tests, or None while the run is training."""
+    shown = tests or Tests(tiles=live_tiles(log))
+    tiles = "".join(tile(*one) for one in shown.tiles)
+    notes = "".join(f'<p class="warm">{escape(note)}</p>' for note in shown.notes)
+    sections = [
+        notes,
+        f'<div class="tiles">{tiles}</div>' if tiles else "",
+        scores(shown.groups),
+        captions(shown.captions),
+        attention(shown.attention),
+        training(log, PHASES),
+        run_card(log, shown.facts),
+        table(shown.rows),
+    ]
+    subtitle = kind_of(source)
+    if not tests:
+        subtitle += " In training: this page is written again at each validation."
+    return whole(folder, subtitle, sections, refresh=0 if tests else 30)
+
+
+def write_live(folder, source):
+    """Write report.html of a run that is training."""
+    text = render(str(folder), read_log(Path(folder) / "log.jsonl"), source)
+    with writing(Path(folder) / "report.html") as file:
+        file.write(text.encode("utf-8"))

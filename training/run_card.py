@@ -1,0 +1,55 @@
+"""
+The facts about a start of a run that its log keeps: command, code, machine, versions, data.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+
+def find_commit():
+    """The commit of this code, with "changed" if files differ from it; "" without git."""
+    root = Path(__file__).parent.parent
+    try:
+        run = lambda *words: subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        if Path(run("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return ""  # the repository of another project, in which this code is a folder
+        changed = run("status", "--porcelain", "--untracked-files=no")
+        return run("rev-parse", "--short=12", "HEAD") + (" and changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def find_machine(device):
+    """The processor and the number of cores that may be used, or the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if info.exists():
+        lines = info.read_text(errors="replace").splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {count} cores, {torch.get_num_threads()} threads"
+
+
+def describe(settings, dataset, processes):
+    """{name: text} of a start of train.py."""
+    card = {
+        "command": shlex.join(["python", "train.py", *settings.arguments]),
+        "config": settings.file,
+        "seed": str(settings.seed),
+        "data": f"{dataset.directory}, corpus {dataset.meta['corpus'][:12]}",
+        "commit": find_commit(),
+        "machine": find_machine(processes.device),
+        "processes": str(processes.world) if processes.world > 1 else "",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "started": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    return {name: text for name, text in card.items() if text}
