@@ -320,12 +320,13 @@ def choose_captions(rows, subject, most=36):
 
 
 def find_attention(captions, subject):
-    """(frame, words, maps) of where each word of a caption looked, of the first that is not wrong;
+    """(frame, words, maps) of where each word of a caption looked, of the longest that is not wrong;
     None if there is none, or if image tokens are not a grid."""
-    shown = next((one for one in captions if one.right is not False and one.said), None)
+    fit = [one for one in captions if one.right is not False and one.said]
     model = subject.loaded.model
-    if shown is None or model.tiled or not model.projector.keeps_grid:
+    if not fit or model.tiled or not model.projector.keeps_grid:
         return None
+    shown = max(fit, key=lambda one: len(one.said.split()))
     tokenizer, picture = subject.loaded.tokenizer, as_picture(shown.frame)
     (embeds,) = inference.embed_pictures(subject.loaded, [picture])
     prompt = tokenizer.start + [tokenizer.image] * len(embeds)

@@ -48,10 +48,10 @@ def rows_of(folders, runs):
                 result = results["tasks"][test].get(subset, {}).get(measure)
                 if not result:
                     continue
-                find = lambda found: (
+                before, after = (
                     found.get(test, {}).get("hits", {}).get(subset, {}).get(measure)
+                    for found in (first_hits, hits)
                 )
-                before, after = find(first_hits), find(hits)
                 change, interval = "", ""
                 if folder != folders[0] and before and after:
                     mean, ends = paired_difference(before, after)

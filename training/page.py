@@ -57,12 +57,14 @@ STYLE = """
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #ccc;
   --tile: #f4f4f4; --blue: #0b62c4; --pale: #9cc3ec; --warm: #c2410c; --warmpale: #f0b99a;
   --good: #1a7f43; } body { font-size: 11px; max-width: none; padding: 0; }
+  .cards { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); } .card { font-size: 9px; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink);
   background: var(--paper); max-width: 1120px; margin: 0 auto; padding: 24px 16px 60px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
 h2 { font-size: 21px; margin: 40px 0 8px; } h3 { font-size: 15px; margin: 18px 0 4px; }
+h2, h3 { break-after: avoid; }
 p { margin: 4px 0 10px; max-width: 72ch; } .soft, small, summary { color: var(--soft); }
 small { font-size: 12px; } .warm { color: var(--warm); } .good { color: var(--good); }
 .blue { color: var(--blue); }
@@ -84,7 +86,7 @@ svg .grid { stroke: var(--line); } svg .chance { stroke: var(--ink); stroke-dash
   stroke: var(--soft); stroke-width: 2; } .dot.control .interval { stroke: var(--line); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(310px, 100%), 1fr));
   gap: 8px 26px; } figure { margin: 8px 0; break-inside: avoid; }
-figcaption { font-weight: 600; margin-bottom: 2px; } .chart { width: 100%; height: auto; }
+figcaption { font-weight: 600; margin-bottom: 2px; } figcaption i { font-weight: 400; } .chart { width: 100%; height: auto; }
 .chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 polyline.raw { stroke: var(--line); stroke-width: 1.2; } polyline.loss, polyline.c1 {
   stroke: var(--warm); } polyline.val, polyline.c0 { stroke: var(--blue); } circle.val, circle.c0 {
@@ -92,7 +94,7 @@ polyline.raw { stroke: var(--line); stroke-width: 1.2; } polyline.loss, polyline
 circle.c2 { fill: var(--good); } polyline.c3 { stroke: var(--soft); } circle.c3 {
   fill: var(--soft); } .key0 { color: var(--blue); } .key1 { color: var(--warm); }
 .key2 { color: var(--good); } .key3 { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)); gap: 14px 12px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 14px 12px; }
 .card { margin: 0; font-size: 13px; line-height: 1.3; break-inside: avoid; }
 .card img { width: 100%; aspect-ratio: 1; border-radius: 6px; border: 2px solid var(--line);
   display: block; } .card.wrong img { border-color: var(--warm); }
@@ -334,6 +336,25 @@ def live_tiles(log):
     return found
 
 
+def subtitle_of(log, source, tests):
+    """A line on the run: its data, size, seed, time and machine."""
+    run = next((entry["run"] for entry in reversed(log) if isinstance(entry.get("run"), dict)), {})
+    facts = tests.facts if tests else {}
+    seconds = sum(
+        seconds_of([e for e in log if e.get("phase") == name])
+        for name in {e["phase"] for e in log if isinstance(e.get("phase"), str)}
+    )
+    parts = [f"{facts['parameters']} parameters" if "parameters" in facts else ""]
+    parts.append(f"seed {run['seed']}" if "seed" in run else "")
+    parts.append(f"{in_words(seconds)} of training" if seconds else "")
+    parts.append(run.get("machine", ""))
+    line = escape(", ".join(part for part in parts if part))
+    whole_line = kind_of(source) + (f" {line}." if line else "")
+    if not tests:
+        whole_line += " In training: this page is written again at each validation."
+    return whole_line
+
+
 def render(folder, log, source, tests=None):
     """report.html as text. tests: a Tests, or None while the run is training."""
     shown = tests or Tests(tiles=live_tiles(log))
@@ -349,10 +370,7 @@ def render(folder, log, source, tests=None):
         run_card(log, shown.facts),
         table(shown.rows),
     ]
-    subtitle = kind_of(source)
-    if not tests:
-        subtitle += " In training: this page is written again at each validation."
-    return whole(folder, subtitle, sections, refresh=0 if tests else 30)
+    return whole(folder, subtitle_of(log, source, tests), sections, refresh=0 if tests else 30)
 
 
 def write_live(folder, source):
