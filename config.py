@@ -409,6 +409,9 @@ def run(main):
             stream.reconfigure(errors=errors)
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         sys.exit(error_line(error))
     except KeyboardInterrupt:

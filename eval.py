@@ -31,7 +31,7 @@ import checkpoint
 import config
 import inference
 import vision
-from common.files import read_json, read_log, remove_leftovers, write_json, writing
+from common.files import read_json, remove_leftovers, write_json, writing
 from config import UserError, option
 from data import Data
 from sources.toolbox_prompts import TESTS
@@ -90,9 +90,9 @@ def check_options(settings, sees):
 
 
 def losses(loaded, dataset):
-    """{"val_loss", "val_rows", "bits_per_character"} on a prepared folder: the loss that the phase is
-    validated on, over so many rows, all there are (train.py logs it over some of them); and that of
-    its held-out text, which tells how much later phases forget. A loss without data is left out.
+    """{"val_loss", "val_rows", "bits_per_character"} on a prepared folder: the loss that the phase
+    is validated on, over so many rows, all there are (train.py logs it over some of them); and that
+    of its held-out text, which tells how much later phases forget. A loss without data is left out.
     With another vocabulary or image format it prints why and returns {}."""
     model, saved = loaded.model, loaded.checkpoint
     words_alone = model.projector is None
@@ -122,7 +122,8 @@ def losses(loaded, dataset):
 
 
 def text_losses(model, dataset):
-    """{"val_loss", "val_rows", "bits_per_character"} of a model on held-out text; without bits, and a
+    """{"val_loss", "val_rows", "bits_per_character"} of a model on held-out text; without bits, and
+    a
     printed reason, for words that are not in the vocabulary; {} without text."""
     if not dataset.count("val", "text"):
         print(f"no bits per character: {dataset.directory} has no text to validate on")
@@ -291,9 +292,8 @@ def write(results, reports, loaded, out, task):
     write_json(out / names[0], results)
     write_json(out / names[1], hits_of(results, reports))
     tests = page_tests(results, reports, loaded)
-    text = page.render(str(out), read_log(out / "log.jsonl"), results["source"], tests)
     with writing(out / names[2]) as file:
-        file.write(text.encode("utf-8"))
+        file.write(page.render(out, results["source"], tests).encode("utf-8"))
     examples = [example for one in reports.values() for example in one.examples]
     drawn = {
         "captions": sheets.contact_sheet(tests.captions) if tests.captions else None,

@@ -261,20 +261,16 @@ def attention_sheet(frames, words, maps):
 
 
 def choose_checkpoint(settings):
-    """The path of the model that answers; it is named on stderr."""
+    """(path of the model that answers, a line that names it, "" for one that the user named)."""
     usual = Path("out/toy_llava15/phase3.pt" if settings.chat else "out/toy/phase2.pt")
     if settings.checkpoint:
-        print(f"model: {settings.checkpoint}", file=sys.stderr)
-        return settings.checkpoint
+        return settings.checkpoint, ""
     if usual.exists():
-        print(f"model: {usual}, which configs/{usual.parts[1]}.py trained here", file=sys.stderr)
-        return usual
-    print(
+        return usual, f"model: {usual}, trained here by configs/{usual.parts[1]}.py"
+    return Path(__file__).parent / "assets" / "toy.pt", (
         "model: assets/toy.pt, which comes with the code. It knows sixteen drawn things in eight "
-        "colours and nothing else: a photograph too is a drawn thing to it",
-        file=sys.stderr,
+        "colours and nothing else: a photograph too is a drawn thing to it"
     )
-    return Path(__file__).parent / "assets" / "toy.pt"
 
 
 def main(argv):
@@ -284,11 +280,14 @@ def main(argv):
     if settings.attention and not settings.image:
         raise UserError("--attention needs an --image to look at")
     device = checkpoint.choose_device(settings.device)
-    loaded = open_model(choose_checkpoint(settings), device, settings.dtype)
+    path, about = choose_checkpoint(settings)
+    loaded = open_model(path, device, settings.dtype)
     if loaded.model.gpt is None:
         raise UserError(f"{settings.checkpoint}: a tower alone; give a later phase's checkpoint")
     template, system = loaded.choose_template(settings.template, settings.system)
     pictures = read_pictures(loaded, settings.image)
+    if about:
+        print(about, file=sys.stderr)
     embeds = embed_pictures(loaded, pictures) if pictures else []
     generator = torch.Generator(loaded.device).manual_seed(settings.seed)
     if settings.chat:

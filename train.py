@@ -441,12 +441,8 @@ def train(settings, processes):
     names = resume.choose_phases(settings, dataset, PHASES)
     rehearsals = rehearsal.rehearse(settings, names, PHASES, dataset, processes)
     warn_of_passes(rehearsals, processes)
-    if rehearsals:
-        log, card = (
-            Path(settings.out) / "log.jsonl",
-            run_card.describe(settings, dataset, processes),
-        )
-        processes.record(log, run=card, time=round(time.time(), 1))
+    if rehearsals and processes.is_first:
+        run_card.add(settings, dataset, processes)
     clock = Clock({one.name: one.work for one in rehearsals})
     for name in names:
         # resume.inherit() writes what a phase inherits into its settings, so each gets a copy.
@@ -501,7 +497,7 @@ def following_command(settings, phase):
 
 
 def measured(arguments, name):
-    """What a phase takes, see measure.measure(). It runs in a process of its own."""
+    """Memory and time of a phase, see measure.measure(); called in a process of its own."""
     settings, processes = load_settings(arguments), Processes(0, 1, torch.device("cpu"))
     missing = planning.Missing()
     found, _ = planning.rehearse_all(settings, PHASES, load_settings, processes, missing)

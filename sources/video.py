@@ -110,9 +110,10 @@ def find_films(settings):
         raise UserError(f"{folder}: no films")
     if by_stem:
         raise UserError(f"{next(iter(by_stem.values()))}: no film in {folder} has its name")
-    for name in settings.speakers:
+    named = speakers - {""}
+    for name in settings.speakers if named else ():
         if name.removeprefix("-") not in speakers:
-            known = ", ".join(sorted(speakers)) or "nobody named"
+            known = ", ".join(sorted(named))
             raise UserError(f"--speakers {name}: not in {texts}, where {known} speak")
     if not any(film.said for film in found):
         raise UserError(f"{texts}: no utterance is kept")

@@ -244,10 +244,10 @@ def phrase_nll(loaded, embeds, phrases, batch=256):
 
 @dataclass
 class Report:
-    """What a test gave. results: {subset: {measure: result}}; items: a digest of its items, which is
-    the same for another model on the same file; captions: page.Captions; attention: of one of them,
-    or None; examples: of the sheet of examples; board: its entry of a leaderboard's scores, or
-    None."""
+    """The outcome of a test. results: {subset: {measure: result}}; items: a digest of its items,
+    which is the same for another model on the same file; captions: page.Captions; attention: of one
+    of them, or None; examples: of the sheet of examples; board: its entry of a leaderboard's
+    scores, or None."""
 
     results: dict
     items: str
@@ -320,8 +320,8 @@ def choose_captions(rows, subject, most=36):
 
 
 def find_attention(captions, subject):
-    """(frame, words, maps) of where each word of a caption looked, of the longest that is not wrong;
-    None if there is none, or if image tokens are not a grid."""
+    """(frame, words, maps) of where each word of a caption looked, of the longest that is not
+    wrong; None if there is none, or if image tokens are not a grid."""
     fit = [one for one in captions if one.right is not False and one.said]
     model = subject.loaded.model
     if not fit or model.tiled or not model.projector.keeps_grid:

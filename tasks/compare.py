@@ -82,11 +82,11 @@ def difference_table(rows):
             + f"<td>{score}</td><td{kind}>{change}</td><td>{interval}</td><td>{n}</td></tr>"
         )  # fmt: skip
     names = ("test", "items", "run", "score", "difference", "95 % interval", "n")
-    head = "".join(f"<th>{name}</th>" for name in names)
+    head, body = "".join(f"<th>{name}</th>" for name in names), "".join(lines)
     return (
         "<h2>Scores</h2><p class=soft>Difference: to the first run, over the same items. Coloured: "
         "its interval leaves out 0. With many rows some do so by chance, and runs with another "
-        f'--seed differ too.</p><div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+        f'--seed differ too.</p><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
     )
 
 

@@ -154,7 +154,7 @@ def test_films_that_end_early_and_replay(folder, capsys):
     segments = [(i + 0.5, i + 1.2, text, scores) for i, (_, _, text, scores) in enumerate(SEGMENTS)]
     (folder / "transcripts" / "one.json").write_text(json.dumps(whisperx(segments)))
     command.main([*flags, "--replay=1"])
-    assert "utterances have no picture: they are said after" in capsys.readouterr().out
+    assert "said after the film's end" in capsys.readouterr().out
     samples = Data("data/babyview").open("train", "samples")[:, 3].tolist()
     assert samples.count(0) == samples.count(1) > 0
     make_film(folder / "films" / "one.avi", seconds=3)

@@ -148,7 +148,9 @@ def longer(rows, subject, ties):
 
 def test_a_test(tree):
     tree.add("tasks/longer.py", RULE)
-    imports = "from tasks import babyvlm, board, choice, devbench, toolbox, toolbox_files\n"
+    imports = (
+        "from tasks import babyvlm, board, choice, devbench, recordings, toolbox, toolbox_files\n"
+    )
     tree.edit("tasks/__init__.py", imports, imports.replace("devbench,", "devbench, longer,"))
     entry = 'TASKS = {\n    "longer": Task(("image", "text"), ("image",), longer.longer),\n'
     tree.edit("tasks/__init__.py", "TASKS = {\n", entry)

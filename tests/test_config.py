@@ -23,17 +23,81 @@ def test_every_config_loads(path):
     config.load(train.Config, [str(path)])
 
 
+def help_of(module, capsys, *flags, columns=90):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setenv("COLUMNS", str(columns))
+        config.load(module.Config, [*flags, "--help"], module.__doc__)
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
-def test_help_shows_every_option_with_its_comment_and_its_range(module, capsys):
-    with pytest.raises(SystemExit):
-        config.load(module.Config, ["--help"], module.__doc__)
-    shown = capsys.readouterr().out
-    options = re.findall(r"^  --(\w+)=.* \(.+\) \S.*$", shown, re.M)
+def test_help_shows_every_option_with_its_comment_in_aligned_columns(module, capsys):
+    shown = help_of(module, capsys).split("\noptions", 1)[1]
+    options = re.findall(r"^  --(\w+) ", shown, re.M)
     fields = dataclasses.fields(module.Config)
-    assert options == [field.name for field in fields]
+    assert sorted(options) == sorted(field.name for field in fields)
+    words = " ".join(shown.split())
+    comments = config.read_comments(module.Config)
     for field in fields:
-        line = next(line for line in shown.splitlines() if line.startswith(f"  --{field.name}="))
-        assert config.describe_range(field.metadata) in line
+        assert comments[field.name][1] in words and comments[field.name][1], field.name
+    for line in shown.splitlines():
+        assert len(line) <= 90
+        if line.startswith("   "):
+            assert line[:26].strip() == "" and line[26] != " ", line
+    assert not re.search(r"\d{6}", shown)  # no range up to 9223372036854775807
+
+
+def test_help_shows_the_values_of_the_config_in_force(capsys):
+    shown = help_of(train, capsys, str(ROOT / "configs/toy_v2.py"), "--seed", "7")
+    assert "toy_v2.py" in shown and re.search(r"--n_embd 96 ", shown)
+    assert re.search(r"--seed 7 ", shown) and "\nthe language model:\n" in shown
+    listed = " ".join(help_of(evaluation, capsys).split())
+    assert "one of toolbox, labeled_s, vtwt" in listed
+    assert "which_picture, which_utterance" in listed
+
+
+@pytest.mark.parametrize(
+    "name, advice",
+    [
+        ("epochs", "vision_epochs' or 'language_epochs' or 'phase1_epochs'"),
+        ("lr", "phase2_lr"),
+        ("learning_rate", "phase2_lr"),
+        ("batch_size", "phase2_batch"),
+        ("context_length", "block_size"),
+        ("n_layers", "n_layer"),
+        ("gradient_checkpointing", "recompute"),
+        ("resume", "the same command again"),
+        ("phase2_step", "phase2_steps"),
+        ("zzzzz", "--help lists all"),
+    ],
+)
+def test_a_wrong_option_suggests_by_meaning(name, advice):
+    with pytest.raises(UserError) as error:
+        config.load(train.Config, [f"--{name}", "1"])
+    assert advice in str(error.value) and one_line(error)
+
+
+def test_every_meaning_is_an_option_of_some_script_or_advice():
+    from sources import video
+
+    known = {f.name for m in (*SCRIPTS, video) for f in dataclasses.fields(m.Config)}
+    for name, meaning in config.MEANINGS.items():
+        assert meaning.split(" ")[0].rstrip(",") in known or " " in meaning, name
+
+
+def test_arguments_without_a_name_are_pictures():
+    load = lambda *argv: config.load(sample.Config, argv, plain="image")
+    assert load("a.png", "b.png").image == ("a.png", "b.png")
+    assert load("--chat", "a.png", "--prompt", "hi").image == ("a.png",)
+    assert load("a.png", "--image", "b.png").image == ("a.png", "b.png")
+    assert load("--chat", "false", "a.png").chat is False
+    with pytest.raises(UserError, match="options start with --"):
+        config.load(train.Config, ["toy"])
+
+
+def test_the_option_given_last_is_the_last_in_given():
+    loaded = config.load(train.Config, ["--seed=1", "--n_head=2", "--seed=3"])
+    assert list(loaded.given) == ["n_head", "seed"]
 
 
 @pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)

@@ -315,6 +315,7 @@ def test_shuffled_results_do_not_overwrite_the_others(recipe, home, tmp_path):
     evaluation.main(["--checkpoint=out/full/phase2.pt", f"--out={tmp_path}", "--shuffle"])
     assert {path.name for path in tmp_path.iterdir()} == {
         "results_shuffled.json",
+        "hits_shuffled.json",
         "report_shuffled.html",
         "captions_shuffled.png",
     }

@@ -686,7 +686,7 @@ def test_a_long_conversation_stays_within_the_context_or_says_so(folder):
 
 
 def test_a_model_without_conversations_says_so(recipe):
-    with pytest.raises(UserError, match="trained on no conversations"):
+    with pytest.raises(UserError, match="learnt captions and no conversations"):
         sample.main([f"--checkpoint={recipe}/phase2.pt", "--chat"])
 
 

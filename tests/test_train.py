@@ -64,7 +64,9 @@ def test_the_main_job_leaves_all_it_promises(recipe):
         "phase1.pt",
         "phase2.pt",
         "log.jsonl",
+        "run.json",
         "results.json",
+        "hits.json",
         "report.html",
         "captions.png",
     }
@@ -78,7 +80,7 @@ def test_the_main_job_leaves_all_it_promises(recipe):
 def test_exactly_the_phases_own_parameters_learn(recipe, home, monkeypatch):
     """The optimizer of each phase holds its parameters, and each part has its rate."""
     runs = {}
-    monkeypatch.setattr(train, "loop", lambda run: runs.update({run.name: run}))
+    monkeypatch.setattr(train, "loop", lambda run, clock: runs.update({run.name: run}))
     begin(recipe, "sets", "vision", "language", "phase1", "phase2")
     expected = {"language": {"gpt"}, "phase1": {"projector"}, "phase2": {"projector", "gpt"}}
     for phase in expected:

@@ -123,7 +123,7 @@ FORMS = {
 def test_four_forms_say_the_same(tmp_path, form):
     path = tmp_path / f"one.{form}"
     path.write_text(FORMS[form], encoding="utf-8")
-    said, _ = transcripts.read_transcript(path)
+    said, *_ = transcripts.read_transcript(path)
     assert [(one.start, one.end) for one in said] == [(0, 1), (1.5, 3)]
     assert [one.words.rstrip(" .") for one in said] == ["hello there", "a ball !"]
 
@@ -175,7 +175,7 @@ CUES = {  # what a file says, and what it should be read as
 def test_what_is_said_in_files_as_they_are(tmp_path, name):
     text, right = CUES[name]
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    said, _ = transcripts.read_transcript(tmp_path / name, ("CHI", "MOT", ""))
+    said, *_ = transcripts.read_transcript(tmp_path / name, ("CHI", "MOT", ""))
     assert [one.words for one in said] == right
 
 
@@ -265,10 +265,6 @@ def corrupt(folder, name):
         (folder / "ffmpeg" / "one.cha").write_text("*MOT:\thi . \x150_9000000000000\x15\n")
     elif name == "a pipe":
         os.mkfifo(folder / "ffmpeg" / "two.mp4")
-    elif name == "stranger":
-        path.unlink()
-        text = "@Participants:\tMOT Mother\n*DAD:\thi . \x150_1000\x15\n"
-        (folder / "ffmpeg" / "one.cha").write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +284,6 @@ def corrupt(folder, name):
         ("far in a table", "one.csv:2: 100000000 is past 100 hours"),
         ("far in a chat", "one.cha:1: 9000000000000 ms is past 100 hours"),
         ("a pipe", "two.mp4: not a file, but a folder, a pipe"),
-        ("stranger", "one.cha:2: DAD is not among @Participants"),
     ],
 )
 def test_corrupted_ffmpeg_and_transcripts(folder, name, why):
@@ -312,9 +307,72 @@ def test_a_language_in_the_name_and_hidden_files(folder):
         command.main(["video", "--videos=ffmpeg", *FLAGS])
 
 
-def test_an_unknown_speaker_is_named(folder):
-    with pytest.raises(UserError, match="--speakers DAD: not in ffmpeg"):
+def chat_of(tiers, participants="MOT Mother"):
+    """A .cha of tiers [(speaker, start in seconds)], each a second long."""
+    lines = [
+        f"*{speaker}:\tlook at number {i} . \x15{1000 * start}_{1000 * start + 1000}\x15"
+        for i, (speaker, start) in enumerate(tiers)
+    ]
+    return "\n".join(["@Begin", f"@Participants:\t{participants}", *lines, "@End"]) + "\n"
+
+
+def test_a_speaker_whom_no_file_has_is_an_error(folder):
+    (folder / "ffmpeg" / "one.srt").unlink()
+    (folder / "ffmpeg" / "one.cha").write_text(chat_of([("MOT", i) for i in range(15)]))
+    with pytest.raises(UserError, match="--speakers DAD: not in ffmpeg, where MOT speak"):
         command.main(["video", "--videos=ffmpeg", "--speakers=DAD", *FLAGS])
+
+
+def test_a_speaker_whom_only_other_files_have_is_warned_of(folder, capsys):
+    make_film(folder / "ffmpeg" / "two.mkv")
+    (folder / "ffmpeg" / "one.srt").unlink()
+    tiers = [("MOT", i) for i in range(15)]
+    (folder / "ffmpeg" / "one.cha").write_text(chat_of(tiers))
+    (folder / "ffmpeg" / "two.cha").write_text(chat_of([("FAT", i) for i in range(15)], "FAT"))
+    command.main(["video", "--videos=ffmpeg", "--speakers", "FAT", *FLAGS])
+    shown = capsys.readouterr().out
+    assert "one.cha: none of FAT speaks in it, only MOT" in shown
+    assert "0 utterances over 0 frames; left out: 15 of MOT" in shown
+
+
+def test_a_stranger_among_the_participants_is_warned_of_once(tmp_path, capsys):
+    (tmp_path / "one.cha").write_text(chat_of([("DAD", 0), ("DAD", 1)]))
+    said, speakers, _ = transcripts.read_transcript(tmp_path / "one.cha")
+    assert len(said) == 2 and speakers == {"DAD"}
+    assert capsys.readouterr().out.count("DAD is not among @Participants") == 1
+
+
+def test_a_transcript_without_speakers_is_kept_whole_and_says_so(folder, capsys):
+    command.main(["video", "--videos=ffmpeg", "--speakers=MOT", *FLAGS])
+    assert "one.srt: it names no speakers, so all of its utterances" in capsys.readouterr().out
+    assert Data("data/video").count("train", "samples")
+
+
+def test_sort_puts_a_transcript_in_order(folder, capsys):
+    path = folder / "ffmpeg" / "one.srt"
+    command.main(["video", "--videos=ffmpeg", "--name=right", *FLAGS])
+    path.write_text(srt([*SAID[5:], *SAID[:5]]))
+    with pytest.raises(UserError, match="--sort puts utterances in order"):
+        command.main(["video", "--videos=ffmpeg", *FLAGS])
+    command.main(["video", "--videos=ffmpeg", "--sort", *FLAGS])
+    assert Data("data/video").meta["corpus"] == Data("data/right").meta["corpus"]
+
+
+def test_each_film_has_a_line_and_tests_are_made(folder, capsys):
+    command.main(["video", "--videos=ffmpeg", *FLAGS])
+    shown = capsys.readouterr().out
+    assert "one.mkv: 0.3 minutes to its last utterance, 20 utterances over" in shown
+    assert "held out: every tenth of 20 stretches (1 films" in shown and "no tests" in shown
+    (folder / "ffmpeg" / "one.srt").write_text(srt([(i, i + 1, f"say {i}") for i in range(21)]))
+    more = [folder / "ffmpeg" / f"film{i}" for i in range(4)]
+    for path in more:
+        make_film(path.with_suffix(".mkv"))
+        path.with_suffix(".srt").write_text(srt(SAID))
+    command.main(["video", "--videos=ffmpeg", "--val_films", "film1", *FLAGS])
+    shown = capsys.readouterr().out
+    assert "held out: 1 of 5 films, film1" in shown and "held-out utterances are tests" in shown
+    held = {words for words, _ in samples_of(Data("data/video"), "val")}
+    assert not any("say" in words for words in held)
 
 
 def test_without_ffmpeg_one_line_says_how_to_get_it(monkeypatch):

@@ -1,6 +1,6 @@
 """
-What a phase takes on this machine, measured by real steps in a process of its own: its memory, and
-the time of its steps, of its features and of validation. The weights are random, the data its own.
+Memory and time of a phase on this machine, measured by real steps in a process of its own: steps,
+features and validation. The weights are random, the data its own.
 """
 
 import multiprocessing

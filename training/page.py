@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from common.files import read_log, writing
+from training import run_card
 from training.figures import chart, escape, score_axis, score_row, smooth
 
 PAUSE = 300  # seconds between two lines of a log that are taken for an interruption
@@ -47,69 +48,8 @@ class Caption:
     right: bool | None = None
 
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #17181c; --soft: #62656d; --line: #dfe2e7;
-  --tile: #f4f6f8; --blue: #0b62c4; --pale: #9cc3ec; --warm: #c2410c; --warmpale: #f0b99a;
-  --good: #1a7f43; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14161a; --ink: #eceef1; --soft: #a0a5ae;
-  --line: #33373f; --tile: #1e2127; --blue: #6cb2ff; --pale: #2f5f93; --warm: #ff9a62;
-  --warmpale: #7d4526; --good: #6ed394; } }
-@media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #ccc;
-  --tile: #f4f4f4; --blue: #0b62c4; --pale: #9cc3ec; --warm: #c2410c; --warmpale: #f0b99a;
-  --good: #1a7f43; } body { font-size: 11px; max-width: none; padding: 0; }
-  .cards { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); } .card { font-size: 9px; }
-  details::details-content { content-visibility: visible; block-size: auto; } }
-* { box-sizing: border-box; }
-body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink);
-  background: var(--paper); max-width: 1120px; margin: 0 auto; padding: 24px 16px 60px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
-h2 { font-size: 21px; margin: 40px 0 8px; } h3 { font-size: 15px; margin: 18px 0 4px; }
-h2, h3 { break-after: avoid; }
-p { margin: 4px 0 10px; max-width: 72ch; } .soft, small, summary { color: var(--soft); }
-small { font-size: 12px; } .warm { color: var(--warm); } .good { color: var(--good); }
-.blue { color: var(--blue); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px;
-  margin: 18px 0; }
-.tile { background: var(--tile); border-radius: 8px; padding: 12px 14px; break-inside: avoid; }
-.tile b { display: block; font-size: 26px; line-height: 1.15; } .tile span { display: block;
-  font-size: 13px; color: var(--soft); } .tile i { font-style: normal; font-weight: 600; }
-.group { break-inside: avoid; }
-.row { display: grid; grid-template-columns: minmax(110px, 30%) 1fr 42px; gap: 14px;
-  align-items: center; } .row b { text-align: right; font-variant-numeric: tabular-nums; }
-.row > span { padding-left: 12px; overflow-wrap: anywhere; line-height: 1.2; }
-.row svg { width: 100%; height: 22px; overflow: visible; }
-.row svg.axis { height: 18px; } svg text { fill: var(--soft); font-size: 11px; }
-svg .grid { stroke: var(--line); } svg .chance { stroke: var(--ink); stroke-dasharray: 2 2; }
-.dot .interval { stroke: var(--pale); stroke-width: 5; stroke-linecap: round; }
-.dot circle { fill: var(--blue); } .dot.low .interval { stroke: var(--warmpale); }
-.dot.low circle { fill: var(--warm); } .dot.control circle { fill: var(--paper);
-  stroke: var(--soft); stroke-width: 2; } .dot.control .interval { stroke: var(--line); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(310px, 100%), 1fr));
-  gap: 8px 26px; } figure { margin: 8px 0; break-inside: avoid; }
-figcaption { font-weight: 600; margin-bottom: 2px; } figcaption i { font-weight: 400; } .chart { width: 100%; height: auto; }
-.chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-polyline.raw { stroke: var(--line); stroke-width: 1.2; } polyline.loss, polyline.c1 {
-  stroke: var(--warm); } polyline.val, polyline.c0 { stroke: var(--blue); } circle.val, circle.c0 {
-  fill: var(--blue); } circle.c1 { fill: var(--warm); } polyline.c2 { stroke: var(--good); }
-circle.c2 { fill: var(--good); } polyline.c3 { stroke: var(--soft); } circle.c3 {
-  fill: var(--soft); } .key0 { color: var(--blue); } .key1 { color: var(--warm); }
-.key2 { color: var(--good); } .key3 { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 14px 12px; }
-.card { margin: 0; font-size: 13px; line-height: 1.3; break-inside: avoid; }
-.card img { width: 100%; aspect-ratio: 1; border-radius: 6px; border: 2px solid var(--line);
-  display: block; } .card.wrong img { border-color: var(--warm); }
-.card span { display: block; color: var(--soft); margin-top: 4px; }
-.strip { display: flex; flex-wrap: wrap; gap: 10px; } .strip figure { width: 92px; margin: 0; }
-.strip img { width: 92px; height: 92px; border-radius: 6px; display: block; }
-.strip figcaption { font-weight: 400; font-size: 13px; }
-dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 4px 18px; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-code { font: 13px ui-monospace, Menlo, Consolas, monospace; }
-details { margin: 10px 0; } summary { cursor: pointer; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-td, th { padding: 3px 10px; text-align: left; border-bottom: 1px solid var(--line); }
-td:nth-child(n+4), th:nth-child(n+4) { text-align: right; white-space: nowrap; }
-"""
+def style():
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,8 +144,8 @@ def captions(found):
     words = "Grey: what was said. Below it the model's caption"
     if judged:
         words += (
-            f', <span class="good">✓</span> if it names the thing that is seen, <span class="warm">'
-            f"✗</span> if not: {rights} of these {len(judged)} are right"
+            ', <span class="good">✓</span> if it names the thing that is seen, '
+            f'<span class="warm">✗</span> if not: {rights} of these {len(judged)} are right'
         )
     cards = []
     for one in found:
@@ -217,7 +157,8 @@ def captions(found):
             f'<figure class="card{wrong}"><img alt="" src="{as_jpeg(one.frame)}"><span>'
             f"{escape(one.text)}</span>{mark}{escape(one.said)}</figure>"
         )
-    return f'<h2>What the model says</h2><p class=soft>{words}.</p><div class="cards">{"".join(cards)}</div>'
+    shown = "".join(cards)
+    return f'<h2>What the model says</h2><p class=soft>{words}.</p><div class="cards">{shown}</div>'
 
 
 def attention(found):
@@ -239,8 +180,8 @@ def attention(found):
             f"{own.sum():.0%}</small></figcaption></figure>"
         )
     return (
-        "<h2>Where each word looked</h2><p class=soft>Bright: the patches that the model attended to "
-        "when it said the word, averaged over layers and heads. The number is the share of its "
+        "<h2>Where each word looked</h2><p class=soft>Bright: the patches that the model attended "
+        "to when it said the word, averaged over layers and heads. The number is the share of its "
         f'attention that was on the picture; the rest was on words.</p><div class="strip">'
         f"{''.join(cells)}</div>"
     )
@@ -261,11 +202,11 @@ def in_words(seconds):
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def run_card(log, facts):
-    """The section of facts about a run: its last start, its phases' times, and facts of the tests."""
-    entry = next((entry for entry in reversed(log) if isinstance(entry.get("run"), dict)), {})
+def facts_of(run, log, facts):
+    """The section of facts about a run: its last start, its phases' times, and facts of the tests.
+    run: as run_card.read() returns it."""
     items = {name: f"<code>{escape(text)}</code>" if name in ("command", "config") else escape(text)
-             for name, text in entry.get("run", {}).items()}  # fmt: skip
+             for name, text in run.items()}  # fmt: skip
     names = list(dict.fromkeys(e["phase"] for e in log if isinstance(e.get("phase"), str)))
     times = {name: seconds_of([e for e in log if e.get("phase") == name]) for name in names}
     if any(times.values()):
@@ -309,7 +250,7 @@ def whole(title, subtitle, sections, refresh=0):
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">{again}'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><body><h1>{escape(title)}</h1>"
+        f"<title>{escape(title)}</title><style>{style()}</style><body><h1>{escape(title)}</h1>"
         f"<p class=soft>{subtitle}</p>{''.join(sections)}</body></html>\n"
     )
 
@@ -336,9 +277,8 @@ def live_tiles(log):
     return found
 
 
-def subtitle_of(log, source, tests):
+def subtitle_of(run, log, source, tests):
     """A line on the run: its data, size, seed, time and machine."""
-    run = next((entry["run"] for entry in reversed(log) if isinstance(entry.get("run"), dict)), {})
     facts = tests.facts if tests else {}
     seconds = sum(
         seconds_of([e for e in log if e.get("phase") == name])
@@ -355,8 +295,9 @@ def subtitle_of(log, source, tests):
     return whole_line
 
 
-def render(folder, log, source, tests=None):
-    """report.html as text. tests: a Tests, or None while the run is training."""
+def render(folder, source, tests=None):
+    """report.html as text. folder: of the run; tests: a Tests, or None while it is training."""
+    log, run = read_log(Path(folder) / "log.jsonl"), run_card.read(folder)
     shown = tests or Tests(tiles=live_tiles(log))
     tiles = "".join(tile(*one) for one in shown.tiles)
     notes = "".join(f'<p class="warm">{escape(note)}</p>' for note in shown.notes)
@@ -367,14 +308,15 @@ def render(folder, log, source, tests=None):
         captions(shown.captions),
         attention(shown.attention),
         training(log, PHASES),
-        run_card(log, shown.facts),
+        facts_of(run, log, shown.facts),
         table(shown.rows),
     ]
-    return whole(folder, subtitle_of(log, source, tests), sections, refresh=0 if tests else 30)
+    return whole(
+        str(folder), subtitle_of(run, log, source, tests), sections, refresh=0 if tests else 30
+    )
 
 
 def write_live(folder, source):
     """Write report.html of a run that is training."""
-    text = render(str(folder), read_log(Path(folder) / "log.jsonl"), source)
     with writing(Path(folder) / "report.html") as file:
-        file.write(text.encode("utf-8"))
+        file.write(render(folder, source).encode("utf-8"))

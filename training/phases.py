@@ -26,8 +26,9 @@ EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype", 
 
 @dataclass(frozen=True)
 class Phase:
-    """A row of the table PHASES in train.py. The options NAME_steps, NAME_epochs, NAME_lr and
-    NAME_batch belong to the phase called NAME, and NAME_learn if it starts from other phases."""
+    """A row of the table PHASES in train.py. The options NAME_steps, NAME_lr and NAME_batch,
+    and optionally NAME_epochs, belong to the phase called NAME, and NAME_learn if it starts from
+    other phases."""
 
     learns: tuple  # the parts that are trained, as optimizer.parse_part() takes them
     batches: type  # what it reads, see batches.py
@@ -177,8 +178,8 @@ def open_batches(settings, name, phase, dataset, model, stored=None):
 
 
 def set_steps(settings, name, batches):
-    """Set the option NAME_steps of a phase that has NAME_epochs."""
-    epochs, batch = getattr(settings, f"{name}_epochs"), getattr(settings, f"{name}_batch")
+    """Set the option NAME_steps of a phase that has NAME_epochs, an option that may be missing."""
+    epochs, batch = getattr(settings, f"{name}_epochs", 0), getattr(settings, f"{name}_batch")
     if epochs:
         setattr(settings, f"{name}_steps", max(1, round(epochs * batches.rows / batch)))
 

@@ -1,5 +1,5 @@
 """
-The facts about a start of a run that its log keeps: command, code, machine, versions, data.
+run.json: the facts about each start of a run, a list: command, code, machine, versions, data.
 """
 
 import os
@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from common.files import read_json, write_json
 
 
 def find_commit():
@@ -53,3 +55,19 @@ def describe(settings, dataset, processes):
         "started": time.strftime("%Y-%m-%d %H:%M"),
     }
     return {name: text for name, text in card.items() if text}
+
+
+def read(folder):
+    """The facts about the last start of a run, {name: text}; {} if there are none."""
+    path = Path(folder) / "run.json"
+    starts = read_json(path) if path.exists() else []
+    return (
+        starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
+    )
+
+
+def add(settings, dataset, processes):
+    """Add this start to run.json."""
+    path = Path(settings.out) / "run.json"
+    before = read_json(path) if path.exists() else []
+    write_json(path, [*before, describe(settings, dataset, processes)])
