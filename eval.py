@@ -19,6 +19,9 @@ paired 95 % intervals over the same items, and curves over each other.
 A new test: tasks/__init__.py.
 """
 
+import common.threads  # noqa: F401, before torch
+
+# isort: split
 import math
 import time
 from dataclasses import dataclass

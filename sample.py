@@ -23,6 +23,9 @@ For chat models the prompt is a question and is wrapped in the model's template.
 In a conversation /image FILE shows another picture, /reset starts again, Ctrl-D ends it.
 """
 
+import common.threads  # noqa: F401, before torch
+
+# isort: split
 import sys
 from dataclasses import dataclass
 from itertools import takewhile

@@ -14,6 +14,9 @@ NAME_learn in Config. Other parts to train: the options phase1_learn and so on. 
 training/optimizer.py.
 """
 
+import common.threads  # noqa: F401, before torch
+
+# isort: split
 import copy
 import math
 import os
@@ -396,6 +399,7 @@ def load_settings(argv):
     if not files and "phase" in settings.given and path.exists():
         print(f"no config file given: taking configs/{path.name}")
         settings = config.load(Config, [str(path), *flags], __doc__)
+        settings.arguments, settings.file = list(argv), ""  # as they were given
     if settings.vision_weights == "none":  # overrides a config file that names a tower
         settings.vision_weights = ""
     for name in PHASES:

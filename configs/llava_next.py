@@ -8,8 +8,7 @@ LLaVA-NeXT with Llama 3 8B, its second stage, by the command on its model card.
         --size 336 --norm clip --canvases 336x672 672x336 672x672 1008x336 336x1008
     torchrun --nproc_per_node=8 train.py configs/llava_next.py
 
-Stage 1 is configs/llava15_stage1.py with this tower, --language_weights Meta-Llama-3-8B-Instruct
-and --out out/llava_next. The card's flags, and what they are here:
+Stage 1 is configs/llava_next_stage1.py. The card's flags, and what they are here:
 
     --model_name_or_path, --vision_tower, --pretrain_mm_mlp_adapter: init
     --version llava_llama_3: data.py's --template llama3

@@ -245,7 +245,7 @@ PHASES = {
 
 
 def whole(title, subtitle, sections, refresh=0):
-    """A page of sections (HTML). refresh: seconds after which a browser reads it again; 0: never."""
+    """A page of sections (HTML). refresh: seconds until a browser reads it again; 0: never."""
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'

@@ -154,15 +154,14 @@ def count_step(one, plan, rows):
         model.to_empty(device="cpu")
         with alive:
             for _ in range(min(one.settings.grad_accum, 2)):
-                before = counter.get_total_flops()
-                with counter:
+                with counter:  # it starts from 0 again
                     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                         inputs = model.inputs(batch, one.dataset.image_format, 0, 0)
                         loss = model(*inputs)[1]
                     if loss.requires_grad:
                         loss.backward()
             most = alive.most
-    return counter.get_total_flops() - before, most
+    return counter.get_total_flops(), most
 
 
 def count_features(one, frames):

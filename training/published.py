@@ -146,6 +146,7 @@ CORPORA = {
         frames=624610,
         template="v1",
     ),
+    "llava_next_captions": Corpus(336, 128320, 0, (Samples(558128, 18, 16),), frames=558128),
     "llava_next": Corpus(
         336,
         128320,
