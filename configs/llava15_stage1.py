@@ -20,7 +20,7 @@ projector = "mlp2x_gelu"  # (1024 + 1) * 4096 + (4096 + 1) * 4096 = 20,979,712 p
 features = "live"  # stored they would take 558128 * 576 * 1024 * 2 bytes = 658 GB
 phase1_lr = 1e-3
 phase1_batch = 256
-phase1_steps = 558128 // 256  # one pass: 2,180
+phase1_epochs = 1  # of 558,128 pairs: 2,180 steps
 warmup = 0.03
 weight_decay = 0.0
 beta2 = 0.999

@@ -22,7 +22,7 @@ truncate = True  # where LLaVA cuts too, at block_size, but after an answer
 features = "live"  # stored they would take 665298 * 576 * 1024 * 2 bytes = 785 GB
 phase3_lr = 2e-5
 phase3_batch = 128
-phase3_steps = 665298 // 128  # one pass: 5,197
+phase3_epochs = 1  # of 665,298 conversations: 5,198 steps
 warmup = 0.03
 weight_decay = 0.0
 beta2 = 0.999

@@ -21,7 +21,7 @@ Stage 1 is configs/llava_next_stage1.py. The card's flags, and what they are her
     --mm_patch_merge_type spatial_unpad: what tiles do here
     --group_by_modality_length: what batches do here
     --bf16, --tf32, --torch_compile: what a GPU gets by itself
-    --num_train_epochs, --per_device_train_batch_size: phase3_steps, phase3_batch
+    --num_train_epochs, --per_device_train_batch_size: phase3_epochs, phase3_batch
     --gradient_accumulation_steps, --gradient_checkpointing: grad_accum, recompute
     --learning_rate, --weight_decay, --warmup_ratio: phase3_lr, weight_decay, warmup
     --lr_scheduler_type cosine: the schedule there is
@@ -43,7 +43,7 @@ phase3_learn = ("projector", "gpt", "tower=2e-6")
 truncate = True  # where LLaVA cuts too, at block_size, but after an answer
 phase3_lr = 1e-5
 phase3_batch = 32  # 4 a GPU, of eight
-phase3_steps = 760000 // 32  # one pass of about 760,000 conversations: 23,750
+phase3_epochs = 1  # of about 760,000 conversations: 23,750 steps
 warmup = 0.03
 weight_decay = 0.0
 beta2 = 0.999

@@ -10,9 +10,8 @@ The paper's, words instead of BPE: add configs/words.py after this file.
 phase = "0"
 data = "data/saycam"
 out = "out/saycam"
-vision_weights = (
-    "dino_sfp_resnext50.pth"  # 7 * 7 = 49 tokens x 2048; none: train a ViT-S/16 by DINO
-)
+# from github.com/eminorhan/silicon-menagerie: 7 * 7 = 49 tokens x 2048; none: train a ViT-S/16
+vision_weights = "dino_sfp_resnext50.pth"
 n_layer = 8
 n_head = 8  # of width 32; BabyLLaVA has 32 heads of width 8
 n_embd = 256
@@ -20,14 +19,14 @@ block_size = 2048
 dropout = 0.15
 language_lr = 5e-4
 language_batch = 8  # x 2048 = 16,384 tokens a step
-language_steps = 10 * 37486 * 10 // 16384  # 10 passes of 37,486 utterances of some 10 tokens: 228
+language_epochs = 10  # of 37,486 utterances of some 10 tokens: about 229 steps
 patch = 16  # if a ViT is trained: 224 / 16 = 14, so P = 196
 vision_width = 384
 vision_depth = 12
 vision_heads = 6
 vision_lr = 5e-4
 vision_batch = 256
-vision_steps = 10 * 600285 // 256  # 10 passes of SAYCam's frames: 23,448
+vision_epochs = 10  # of the frames of the pairs; of all 600,285 of SAYCam: 23,448 steps
 prototypes = 4096
 local_views = 8
 momentum = 0.996

@@ -21,5 +21,5 @@ n_hidden = 5632
 block_size = 8192
 language_lr = 2e-4  # or 2e-5: both were swept
 language_batch = 4  # x 8192 tokens; of all processes together: with 8 GPUs say 8
-language_steps = 10 * 37486 * 10 // 32768  # 10 passes of some 375,000 tokens: 114
+language_epochs = 10  # of some 375,000 tokens: about 115 steps
 weight_decay = 0.1

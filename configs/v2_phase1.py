@@ -8,6 +8,6 @@ keep_cls = True  # 1 + 14 * 14 = 197 tokens an image
 projector = "mlp2x_gelu"  # 1024 -> 2048 -> 2048
 phase1_lr = 3e-3
 phase1_batch = 32  # of all processes together; published: 32 a device
-phase1_steps = 5 * 768000 // 32  # 5 passes of 768,000 pairs: 120,000
+phase1_epochs = 5  # of 768,000 pairs: 120,000 steps
 weight_decay = 0.0
 beta2 = 0.999

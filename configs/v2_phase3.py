@@ -15,7 +15,7 @@ out = "out/saycam_v2"
 phase3_learn = ("projector", "gpt", "tower=1e-5")
 phase3_lr = 5e-5
 phase3_batch = 128
-phase3_steps = 5 * 113211 // 128  # 5 passes of 113,211 items, mixed; 10 of one test alone: 4,422
+phase3_epochs = 5  # of 113,211 items, mixed: 4,422 steps; 10 of one test alone
 weight_decay = 0.0
 beta2 = 0.999
 recompute = True

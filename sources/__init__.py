@@ -35,13 +35,14 @@ class Recordings(config.Options):
     # filtering by a model
     filter: str = ""  # a trained model: keep utterances that their own picture makes likelier
     min_gain: float = option(0.0, low=-1e9, high=1e9)  # by at least so many nats per token
+    most: int = option(0, low=0, high=10**9)  # keep so many pairs, of the highest gain; 0: all
     others: int = option(4, low=1, high=1000)  # other pictures to compare with
 
 
 def wants_filter(settings):
     """Whether a source's utterances are to be filtered. Raises UserError for options of the filter
     without --filter."""
-    unused = [name for name in ("min_gain", "others") if name in settings.given]
+    unused = [name for name in ("min_gain", "most", "others") if name in settings.given]
     if isinstance(settings, Recordings) and unused and not settings.filter:
         raise UserError(f"--{unused[0]} is for --filter FILE, which is missing")
     return bool(getattr(settings, "filter", ""))

@@ -3,6 +3,7 @@ Filtering utterances by a trained model: keep those that are likelier with their
 with other pictures of the corpus. No second model is needed.
 
     python data.py saycam --frames ... --name filtered --filter out/saycam/phase2.pt --min_gain 0.05
+    python data.py saycam --frames ... --filter out/first/phase2.pt --most 67000
 
 The gain of an utterance is its NLL per token with other pictures, averaged over --others of them,
 minus that with its own picture. The filter runs on what a source has written, before it is
@@ -100,18 +101,22 @@ def open_filter(settings):
 
 
 def filter_samples(writer, settings, loaded):
-    """Remove the training samples of a source whose gain is below --min_gain. Validation samples
-    stay. Raises UserError."""
+    """Remove the training samples of a source whose gain is below --min_gain, or not among the
+    --most highest. Validation samples stay. Raises UserError."""
     part = writer.splits.get("train")
     if part is None or "image_ids" not in part.bins:
         raise UserError("--filter: there are no pictures to compare utterances with")
     with torch.no_grad():
         found = find_gains(part, loaded, settings.others, seed=0)
     keep = ~(found < settings.min_gain)  # samples without a gain stay
+    if settings.most:
+        best = np.argsort(-np.nan_to_num(found, nan=-np.inf), kind="stable")[: settings.most]
+        keep &= np.isnan(found) | np.isin(np.arange(len(found)), best)
     if not keep.any():
         raise UserError(f"--min_gain {settings.min_gain:g}: nothing is left, of {len(found)} pairs")
     rewrite(part, keep)
-    writer.meta["filtered"] = {"by": loaded.checkpoint.get("digest"), "min_gain": settings.min_gain}
+    how = {"min_gain": settings.min_gain, "most": settings.most}
+    writer.meta["filtered"] = {"by": loaded.checkpoint.get("digest"), **how}
     listed = [None if np.isnan(gain) else round(float(gain), 4) for gain in found]
     write_json(Path(writer.directory) / "gains.json", listed)
     judged = found[np.isfinite(found)]

@@ -79,7 +79,7 @@ def test_what_gains_too_little_is_left_out_and_the_rest_is_whole(folder, recipe)
     command.main(["pairs", "--name=lax", *FLAGS, model, "--min_gain=-1e9"])
     assert samples_of("lax") == everything
     digest = torch.load(recipe / "phase2.pt", weights_only=True)["digest"]
-    assert Data("data/kept").meta["filtered"] == {"by": digest, "min_gain": 0.0}
+    assert Data("data/kept").meta["filtered"] == {"by": digest, "min_gain": 0.0, "most": 0}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,16 @@ def test_what_cannot_be_sifted(folder, recipe, flags, why):
         command.main(["pairs", *FLAGS, f"--filter={recipe / 'phase2.pt'}", *flags])
     assert one_line(error) and why in str(error.value)
     assert not (folder / "data/pairs/meta.json").exists()
+
+
+def test_most_keeps_the_pairs_of_the_highest_gain(folder, recipe):
+    """The published recipe wants a number of pairs, not a threshold."""
+    model = f"--filter={recipe / 'phase2.pt'}"
+    command.main(["pairs", "--name=all", *FLAGS])
+    command.main(["pairs", "--name=best", *FLAGS, model, "--min_gain=-1e9", "--most=7"])
+    gains = json.load(open("data/best/gains.json"))
+    best = sorted(range(len(gains)), key=lambda i: -gains[i])[:7]
+    assert samples_of("best") == [s for i, s in enumerate(samples_of("all")) if i in best]
 
 
 def test_a_model_that_is_not_there_costs_no_data(folder):

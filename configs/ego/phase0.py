@@ -9,9 +9,9 @@ Parameters: 52000 * 768 embedding and head, one matrix + 12 * (4 * 768 * 768 of 
 * 2048 of the MLP + 2 * 768) + 768 = 124,889,856. (GPT-2 small with 52,000 tokens has 125,778,432:
 learnt positions, biases and another MLP.)
 
-BabyView's size is printed by data.py. The steps below are of N = 1,215,500 utterances, 85 % of the
-1.43 million that BabyVLM's authors cut from it, and of one pair for each: put your own numbers in
-(data.py writes a pair for each frame that an utterance is said over). The original's tower is a
+The steps in the comments are of N = 1,215,500 utterances, 85 % of the 1.43 million that BabyVLM's
+authors cut from BabyView, and of one pair for each; --plan prints those of your data (data.py writes
+a pair for each frame that an utterance is said over). The original's tower is a
 ViT-B/14 by DINOv2 (500 * 1,812 steps); ours would be trained by DINO, with its figures below, if
 vision_weights is none. A tower that saw other pictures than BabyView's disqualifies a run.
 """
@@ -37,7 +37,7 @@ block_size = 1024
 dropout = 0.1
 language_lr = 1e-4  # linear in the original, a cosine here
 language_batch = 64  # x 1024 = 65,536 tokens a step; published: 16 a device, four added up
-language_steps = 30 * 1215500 * 10 // 65536  # 30 passes of N utterances of some 10 tokens: 5,564
+language_epochs = 30  # of N = 1,215,500 utterances of some 10 tokens: 5,564 steps
 weight_decay = 0.3
 beta2 = 0.999
 keep = "best"  # published: the best checkpoint, else 5 to 10 points are lost
