@@ -109,8 +109,14 @@ def groups_of(tasks):
         for control in CONTROLS:
             if control in subsets["all"]:
                 rows.append((in_plain(control), subsets["all"][control], True))
-        groups.append((TITLES.get(test, (in_plain(test).capitalize(), ""))[0], rows))
+        groups.append((title_of(test, measure), rows))
     return groups
+
+
+def title_of(test, measure):
+    """The title of a test, if this is the measure that the title is of; else both names."""
+    title, wanted = TITLES.get(test, (in_plain(test).capitalize(), measure))
+    return title if measure == wanted else f"{title.partition(':')[0]}: {in_plain(measure)}"
 
 
 def tiles_of(tasks, most=5):
@@ -119,6 +125,8 @@ def tiles_of(tasks, most=5):
     for test in [name for name in TITLES if name in tasks] or list(tasks)[:most]:
         subsets = tasks[test]
         measure = shown_measure(test, subsets["all"])
+        if test in TITLES and measure != TITLES[test][1]:
+            continue  # METEOR is no share of anything
         title = TITLES.get(test, (in_plain(test).capitalize(), ""))[0].partition(":")[0]
         if test.startswith("which_"):
             title = in_plain(test).capitalize()
@@ -127,6 +135,8 @@ def tiles_of(tasks, most=5):
         notes = []
         if "held_out" in subsets:
             notes.append(f"<i>{subsets['held_out'][measure]['score']:.0%}</i> held-out pairs")
+        if "cannot_see" in subsets["all"]:
+            notes.append(f"{subsets['all']['cannot_see']['score']:.0%} without pictures")
         if first["chance"] is not None:
             notes.append(f"chance {first['chance']:.0%}")
         tiles.append((f"{first['score']:.0%}", label, "; ".join(notes)))

@@ -38,7 +38,8 @@ def find_machine(device):
         lines = info.read_text(errors="replace").splitlines()
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {count} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {count} cores, {threads} thread{'s' * (threads > 1)}"
 
 
 def describe(settings, dataset, processes):

@@ -1,0 +1,68 @@
+"""
+Is --plan right? Memory and time of each phase of configs/toy.py, planned and then taken.
+
+    python benchmarks/plan.py [FOLDER]      # a folder with data/toy; else it is drawn
+
+Each phase is planned, trained, and planned again, each time in processes of its own; the time of
+the plan is the mean of both, because a machine's speed changes within minutes.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = {"vision": "vision", "language": "language", "phase1": "1", "phase2": "2"}
+TRAIN = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/toy.py")]
+CHILD = "import resource, subprocess, sys\nsubprocess.run(sys.argv[1:], check=True)\n"
+CHILD += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+
+
+def planned(phase, folder):
+    """(MB, seconds) of a phase by --plan."""
+    command = [*TRAIN, "--out=out/checked", "--phase", phase, "--plan"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    row = [line for line in done.stdout.splitlines() if line.startswith("| ")][1]
+    cells = [cell.strip() for cell in row.split("|")]
+    number, unit = cells[9].split()
+    minutes, seconds = map(int, re.match(r"(\d+):(\d+)", cells[11]).groups())
+    return float(number) * (1000 if unit == "GB" else 1), 60 * minutes + seconds
+
+
+def taken(name, phase, folder):
+    """(MB, seconds) of training a phase: from the first entry of its log to the last."""
+    command = [sys.executable, "-c", CHILD, *TRAIN, "--out=out/checked", "--phase", phase]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    log = (Path(folder) / "out/checked/log.jsonl").read_text().splitlines()
+    times = [entry["time"] for entry in map(json.loads, log) if entry["phase"] == name]
+    scale = 1e6 if sys.platform == "darwin" else 1e6 / 1024
+    return int(done.stdout.split()[-1]) / scale, max(times) - min(times)
+
+
+def main(folder):
+    if not (Path(folder) / "data/toy/meta.json").exists():
+        subprocess.run([sys.executable, str(ROOT / "data.py"), "toy"], cwd=folder, check=True)
+    print("| phase | memory planned | taken | ratio | time planned | taken | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for name, phase in PHASES.items():
+        before = planned(phase, folder)
+        memory, seconds = taken(name, phase, folder)
+        path = Path(folder) / f"out/checked/{name}.pt"
+        path.rename(path.with_suffix(".away"))
+        after = planned(phase, folder)
+        path.with_suffix(".away").rename(path)
+        plan = [(a + b) / 2 for a, b in zip(before, after)]
+        cells = [f"{plan[0]:.0f} MB", f"{memory:.0f} MB", f"{plan[0] / memory:.2f}"]
+        cells += [f"{plan[1]:.0f} s", f"{seconds:.0f} s", f"{plan[1] / seconds:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(sys.argv[1])
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            main(name)
