@@ -7,11 +7,12 @@ Each phase is planned, trained, and planned again, each time in processes of its
 the plan is the mean of both, because a machine's speed changes within minutes.
 """
 
-import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,28 +33,39 @@ def planned(phase, folder):
     return float(number) * (1000 if unit == "GB" else 1), 60 * minutes + seconds
 
 
-def taken(name, phase, folder):
-    """(MB, seconds) of training a phase: from the first entry of its log to the last."""
+def taken(phase, folder):
+    """(MB, seconds) of training a phase, less the seconds of the same command when it is done: those
+    of starting Python and PyTorch."""
     command = [sys.executable, "-c", CHILD, *TRAIN, "--out=out/checked", "--phase", phase]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    log = (Path(folder) / "out/checked/log.jsonl").read_text().splitlines()
-    times = [entry["time"] for entry in map(json.loads, log) if entry["phase"] == name]
-    scale = 1e6 if sys.platform == "darwin" else 1e6 / 1024
-    return int(done.stdout.split()[-1]) / scale, max(times) - min(times)
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - began)
+        if len(seconds) == 1:
+            scale = 1e6 if sys.platform == "darwin" else 1e6 / 1024
+            memory = int(done.stdout.split()[-1]) / scale
+    return memory, seconds[0] - seconds[1]
 
 
 def main(folder):
     if not (Path(folder) / "data/toy/meta.json").exists():
         subprocess.run([sys.executable, str(ROOT / "data.py"), "toy"], cwd=folder, check=True)
+    for leftover in ("out/checked", "data/toy/features"):
+        shutil.rmtree(Path(folder) / leftover, ignore_errors=True)
     print("| phase | memory planned | taken | ratio | time planned | taken | ratio |")
     print("|---|---|---|---|---|---|---|")
     for name, phase in PHASES.items():
         before = planned(phase, folder)
-        memory, seconds = taken(name, phase, folder)
-        path = Path(folder) / f"out/checked/{name}.pt"
+        memory, seconds = taken(phase, folder)
+        path, features = Path(folder) / f"out/checked/{name}.pt", Path(folder) / "data/toy/features"
         path.rename(path.with_suffix(".away"))
+        if name == "phase1":  # as they were before
+            features.rename(features.with_suffix(".away"))
         after = planned(phase, folder)
         path.with_suffix(".away").rename(path)
+        if name == "phase1":
+            features.with_suffix(".away").rename(features)
         plan = [(a + b) / 2 for a, b in zip(before, after)]
         cells = [f"{plan[0]:.0f} MB", f"{memory:.0f} MB", f"{plan[0] / memory:.2f}"]
         cells += [f"{plan[1]:.0f} s", f"{seconds:.0f} s", f"{plan[1] / seconds:.2f}"]

@@ -19,7 +19,7 @@ from training.progress import peak_memory
 
 SECONDS = 6  # of measuring, at least; and at least STEPS steps
 STEPS = 12
-WARM = 3  # first steps, which allocate memory and are not counted
+WARM = 3  # first steps, which import and allocate, and are not like the others
 MOST_FLOP = 2e11  # of a step that is measured: some seconds on a laptop
 
 
@@ -94,7 +94,7 @@ def measure(one, read_batch, take_step):
             times.append(time.perf_counter() - start)
             if len(times) >= STEPS + WARM and time.perf_counter() - began > SECONDS:
                 break
-    seconds = float(np.mean(times[WARM:])) * run.steps
+    seconds = sum(times[:WARM]) + float(np.mean(times[WARM:])) * max(run.steps - WARM, 0)
     with torch.no_grad():
         seconds += count_validations(run) * seconds_of(run.phase.validate, run)
         seconds += seconds_of_features(one, run)
@@ -117,7 +117,7 @@ def seconds_of(function, *arguments):
 
 def seconds_of_features(one, run):
     """Seconds to compute the features of all frames; 0 if they are stored already."""
-    if not one.stores_features:
+    if not one.pays_features:
         return 0.0
     seconds, few = 0.0, 256
     for split in one.phase.splits:

@@ -230,7 +230,7 @@ def make_plan(one):
         passes=one.steps * batch / batches.rows,
         reads=batches.describe(plans),
         flop=flop * world * accum,
-        feature_flop=count_features(one, frames) if stores else 0,
+        feature_flop=count_features(one, frames) if one.pays_features else 0,
         weights=weights,
         gradients=gradients,
         moments=2 * bytes_of(trained),

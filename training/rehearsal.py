@@ -33,6 +33,7 @@ class Rehearsal:
     dataset: object  # data.Data
     device: torch.device
     world: int
+    pays_features: bool = False  # whether it computes features that are stored
 
     @property
     def steps(self):
@@ -69,6 +70,18 @@ class Rehearsal:
         has_frames = self.dataset.count(self.phase.splits[0], "frames") > 0
         has_tower = getattr(self.model, "gpt", None) is None or self.model.tower is not None
         return has_frames and has_tower and not self.stores_features
+
+    @property
+    def features_are_there(self):
+        """Whether features of this shape lie in the data folder: of this tower, most likely."""
+        for split in self.phase.splits:
+            frames = self.dataset.count(split, "frames")
+            digest = self.dataset.meta["splits"].get(split, {}).get("frames_digest", "")[:16]
+            found = (self.dataset.directory / "features").glob(f"{digest}_*.bin")
+            size = frames * self.features_an_image * 2
+            if frames and not any(path.stat().st_size == size for path in found):
+                return False
+        return True
 
     @property
     def features_an_image(self):
@@ -120,9 +133,10 @@ def rehearse(settings, names, table, dataset, processes, planned=None, load_weig
         planned[name] = describe(own, name, phase, dataset, model, inherited)
         start = saved["step"] if saved else 0
         device, world = processes.device, processes.world
-        found.append(
-            Rehearsal(name, phase, own, model, groups, batches, start, dataset, device, world)
-        )
+        one = Rehearsal(name, phase, own, model, groups, batches, start, dataset, device, world)
+        first = not any(other.pays_features for other in found)
+        one.pays_features = one.stores_features and first and not one.features_are_there
+        found.append(one)
     return found
 
 
