@@ -20,8 +20,6 @@ import common.threads  # noqa: F401, before torch
 import copy
 import math
 import os
-import re
-import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -41,6 +39,7 @@ from config import UserError, option
 from fast.memory import return_memory
 from model import BabyLLaVA
 from training import (
+    advice,
     measure,
     models,
     page,
@@ -391,7 +390,7 @@ def load_settings(argv):
     """The Config of the command line; `--phase 1` without a file means configs/phase1.py."""
     files, flags = config.split_arguments(argv)
     settings = config.load(Config, argv, __doc__)
-    known = (*(resume.phase_flag(name) for name in PHASES), "0", "all")
+    known = (*(advice.phase_flag(name) for name in PHASES), "0", "all")
     if settings.phase not in known:
         raise UserError(f"--phase {settings.phase}: one of {', '.join(known)}")
     number = "0" if settings.phase in ("vision", "language") else settings.phase
@@ -464,40 +463,9 @@ def train(settings, processes):
 
         where = [f"--data={settings.data}", f"--device={settings.device}"]
         evaluation.main([f"--checkpoint={last}", *where])
-    processes.print(next_commands(settings, names[-1], last))
-
-
-def next_commands(settings, name, last):
-    """The commands that one may run next, after phase `name` whose checkpoint is `last`."""
-    commands = []
-    if PHASES[name].batches is not ClipBatches:  # not a tower alone
-        toy = settings.data.startswith("data/toy")
-        words = '--prompt "where \'s the"' if PHASES[name].batches is TextBatches else "img.jpg"
-        words = "assets/scene.png" if toy and words == "img.jpg" else words
-        commands.append(f"python sample.py {words} --checkpoint {last}")
-    following = [other for other, row in PHASES.items() if name in row.starts_from]
-    if settings.phase == "all":
-        commands.append(f"python eval.py --checkpoint {last} --shuffle  # the same by chance")
-    elif following:
-        commands.append(following_command(settings, resume.phase_flag(following[0])))
-    return "next: " + "\n      ".join(commands)
-
-
-def following_command(settings, phase):
-    """This command for another phase; a file configs/phase1.py stands for the one of that phase."""
-    arguments = list(settings.arguments)
-    where = settings.given["phase"]
-    if where != "--phase":  # a file says the phase
-        path = Path(settings.file)
-        other = path.with_name(re.sub(r"\d(?=\.py$)", phase, path.name))
-        arguments = [str(other) if one == settings.file else one for one in arguments]
-        return shlex.join(["python", "train.py", *arguments])
-    for i, one in enumerate(arguments):
-        if one == "--phase":
-            arguments[i + 1] = phase
-        elif one.startswith("--phase="):
-            arguments[i] = f"--phase={phase}"
-    return shlex.join(["python", "train.py", *arguments])
+    commands = advice.next_commands(settings, names[-1], last, PHASES)
+    if commands:
+        processes.print(commands)
 
 
 def measured(arguments, name):

@@ -22,7 +22,7 @@ SETTINGS = {
     "1,000": {"GOMP_SPINCOUNT": "1000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-ROUNDS = 3
+ROUNDS = 2
 STEP = """
 import sys, time
 sys.path.insert(0, {root!r})

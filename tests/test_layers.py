@@ -88,3 +88,21 @@ def test_training_imports_only_what_it_needs(recipe, home):
     found = done.stdout.splitlines()[-1].split()
     vocabularies = ["pretrained.split_patterns", "pretrained.tokenizer_json"]
     assert sorted(found) == ["pretrained", *vocabularies]
+
+
+def test_how_threads_wait_is_set_before_torch_is_imported(tmp_path):
+    """libgomp reads it once, when torch loads it; a value that a user has set stays."""
+    for name in ("train", "sample", "eval"):
+        code = (
+            "import os, sys\n"
+            "class Watch:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'torch':\n"
+            "            print(os.environ.get('GOMP_SPINCOUNT'))\n"
+            "            sys.exit()\n"
+            "sys.meta_path.insert(0, Watch())\n"
+            f"import {name}"
+        )
+        for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+            done = shell("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT), **given)
+            assert done.stdout.strip() == expected, (name, done.stderr[-500:])

@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL, one_line, shell
 import kernels
 import train
 from config import UserError
-from training import measure, planning, published, rehearsal, resume, run_card
+from training import advice, measure, planning, published, rehearsal, resume, run_card
 from training.processes import Processes
 from training.progress import Clock
 
@@ -346,7 +346,8 @@ def test_the_time_left_follows_the_arithmetic():
 def test_at_the_end_the_next_commands_are_printed(argv, name, expected):
     here = str(ROOT / "configs")
     settings = train.load_settings([word.replace("CONFIGS", here) for word in argv])
-    shown = train.next_commands(settings, name, Path(settings.out) / f"{name}.pt")
+    last = Path(settings.out) / f"{name}.pt"
+    shown = advice.next_commands(settings, name, last, train.PHASES)
     assert shown.startswith("next: ") and expected.replace("CONFIGS", here) in shown
 
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from config import UserError
 from data import Data
 from fast import products
-from training import measure, phases, published, rehearsal, resume
+from training import advice, measure, phases, published, rehearsal, resume
 
 GB = 1e9
 # {name: (bf16 TFLOP/s without sparsity, GB of memory)}, from the makers' data sheets
@@ -282,11 +282,11 @@ def check_memory(rehearsals):
         if plan.memory > limit:
             raise UserError(
                 f"{one.name} would need {plan.memory / GB:.1f} GB of memory and this machine has "
-                f"{limit / GB:.1f}: {advice(one, plan, limit)}"
+                f"{limit / GB:.1f}: {memory_advice(one, plan, limit)}"
             )
 
 
-def advice(one, plan, limit):
+def memory_advice(one, plan, limit):
     """The option that makes a phase need less memory."""
     settings, rest = one.settings, plan.memory - plan.activations
     rows = one.batch // one.world
@@ -380,7 +380,7 @@ def phases_of(settings, table):
     """The phases that a config may train."""
     if settings.phase in ("all", "0"):
         return [n for n, row in table.items() if settings.phase == "all" or not row.starts_from]
-    return [name for name in table if resume.phase_flag(name) == settings.phase]
+    return [name for name in table if advice.phase_flag(name) == settings.phase]
 
 
 # ---------------------------------------------------------------------------------------------

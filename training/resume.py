@@ -10,8 +10,6 @@ Where a checkpoint of phase NAME is looked for:
 """
 
 import hashlib
-import re
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import checkpoint
 from common.images import ImageFormat
 from config import UserError
 from model import BabyLLaVA
+from training import advice
 
 
 def is_run_folder(path):
@@ -33,11 +32,6 @@ def find_checkpoint(settings, name):
     if is_run_folder(settings.init) and there.exists() and not here.exists():
         return there, True
     return here, False
-
-
-def phase_flag(name):
-    """The --phase value that trains a phase: "1" for phase1."""
-    return name.removeprefix("phase")
 
 
 def count_ancestors(name, phases):
@@ -63,7 +57,7 @@ def choose_phases(settings, dataset, phases):
             and (phase.starts_from or not find_checkpoint(settings, name)[1])
         ]
         return tuple(sorted(chosen, key=lambda name: count_ancestors(name, phases)))
-    (name,) = (name for name in phases if phase_flag(name) == wanted)
+    (name,) = (name for name in phases if advice.phase_flag(name) == wanted)
     if not getattr(settings, f"{name}_steps"):
         raise UserError(f"--phase {wanted}: {name}_steps is 0: give --{name}_steps")
     ready = [
@@ -102,7 +96,7 @@ def find_parents(settings, name, phases, dataset, report, planned=None):
         found = checkpoint.read(path, mapped) if path.exists() else None
         if not found or not found["done"]:
             state = f"is at step {found['step']}" if found else "does not exist"
-            how = f"finish it first with --phase {phase_flag(parent)}"
+            how = f"finish it first with --phase {advice.phase_flag(parent)}"
             raise UserError(f"{path} {state}: {how}")
         other_images = elsewhere or not phases[parent].fixes_images
         check_data(path, found, dataset, report, other_images)
@@ -173,16 +167,6 @@ def inherit(settings, parents):
 # Its own checkpoint
 
 
-def elsewhere(settings, phase, value):
-    """The command that repeats this one with a new value of an option, in a folder of its own. What
-    the phase starts from is taken from the finished run."""
-    word = re.sub(r"[^\w.=-]+", "_", str(value)).strip("_") or "new"
-    command = ["python", "train.py", *settings.arguments, "--out", f"{settings.out}_{word}"]
-    if phase.starts_from and not settings.init:
-        command += ["--init", settings.out]
-    return shlex.join(command)
-
-
 def find_saved(settings, name, phase, dataset, parents, report):
     """This phase's own checkpoint, finished or to be resumed; None if there is none, or if it
     started from other parents. Raises UserError if it was made with other options or data."""
@@ -196,7 +180,7 @@ def find_saved(settings, name, phase, dataset, parents, report):
         if before != now:
             raise UserError(
                 f"{path} was made with {own}={before}, now it is {now}: delete the file to train "
-                f"it again, or write to another folder: {elsewhere(settings, phase, now)}"
+                f"it again, or write to another folder: {advice.elsewhere(settings, phase, now)}"
             )
     if found["corpus"] != dataset.meta["corpus"]:
         raise UserError(
