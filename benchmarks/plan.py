@@ -3,12 +3,14 @@ Is --plan right? Memory and time of each phase of configs/toy.py, planned and th
 
     python benchmarks/plan.py [FOLDER]      # a folder with data/toy; else it is drawn
 
-Each phase is planned, trained, and planned again, each time in processes of its own; the time of
-the plan is the mean of both, because a machine's speed changes within minutes.
+Each phase is planned, trained, and planned again, each time in processes of its own; a plan is the
+mean of both. The long phases are cut to a minute or so, because the speed of a shared machine
+changes within minutes. Three rounds; medians.
 """
 
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = {"vision": "vision", "language": "language", "phase1": "1", "phase2": "2"}
 TRAIN = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/toy.py")]
+TRAIN += ["--vision_steps=200", "--phase2_steps=400", "--eval_every=100"]
+ROUNDS = 3
 CHILD = "import resource, subprocess, sys\nsubprocess.run(sys.argv[1:], check=True)\n"
 CHILD += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
 
@@ -48,28 +52,38 @@ def taken(phase, folder):
     return memory, seconds[0] - seconds[1]
 
 
+def measure(name, phase, folder):
+    """(MB planned, MB taken, seconds planned, seconds taken) of a phase."""
+    before = planned(phase, folder)
+    memory, seconds = taken(phase, folder)
+    path, features = Path(folder) / f"out/checked/{name}.pt", Path(folder) / "data/toy/features"
+    path.rename(path.with_suffix(".away"))
+    if name == "phase1":  # as they were before
+        features.rename(features.with_suffix(".away"))
+    after = planned(phase, folder)
+    path.with_suffix(".away").rename(path)
+    if name == "phase1":
+        features.with_suffix(".away").rename(features)
+    return (before[0] + after[0]) / 2, memory, (before[1] + after[1]) / 2, seconds
+
+
 def main(folder):
     if not (Path(folder) / "data/toy/meta.json").exists():
         subprocess.run([sys.executable, str(ROOT / "data.py"), "toy"], cwd=folder, check=True)
-    for leftover in ("out/checked", "data/toy/features"):
-        shutil.rmtree(Path(folder) / leftover, ignore_errors=True)
+    found = {name: [] for name in PHASES}
+    for _ in range(ROUNDS):
+        for leftover in ("out/checked", "data/toy/features"):
+            shutil.rmtree(Path(folder) / leftover, ignore_errors=True)
+        for name, phase in PHASES.items():
+            found[name].append(measure(name, phase, folder))
+            print(name, *(f"{number:.0f}" for number in found[name][-1]), flush=True)
     print("| phase | memory planned | taken | ratio | time planned | taken | ratio |")
     print("|---|---|---|---|---|---|---|")
-    for name, phase in PHASES.items():
-        before = planned(phase, folder)
-        memory, seconds = taken(phase, folder)
-        path, features = Path(folder) / f"out/checked/{name}.pt", Path(folder) / "data/toy/features"
-        path.rename(path.with_suffix(".away"))
-        if name == "phase1":  # as they were before
-            features.rename(features.with_suffix(".away"))
-        after = planned(phase, folder)
-        path.with_suffix(".away").rename(path)
-        if name == "phase1":
-            features.with_suffix(".away").rename(features)
-        plan = [(a + b) / 2 for a, b in zip(before, after)]
-        cells = [f"{plan[0]:.0f} MB", f"{memory:.0f} MB", f"{plan[0] / memory:.2f}"]
-        cells += [f"{plan[1]:.0f} s", f"{seconds:.0f} s", f"{plan[1] / seconds:.2f}"]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for name, rounds in found.items():
+        memory, own, seconds, real = (statistics.median(column) for column in zip(*rounds))
+        cells = [f"{memory:.0f} MB", f"{own:.0f} MB", f"{memory / own:.2f}"]
+        cells += [f"{seconds:.0f} s", f"{real:.0f} s", f"{seconds / real:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

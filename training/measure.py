@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data import Data
+from fast.memory import keep_memory
 from training import features, phases
 from training.optimizer import make_optimizers
 from training.prefetch import prefetched
@@ -81,9 +82,13 @@ def as_run(one):
 
 def measure(one, read_batch, take_step):
     """{"memory": bytes, "seconds": of the whole phase}. read_batch, take_step: train.py's."""
-    run, settings = as_run(one), one.settings
+    began, settings = time.perf_counter(), one.settings
+    if one.device.type == "cpu":
+        keep_memory()  # as find_processes() does
+    run = as_run(one)
+    preparing = time.perf_counter() - began  # PyTorch imports its compiler for an optimizer
     if not run.optimizers or not run.steps:
-        return {"memory": peak_memory(one.device) * 1e6, "seconds": 0.0}
+        return {"memory": peak_memory(one.device) * 1e6, "seconds": preparing}
     spread = np.linspace(0, run.steps - 1, 2000).astype(int).tolist()
     np.random.RandomState(0).shuffle(spread)  # so that the first ones are of all lengths
     times, began = [], time.perf_counter()
@@ -94,7 +99,9 @@ def measure(one, read_batch, take_step):
             times.append(time.perf_counter() - start)
             if len(times) >= STEPS + WARM and time.perf_counter() - began > SECONDS:
                 break
-    seconds = sum(times[:WARM]) + float(np.mean(times[WARM:])) * max(run.steps - WARM, 0)
+    seconds = (
+        preparing + sum(times[:WARM]) + float(np.mean(times[WARM:])) * max(run.steps - WARM, 0)
+    )
     with torch.no_grad():
         seconds += count_validations(run) * seconds_of(run.phase.validate, run)
         seconds += seconds_of_features(one, run)
