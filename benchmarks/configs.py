@@ -44,7 +44,8 @@ def machine_name():
 
 def main(folder):
     paths = sorted((ROOT / "configs").glob("**/*.py"))
-    names = [str(path.relative_to(ROOT / "configs")) for path in paths if path.name != "words.py"]
+    names = [str(path.relative_to(ROOT / "configs")) for path in paths]
+    names = [name for name in names if name not in ("words.py", "own.py")]  # of no corpus alone
     toys = [name for name in names if name.startswith("toy")]
     pages = [HEADER.format(date=time.strftime("%Y-%m-%d"), machine=machine_name())]
     for name in [*toys, *(name for name in names if name not in toys)]:

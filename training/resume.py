@@ -79,14 +79,15 @@ def find_parents(settings, name, phases, dataset, report, planned=None):
     report(line): prints. planned: {phase: checkpoint} of phases that will be trained before this
     one; see rehearsal.py. Raises UserError for a missing or unfinished parent, or other data."""
     wanted, mapped = phases[name].starts_from, planned is not None
+    while len(wanted) == 1 and not getattr(settings, f"{wanted[0]}_steps"):
+        wanted = phases[wanted[0]].starts_from
     if wanted and planned and "init" in planned:
         return {"init": planned["init"]}
-    if wanted and settings.init and not is_run_folder(settings.init):
+    is_missing = planned and set(wanted) <= set(planned) and not Path(settings.init).exists()
+    if wanted and settings.init and not is_run_folder(settings.init) and not is_missing:
         found = read_init(settings.init, phases, mapped)
         check_data(settings.init, found, dataset, report, other_images=True)
         return {"init": found}
-    while len(wanted) == 1 and not getattr(settings, f"{wanted[0]}_steps"):
-        wanted = phases[wanted[0]].starts_from
     parents = {}
     for parent in wanted:
         if planned and parent in planned:
