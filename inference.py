@@ -288,6 +288,13 @@ def attention_of(loaded, tokens, answer, embeds):
     return of_tokens.float().cpu().numpy()
 
 
+def brightness(attention):
+    """0 to 1 for each patch, for drawing one word's attention (side, side) on a picture: where the
+    word looked is brightest, as bright as the share of its attention that is on the picture. So a
+    word that ignored the picture stays dark."""
+    return attention / max(float(attention.max()), 1e-9) * min(float(attention.sum()), 1.0)
+
+
 def make_prompt(loaded, embeds, words, template=None, system=""):
     """The tokens before an answer: pictures and the first words of a caption, or with a Template a
     question about the pictures. Raises UserError if they leave no space for an answer."""

@@ -40,6 +40,7 @@ import config
 from config import UserError, option
 from inference import (
     attention_of,
+    brightness,
     check_leading,
     embed_pictures,
     make_prompt,
@@ -244,14 +245,12 @@ def attention_sheet(frames, words, maps):
     scale, height = 128, 128 + 16
     sheet = Image.new("RGB", (scale * (1 + len(words)), height * len(frames)), "white")
     draw = ImageDraw.Draw(sheet)
-    brightest = max(maps.max(), 1e-9)  # of all words: a word that ignored the picture stays dark
     for i, frame in enumerate(frames):
         picture = Image.fromarray(frame).resize((scale, scale))
         dark = picture.point(lambda value: value // 4)
         sheet.paste(picture, (0, i * height))
         for j, word in enumerate(words):
-            level = (maps[j][i] / brightest) ** 0.6  # else all but the brightest is black
-            light = Image.fromarray((level * 255).astype(np.uint8))
+            light = Image.fromarray((brightness(maps[j][i]) * 255).astype(np.uint8))
             light = light.resize((scale, scale), Image.Resampling.BICUBIC)
             x, y = (j + 1) * scale, i * height
             sheet.paste(Image.composite(picture, dark, light), (x, y))

@@ -249,3 +249,15 @@ def test_a_run_has_hits_for_each_item(recipe):
                 assert len(hits) == result["n"]
                 assert abs(np.mean(hits) - result["score"]) < 1e-3
     assert set(found) == set(tasks)
+
+
+def test_a_word_that_ignored_the_picture_stays_dark():
+    """As bright as the share of its attention that is on the picture, brightest where it looked."""
+    from inference import brightness
+
+    looked = np.zeros((4, 4))
+    looked[1, 2], looked[3, 3] = 0.6, 0.3
+    ignored = looked / 30  # 3 % on the picture
+    assert brightness(looked).max() == pytest.approx(0.9) and brightness(looked)[3, 3] == 0.45
+    assert brightness(ignored).max() == pytest.approx(0.03)
+    assert not brightness(np.zeros((4, 4))).any()

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from common.files import read_log, writing
+from inference import brightness
 from training import run_card
 from training.figures import chart, escape, score_axis, score_row, smooth
 
@@ -166,13 +167,11 @@ def attention(found):
     if not found:
         return ""
     frame, words, maps = found
-    brightest = max(float(maps.max()), 1e-9)
     picture = Image.fromarray(frame).resize((128, 128), Image.Resampling.BICUBIC)
     dark = picture.point(lambda value: value // 4)
     cells = [f'<figure><img alt="" src="{as_jpeg(np.asarray(picture))}"></figure>']
     for word, own in zip(words, maps):
-        level = (own / brightest) ** 0.6  # else all but the brightest is black
-        light = Image.fromarray((level * 255).astype(np.uint8))
+        light = Image.fromarray((brightness(own) * 255).astype(np.uint8))
         light = light.resize((128, 128), Image.Resampling.BICUBIC)
         drawn = as_jpeg(np.asarray(Image.composite(picture, dark, light)))
         cells.append(
@@ -182,7 +181,7 @@ def attention(found):
     return (
         "<h2>Where each word looked</h2><p class=soft>Bright: the patches that the model attended "
         "to when it said the word, averaged over layers and heads. The number is the share of its "
-        f'attention that was on the picture; the rest was on words.</p><div class="strip">'
+        f'attention that was on the picture; a word that ignored it stays dark.</p><div class="strip">'
         f"{''.join(cells)}</div>"
     )
 
