@@ -181,7 +181,8 @@ def attention(found):
     return (
         "<h2>Where each word looked</h2><p class=soft>Bright: the patches that the model attended "
         "to when it said the word, averaged over layers and heads. The number is the share of its "
-        f'attention that was on the picture; a word that ignored it stays dark.</p><div class="strip">'
+        "attention that was on the picture; a word that ignored it stays dark.</p>"
+        '<div class="strip">'
         f"{''.join(cells)}</div>"
     )
 
