@@ -162,6 +162,11 @@ def read_config_file(path):
     """[(name, value, "file:line")] of a config file. Raises UserError."""
     try:
         tree = ast.parse(Path(regular(path)).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        beside = [str(other) for other in Path(path).parent.glob("*.py")]
+        near = difflib.get_close_matches(str(path), beside, 1, 0.6)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{path}: No such file{advice}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -333,8 +338,10 @@ def print_help(Config, description, config):
     headings = dict.fromkeys(["", *(comments[field.name][0] for field in fields)])
     indent = " " * 26
     for heading in headings:
-        print(f"\n{heading}:" if heading else "")
-        for field in (field for field in fields if comments[field.name][0] == heading):
+        own = [field for field in fields if comments[field.name][0] == heading]
+        if own:
+            print(f"\n{heading}:" if heading else "")
+        for field in own:
             comment = comments[field.name][1]
             begin = f"  --{field.name} {show_value(getattr(config, field.name))}"
             limits = describe_limits(field)

@@ -280,12 +280,13 @@ class Data:
         self.directory = Path(directory)
         name = self.directory.name
         source = name if name in known_sources() else f"SOURCE --name {name}"
+        which = "" if name in known_sources() else f" (SOURCE: {', '.join(known_sources())})"
         path = self.directory / "meta.json"
         if not path.exists():
             half = any(self.directory.glob("*.partial")) or any(self.directory.glob("*.bin"))
             why = f"{self.directory} is half prepared" if half else f"no {path}"
             needs = next((NEEDS[one] for one in NEEDS if name.startswith(one)), "")
-            raise UserError(f"{why}: run `python data.py {source} ...` first{needs}")
+            raise UserError(f"{why}: run `python data.py {source} ...` first{which}{needs}")
         found = read_json(path)
         self.meta = found if isinstance(found, dict) else {}
         version = self.meta.get("format")

@@ -270,6 +270,8 @@ def page_tests(results, reports, loaded):
     if "bits_per_character" in results:
         facts["held-out text"] = f"{results['bits_per_character']:.3f} bits per character"
     notes = list(report.marks(tasks))
+    if not tasks:
+        notes.append(f"No tests: there are none in {results['data']}/eval.")
     if results["shuffled"]:
         notes.append("Pictures were shuffled: these are no results, but a check for chance.")
     return page.Tests(
@@ -352,7 +354,10 @@ def main(argv):
     out = Path(settings.out or Path(settings.checkpoint).parent)
     tests = [settings.task] if settings.task else [name for name, _ in published_folders(settings)]
     names = write(results, reports, loaded, out, "_".join(tests))
-    print(*report.table(results["tasks"]), sep="\n")
+    if results["tasks"]:
+        print(*report.table(results["tasks"]), sep="\n")
+    else:
+        print(f"no tests: there are none in {results['data']}/eval")
     if results["board"] and (settings.scores or len(results["board"]) == len(BOARD)):
         print("", *board.table(results["board"]), "", sep="\n")
     if settings.scores:

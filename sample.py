@@ -2,7 +2,7 @@
 Caption a picture, ask about it, or continue some words.
 
     python sample.py img.jpg                          # a caption; --image img.jpg does the same
-    python sample.py a.jpg b.jpg                      # several pictures in one context
+    python sample.py a.jpg b.jpg                      # several pictures, if the context holds them
     python sample.py img.jpg --prompt "the ball is"   # continue these words
     python sample.py --prompt "where 's the" --temperature 0.8 --num_samples 3   # words alone
     python sample.py img.jpg --attention out.png      # where each word looked

@@ -72,7 +72,7 @@ class Config(config.Options):
         once={"0": ("vision", "language")},
         listed=("vision", "language", "0 (both)", "1", "2", "3", "all (and then eval.py)"),
     )  # which phase to train
-    data: str = "data/toy"  # a folder that data.py wrote; a toy world is drawn if it is missing
+    data: str = "data/toy"  # a folder that data.py wrote; data/toy, toy_chat and toy_v2 are drawn
     out: str = "out/toy"  # the run's folder: checkpoints, log.jsonl and results
     init: str = ""  # where to start from instead of `out`: a run's folder, a .pt or a LLaVA folder
     vision_weights: str = ""  # a published tower, a file or folder; empty or none: train one
@@ -373,7 +373,7 @@ def train_phase(settings, name, dataset, processes, clock):
     passes = run.steps * run.batch / run.train_batches.rows
     dtype = phases.compute_dtype(settings, processes.device)
     line = f"{name}: {count:,} of {whole:,} parameters trained; "
-    line += f"{run.steps} steps x {run.batch} rows = {passes:.1f} passes; "
+    line += f"{run.steps} steps x {run.batch} rows = {passes:.{2 if passes < 1 else 1}f} passes; "
     line += f"{processes.device}, {str(dtype)[6:]}"
     if isinstance(run.raw_model, BabyLLaVA):
         line += ", attention {}, norm {}".format(*run.raw_model.gpt.backends(dtype))
@@ -432,8 +432,8 @@ def warn_of_passes(rehearsals, processes):
         passes = one.steps * one.batch / one.batches[0].rows
         if passes > 50:
             processes.print(
-                f"warning: {one.name} reads its {one.batches[0].rows:,} rows {passes:,.0f} times: "
-                f"it will learn them by heart; give --{one.name}_epochs 5, or more data"
+                f"warning: {one.name} reads its data {passes:,.0f} times and will learn it by "
+                f"heart; give --{one.name}_epochs 5, or more data"
             )
 
 

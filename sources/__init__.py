@@ -112,7 +112,7 @@ def hold_out_films(items, film_of, val_films=()):
     if not val_films and len(films) < FEW:
         parts = hold_out(items)
         if parts["val"]:
-            few = f" ({len(films)} films; --val_films names whole ones)" if films else ""
+            few = f" (films: {len(films)}; --val_films names whole ones)" if films else ""
             print(f"held out: every tenth of {min(100, len(items))} stretches{few}")
         return parts
     chosen = set(val_films or hold_out(films)["val"] or films[len(films) // 2 :][:1])

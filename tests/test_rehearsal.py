@@ -155,7 +155,7 @@ def test_many_passes_are_warned_of(home, capfd, monkeypatch):
     monkeypatch.setattr(train, "train_phase", lambda *arguments: None)
     train.main([*flags_of("--evaluate=False"), "--phase2_epochs=60"])
     shown = "".join(capfd.readouterr())
-    assert re.search(r"warning: phase2 reads its \d+ rows 60 times", shown)
+    assert "warning: phase2 reads its data 60 times" in shown
 
 
 # ---------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_the_time_left_follows_the_arithmetic():
 @pytest.mark.parametrize(
     "argv, name, expected",
     [
-        ([], "phase2", "python sample.py assets/scene.png --checkpoint out/toy/phase2.pt"),
+        ([], "phase2", "python sample.py YOUR_PICTURE.jpg --checkpoint out/toy/phase2.pt"),
         (["--phase=1", "--data=data/x"], "phase1", "python train.py --phase=2 --data=data/x"),
         (["CONFIGS/phase0.py"], "language", "python train.py CONFIGS/phase1.py"),
         (["CONFIGS/toy.py", "--phase", "2"], "phase2", "python train.py CONFIGS/toy.py --phase 3"),

@@ -27,15 +27,16 @@ def next_commands(settings, name, last, phases):
     train.py's table."""
     commands = []
     if phases[name].validates_on:  # not a tower alone
-        toy = settings.data.startswith("data/toy")
-        words = "assets/scene.png" if toy else "img.jpg"
+        pictures = sorted((Path(settings.data) / "eval" / "images").glob("*.png"))
+        words = str(pictures[0]) if pictures else "YOUR_PICTURE.jpg"
         if not phases[name].starts_from:  # it cannot see
             words = '--prompt "where \'s the"'
         commands.append(f"python sample.py {words} --checkpoint {last}")
     following = [other for other, row in phases.items() if name in row.starts_from]
-    if settings.phase == "all":
+    has_tests = any((Path(settings.data) / "eval").glob("*.*"))
+    if settings.phase == "all" and has_tests:
         commands.append(f"python eval.py --checkpoint {last} --shuffle  # the same by chance")
-    elif following:
+    elif following and settings.phase != "all":
         commands.append(following_command(settings, phase_flag(following[0])))
     commands = [command for command in commands if command]
     return "next: " + "\n      ".join(commands) if commands else ""

@@ -72,7 +72,8 @@ def reported_once():
         if os.environ.get("GROUP_WORLD_SIZE") != "1" or not hasattr(signal, "SIGKILL"):
             raise
         if is_first_process():
-            print(error_line(error), file=sys.stderr, flush=True)
+            why = "(torchrun is killed here: its traceback would hide this line)"
+            print(error_line(error), why, file=sys.stderr, flush=True)
             os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)  # this process ends with torchrun
         sys.exit(1)
