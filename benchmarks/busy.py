@@ -4,8 +4,8 @@ A busy laptop: training steps beside other busy processes, by how long waiting t
     pip install transformers
     python benchmarks/busy.py              # idle, and beside four busy processes
 
-Steps of the toy GPT's shape on 16 rows of 80 tokens, ours and transformers' Llama, on all cores. Each
-row is a fresh process; rounds are interleaved. GOMP_SPINCOUNT is what common/threads.py sets.
+Steps of the toy GPT's shape on 16 rows of 80 tokens, ours and transformers' Llama, on all cores.
+Each figure is of fresh processes; rounds are interleaved. common/threads.py sets GOMP_SPINCOUNT.
 """
 
 import os

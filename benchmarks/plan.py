@@ -38,8 +38,8 @@ def planned(phase, folder):
 
 
 def taken(phase, folder):
-    """(MB, seconds) of training a phase, less the seconds of the same command when it is done: those
-    of starting Python and PyTorch."""
+    """(MB, seconds) of training a phase, less the seconds of the same command when it is done:
+    those of starting Python and PyTorch."""
     command = [sys.executable, "-c", CHILD, *TRAIN, "--out=out/checked", "--phase", phase]
     seconds = []
     for _ in range(2):

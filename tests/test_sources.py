@@ -72,7 +72,7 @@ def test_what_is_begun_aside_ends_with_the_process_that_began_it(tmp_path, how):
         run.kill()
     if how == "interrupt":
         os.killpg(run.pid, signal.SIGINT)
-    assert b"Traceback" not in run.communicate(timeout=10)[1]
+    assert b"Traceback" not in run.communicate(timeout=60)[1]
     size = lambda: [(tmp_path / name).stat().st_size for name in ("one", "two")]
     still, patience = None, 100
     while size() != still and patience:

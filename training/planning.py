@@ -338,6 +338,9 @@ def rehearse_all(settings, table, load_settings, processes, missing):
     names = resume.choose_phases(settings, dataset, table)
     planned = rehearse_parents(settings, names, table, load_settings, processes, missing)
     names = [name for name in names if name not in planned]
+    if settings.init and planned:  # it is not there: what is planned takes its place
+        settings = copy.copy(settings)
+        settings.init = ""
     load_weights = partial(missing.load_weights, dataset=dataset)
     found = rehearsal.rehearse(settings, names, table, dataset, processes, planned, load_weights)
     return found, planned

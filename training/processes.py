@@ -59,6 +59,8 @@ def end_with_launcher():
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1  # of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() == 1:  # it ended before
+            sys.exit(1)
 
 
 @contextmanager

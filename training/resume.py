@@ -83,8 +83,7 @@ def find_parents(settings, name, phases, dataset, report, planned=None):
         wanted = phases[wanted[0]].starts_from
     if wanted and planned and "init" in planned:
         return {"init": planned["init"]}
-    is_missing = planned and set(wanted) <= set(planned) and not Path(settings.init).exists()
-    if wanted and settings.init and not is_run_folder(settings.init) and not is_missing:
+    if wanted and settings.init and not is_run_folder(settings.init):
         found = read_init(settings.init, phases, mapped)
         check_data(settings.init, found, dataset, report, other_images=True)
         return {"init": found}

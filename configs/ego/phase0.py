@@ -10,8 +10,8 @@ Parameters: 52000 * 768 embedding and head, one matrix + 12 * (4 * 768 * 768 of 
 learnt positions, biases and another MLP.)
 
 The steps in the comments are of N = 1,215,500 utterances, 85 % of the 1.43 million that BabyVLM's
-authors cut from BabyView, and of one pair for each; --plan prints those of your data (data.py writes
-a pair for each frame that an utterance is said over). The original's tower is a
+authors cut from BabyView, and of one pair for each; --plan prints those of your data (data.py
+writes a pair for each frame that an utterance is said over). The original's tower is a
 ViT-B/14 by DINOv2 (500 * 1,812 steps); ours would be trained by DINO, with its figures below, if
 vision_weights is none. A tower that saw other pictures than BabyView's disqualifies a run.
 """
