@@ -95,11 +95,12 @@ def hold_out(items, key=None):
 FEW = 5  # films; of fewer, stretches are held out
 
 
-def hold_out_films(items, film_of, val_films=()):
+def hold_out_films(items, film_of, val_films=(), key=None):
     """{"train", "val"}: whole films are for validation, those named or every tenth, at least one;
     of fewer than five films every tenth of a hundred stretches. What is held out is printed.
 
-    film_of(item): the name of its film, or None. Raises UserError for an unknown name."""
+    film_of(item): the name of its film, or None; key: of stretches, as in hold_out(). Raises
+    UserError for an unknown name."""
     films = [name for name in dict.fromkeys(map(film_of, items)) if name]
     unknown = [name for name in val_films if name not in films]
     if unknown:
@@ -110,7 +111,7 @@ def hold_out_films(items, film_of, val_films=()):
     if val_films and len(set(val_films)) == len(films):
         raise UserError(f"--val_films names all {len(films)} films: nothing is left to train on")
     if not val_films and len(films) < FEW:
-        parts = hold_out(items)
+        parts = hold_out(items, key)
         if parts["val"]:
             few = f" (films: {len(films)}; --val_films names whole ones)" if films else ""
             print(f"held out: every tenth of {min(100, len(items))} stretches{few}")

@@ -66,9 +66,15 @@ def make_items(utterances, seed=0):
     return [item for item in items if len(item) == OPTIONS]
 
 
-def write_csv(path, header, rows):
+def is_ours(path):
+    """Whether a test's file may be replaced: a user's own, such as a published caption.csv, may
+    not."""
+    return not path.exists() or "held_out_" in path.read_text(encoding="utf-8", errors="replace")
+
+
+def write_csv(path, rows):
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([header, *rows])
+    csv.writer(text).writerows(rows)
     with writing(path) as file:
         file.write(text.getvalue().encode("utf-8"))
 
@@ -80,6 +86,7 @@ def write_tests(writer):
     utterances = find_utterances(part) if part else []
     items, folder = make_items(utterances), writer.directory / "eval"
     tests = [folder / f"{name}.csv" for name in ("which_picture", "which_utterance", "caption")]
+    tests = [path for path in tests if is_ours(path)]
     for path in [*tests, *(folder / "images").glob("held_out_*.png")]:
         path.unlink(missing_ok=True)  # of an earlier preparation
     if not items:
@@ -103,7 +110,11 @@ def write_tests(writer):
     which_picture = [[text_of(item[0]), *(names[n] for n in item)] for item in items]
     which_utterance = [[names[item[0]], *(text_of(n) for n in item)] for item in items]
     captions = [[names[item[0]], text_of(item[0])] for item in items]
-    write_csv(tests[0], ["text", *numbered("image")], which_picture)
-    write_csv(tests[1], ["image", *numbered("text")], which_utterance)
-    write_csv(tests[2], ["image", "text"], captions)
+    contents = {
+        "which_picture": [["text", *numbered("image")], *which_picture],
+        "which_utterance": [["image", *numbered("text")], *which_utterance],
+        "caption": [["image", "text"], *captions],
+    }
+    for path in tests:
+        write_csv(path, contents[path.stem])
     print(f"{len(items)} held-out utterances are tests: {folder}/which_picture.csv and two others")

@@ -199,12 +199,9 @@ def with_validation(shown, val_films):
         raise UserError("--val_films: a file says what is held out; give the training files alone")
     if not shown["train"] or shown["val"]:
         return shown
-    if any(utterance.film for utterance in shown["train"]):
-        return shown | hold_out_films(shown["train"], lambda one: one.film, val_films)
-    # by first frame: utterances over one picture stay in the same part
-    if val_films:
-        hold_out_films(shown["train"], lambda one: None, val_films)  # says that no film has a name
-    return shown | hold_out(shown["train"], key=lambda one: tuple(one.frames[:1]))
+    # stretches by first frame: utterances over one picture stay in the same part
+    first_frame = lambda one: tuple(one.frames[:1])
+    return shown | hold_out_films(shown["train"], lambda one: one.film, val_films, first_frame)
 
 
 def lines_of(utterances):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.files import read_json, read_log, writing
 from config import UserError
-from tasks.report import SUBSETS, TITLES, in_plain, shown_measure
+from tasks.report import SUBSETS, TITLES, in_order, in_plain, shown_measure
 from tasks.scores import paired_difference
 from training import page
 from training.figures import chart, escape, smooth
@@ -43,7 +43,7 @@ def rows_of(folders, runs):
         for folder, (_, hits) in zip(folders, runs):
             if hits.get(test, {}).get("items") != own:
                 raise UserError(f"{test}: {folder} was tested on other items than {folders[0]}")
-        for subset in sorted(subsets, key=lambda name: ([*SUBSETS] + [name]).index(name)):
+        for subset in in_order(subsets):
             for folder, (results, hits) in zip(folders, runs):
                 result = results["tasks"][test].get(subset, {}).get(measure)
                 if not result:

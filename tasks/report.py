@@ -86,6 +86,11 @@ def in_plain(name):
     return name.replace("_", " ")
 
 
+def in_order(subsets):
+    """The names of subsets: all, seen, held out, then the others as they come."""
+    return sorted(subsets, key=lambda name: [*SUBSETS, name].index(name))
+
+
 def shown_measure(test, measures):
     """The measure of a test that stands for it."""
     wanted = TITLES.get(test, ("", ""))[1]
@@ -98,10 +103,9 @@ def groups_of(tasks):
     groups = []
     for test, subsets in tasks.items():
         measure = shown_measure(test, subsets["all"])
-        order = sorted(subsets, key=lambda name: ([*SUBSETS] + [name]).index(name))
         rows = [
             (SUBSETS.get(name, in_plain(name)), subsets[name][measure], False)
-            for name in order
+            for name in in_order(subsets)
             if measure in subsets[name]
         ]
         if len(rows) == 1:

@@ -137,3 +137,20 @@ def test_frames_say_their_film():
     assert film_of_frame("S_20130531_0601_01_012_03.jpg") == "S_20130531_0601_01"
     assert film_of_frame("frames/GX01/GX01_17.jpg") == "GX01"
     assert film_of_frame("photo.jpg") is None and film_of_frame("a/photo.jpg") is None
+
+
+def test_a_few_films_hold_out_stretches_whose_items_share_no_picture(capsys):
+    """Utterances over one picture stay in one part: neither is the other's test."""
+    items = [(number // 3, "film") for number in range(300)]  # three over each picture
+    parts = hold_out_films(items, lambda item: item[1], key=lambda item: item[0])
+    pictures = {name: {picture for picture, _ in part} for name, part in parts.items()}
+    assert parts["val"] and not pictures["train"] & pictures["val"]
+
+
+def test_a_users_own_test_is_not_replaced(tmp_path):
+    path = tmp_path / "caption.csv"
+    assert own_tests.is_ours(path)
+    path.write_text("image,text\nS_1.jpg,a ball .\n")
+    assert not own_tests.is_ours(path)
+    path.write_text("image,text\nheld_out_1.png,a ball .\n")
+    assert own_tests.is_ours(path)

@@ -296,7 +296,7 @@ def test_a_small_phase_is_not_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("vision", "language", "phase1", "phase2"):
         one = one_of(name)
-        assert planning.least_memory(one) > planning.make_plan(one).memory
+        assert planning.memory_bound(one) > planning.make_plan(one).memory
     monkeypatch.setattr(planning, "make_plan", None)
     planning.check_memory([one])
 

@@ -11,6 +11,7 @@ not here are computed with their published sizes, see published.py.
 """
 
 import copy
+import math
 import os
 import sys
 import weakref
@@ -122,8 +123,10 @@ def attention_backward_flop(gradient, query, key, value, *args, **kwargs):
 def plain_products():
     """Products by PyTorch's own operations, which the counter knows."""
     before, products.ONEDNN = products.ONEDNN, False
-    yield
-    products.ONEDNN = before
+    try:
+        yield
+    finally:
+        products.ONEDNN = before
 
 
 @contextmanager
@@ -248,6 +251,8 @@ def machine_memory(device):
     """Bytes of memory of a GPU, or of this machine as far as this process may use it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(path).read_text().strip() if Path(path).exists() else ""
@@ -256,8 +261,8 @@ def machine_memory(device):
     return whole
 
 
-def least_memory(one):
-    """A number of bytes that a phase will surely not exceed by much: cheap, and too high."""
+def memory_bound(one):
+    """An upper bound of a phase's memory in bytes, without counting a step."""
     settings, rows = one.settings, one.batch // (one.world * one.settings.grad_accum)
     weights = bytes_of(one.model.parameters())
     trained = bytes_of(p for found, _ in one.groups for p in found.values())
@@ -276,7 +281,7 @@ def check_memory(rehearsals):
     helps. Phases that are surely small are not counted."""
     for one in rehearsals:
         limit = machine_memory(one.device)
-        if least_memory(one) < 0.5 * limit:
+        if memory_bound(one) < 0.5 * limit:
             continue
         plan = make_plan(one)
         if plan.memory > limit:
@@ -338,7 +343,7 @@ def rehearse_all(settings, table, load_settings, processes, missing):
     names = resume.choose_phases(settings, dataset, table)
     planned = rehearse_parents(settings, names, table, load_settings, processes, missing)
     names = [name for name in names if name not in planned]
-    if settings.init and planned:  # it is not there: what is planned takes its place
+    if settings.init and planned:  # --init is missing here: the planned phases replace it
         settings = copy.copy(settings)
         settings.init = ""
     load_weights = partial(missing.load_weights, dataset=dataset)
@@ -426,7 +431,7 @@ def row_of(plan, settings, world):
 
 
 def time_of(plan, settings, world):
-    """The time of a phase in words: on a named GPU, as measured here, or "" if neither is known."""
+    """The time of a phase in words: on a named GPU, as measured here, or how to ask for it."""
     if settings.gpu:
         peak = GPUS[settings.gpu][0] * 1e12
         return in_time(plan.total_flop / (peak * settings.mfu * world))

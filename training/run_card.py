@@ -15,7 +15,7 @@ from common.files import read_json, write_json
 
 
 def find_commit():
-    """The commit of this code, with "changed" if files differ from it; "" without git."""
+    """The commit of this code, with "and changes" if files differ from it; "" without git."""
     root = Path(__file__).parent.parent
     try:
         run = lambda *words: subprocess.run(
