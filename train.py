@@ -328,6 +328,7 @@ def validate_and_save(run, step):
     """Validate and save, if they are due before this step."""
     settings, is_last = run.settings, step == run.steps
     if step % settings.eval_every == 0 or is_last:
+        return_memory()  # else validation's own tensors come on top of what steps have left free
         with run.autocast():
             metrics = run.phase.validate(run)
         log = Path(settings.out) / "log.jsonl"

@@ -89,6 +89,8 @@ def measure(one, read_batch, take_step):
     preparing = time.perf_counter() - began  # PyTorch imports its compiler for an optimizer
     if not run.optimizers or not run.steps:
         return {"memory": peak_memory(one.device) * 1e6, "seconds": preparing}
+    with torch.no_grad():
+        run.phase.validate(run)  # a run begins with it, and the heap is as full as it leaves it
     spread = np.linspace(0, run.steps - 1, 2000).astype(int).tolist()
     np.random.RandomState(0).shuffle(spread)  # so that the first ones are of all lengths
     times, began = [], time.perf_counter()
@@ -103,7 +105,9 @@ def measure(one, read_batch, take_step):
         preparing + sum(times[:WARM]) + float(np.mean(times[WARM:])) * max(run.steps - WARM, 0)
     )
     with torch.no_grad():
-        seconds += count_validations(run) * seconds_of(run.phase.validate, run)
+        began = time.perf_counter()  # the first validation was slower: it imported and read files
+        run.phase.validate(run)
+        seconds += count_validations(run) * (time.perf_counter() - began)
         seconds += seconds_of_features(one, run)
     return {"memory": peak_memory(one.device) * 1e6, "seconds": seconds}
 
@@ -111,15 +115,6 @@ def measure(one, read_batch, take_step):
 def count_validations(run):
     every = run.settings.eval_every
     return len(range(0, run.steps, every)) + 1
-
-
-def seconds_of(function, *arguments):
-    """Seconds of a call; the second one counts, for which everything is in memory."""
-    for _ in range(2):
-        began = time.perf_counter()
-        function(*arguments)
-        seconds = time.perf_counter() - began
-    return seconds
 
 
 def seconds_of_features(one, run):
