@@ -407,7 +407,8 @@ class BabyLLaVA(nn.Module):
         self.tiled = True
         if not hasattr(self, "image_newline"):
             width = self.gpt.config.n_embd
-            self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
+            self.image_newline = nn.Parameter(torch.empty(width))
+            nn.init.normal_(self.image_newline, std=width**-0.5)
 
     def num_features(self, size):
         """How many features the tower gives of an image of size x size pixels."""

@@ -11,6 +11,7 @@ model has learnt what is said over which picture.
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from sources import ffmpeg  # noqa: E402
 FPS = 2
 
 
-@config.dataclasses.dataclass
+@dataclass
 class Config(config.Options):
     films: str = ""  # a folder of films with transcripts; empty: of the toy world
     out: str = "out/own_film"  # where the run goes

@@ -33,33 +33,42 @@ def read_run(folder):
 def rows_of(folders, runs):
     """[tuple under HEADER] of the chief measure of each test that all runs have taken. Raises
     UserError if the items of a test differ."""
-    first_results, first_hits = runs[0]
-    rows = []
-    for test, subsets in first_results["tasks"].items():
+    rows, first = [], runs[0][0]["tasks"]
+    for test, subsets in first.items():
         if not all(test in results["tasks"] for results, _ in runs):
             continue
+        check_items(test, folders, runs)
         measure = shown_measure(test, subsets["all"])
-        own = first_hits.get(test, {}).get("items")
-        for folder, (_, hits) in zip(folders, runs):
-            if hits.get(test, {}).get("items") != own:
-                raise UserError(f"{test}: {folder} was tested on other items than {folders[0]}")
         for subset in in_order(subsets):
             for folder, (results, hits) in zip(folders, runs):
                 result = results["tasks"][test].get(subset, {}).get(measure)
-                if not result:
-                    continue
-                before, after = (
-                    found.get(test, {}).get("hits", {}).get(subset, {}).get(measure)
-                    for found in (first_hits, hits)
-                )
-                change, interval = "", ""
-                if folder != folders[0] and before and after:
-                    mean, ends = paired_difference(before, after)
-                    change, interval = f"{mean:+.3f}", "{:+.3f} to {:+.3f}".format(*ends)
-                score = f"{result['score']:.3f}"
-                row = (test, measure, subset, folder, score, change, interval, str(result["n"]))
-                rows.append(row)
+                if result:
+                    key, is_first = (test, subset, measure), folder == folders[0]
+                    change = ("", "") if is_first else difference(runs[0][1], hits, key)
+                    score = f"{result['score']:.3f}"
+                    rows.append((test, measure, subset, folder, score, *change, str(result["n"])))
     return rows
+
+
+def check_items(test, folders, runs):
+    """Raise UserError if not all runs took a test on the same items."""
+    items = [hits.get(test, {}).get("items") for _, hits in runs]
+    for folder, own in zip(folders, items):
+        if own != items[0]:
+            raise UserError(f"{test}: {folder} was tested on other items than {folders[0]}")
+
+
+def difference(before, after, key):
+    """(difference, 95 % interval) as text of two hits.json; empty where one has no hits of a key
+    (test, subset, measure)."""
+    test, subset, measure = key
+    both = [
+        hits.get(test, {}).get("hits", {}).get(subset, {}).get(measure) for hits in (before, after)
+    ]
+    if not all(both):
+        return "", ""
+    mean, ends = paired_difference(*both)
+    return f"{mean:+.3f}", "{:+.3f} to {:+.3f}".format(*ends)
 
 
 def table(rows):

@@ -21,7 +21,8 @@ class LoRALinear(Linear):
     def __init__(self, base, rank, alpha):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(torch.randn(rank, self.in_features) / self.in_features**0.5)
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features))
+        nn.init.normal_(self.lora_A, std=self.in_features**-0.5)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
         self.scale = alpha / rank
 

@@ -235,6 +235,7 @@ def table(rows):
 # ---------------------------------------------------------------------------------------------
 # The page
 
+# Titles; a phase that is not here is shown by its name
 PHASES = {
     "vision": "Tower (DINO)",
     "language": "GPT on speech",

@@ -7,7 +7,7 @@ Counts are those of the publications, or of the toy worlds as they are drawn. Le
 has published are estimates, marked so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,28 +60,21 @@ def one_of_each(*samples):
 TOY_WORLDS = ("toy", "toy_chat", "toy_v2")  # that train.py draws if they are missing
 CANVASES = ((128, 64), (64, 128), (128, 128))
 LLAVA_CANVASES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+TOY_CHATS = Corpus(
+    64,
+    500,
+    164420,
+    one_of_each((Samples(10011, 9, 8), 16)),
+    one_of_each((Samples(10011, 69, 32), 115), (Samples(1989, 69, 32, 2), 70)),
+    frames=10011,
+    template="bare",
+)
 CORPORA = {
     # the toy worlds, as data.py draws them
     "toy": Corpus(64, 500, 164420, one_of_each((Samples(24000, 10, 9), 16)), frames=12000),
     "toy_hour": Corpus(64, 500, 164420, one_of_each((Samples(64000, 10, 9), 16)), frames=32000),
-    "toy_chat": Corpus(
-        64,
-        500,
-        164420,
-        one_of_each((Samples(10011, 9, 8), 16)),
-        one_of_each((Samples(10011, 69, 32), 115), (Samples(1989, 69, 32, 2), 70)),
-        frames=10011,
-        template="bare",
-    ),
-    "toy_conv": Corpus(
-        128,
-        500,
-        164420,
-        one_of_each((Samples(10011, 9, 8), 16)),
-        one_of_each((Samples(10011, 69, 32), 115), (Samples(1989, 69, 32, 2), 70)),
-        frames=10011,
-        template="bare",
-    ),
+    "toy_chat": TOY_CHATS,
+    "toy_conv": replace(TOY_CHATS, size=128),
     "toy_tiles": Corpus(
         64,
         500,
