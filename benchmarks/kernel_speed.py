@@ -41,6 +41,7 @@ from config import UserError, option
 class Config(config.Options):
     compile: bool = False  # compile every kernel for sm_80 and sm_90 and show what it takes
     gpus: tuple[str, ...] = option(("sm_80", "sm_90"), choices=("sm_80", "sm_90"))  # of --compile
+    widths: tuple[int, ...] = (8, 32, 40, 64, 72, 128)  # head widths, of --compile
     tiles: int = option(0, low=0, high=128)  # time other tiles than the table's, for this width
     quick: bool = False  # tiny shapes: does it run at all?
     repeats: int = option(30, low=2, high=10**6)  # runs a figure
@@ -60,7 +61,7 @@ KERNELS = (
 SHARED = {80: 101_376, 90: 232_448}  # bytes a program may have; 80: what sm_86 and sm_89 have too
 
 
-def record(families, widths=(8, 32, 40, 64, 72, 128), norms=(256, 1000, 8192)):
+def record(families, widths, norms=(256, 1000, 8192)):
     """What the launchers pass to each kernel, for every entry of TILES: (kernel, args, options)."""
     launches = []
 
@@ -140,10 +141,10 @@ def compile_one(launch, capability):
     ]
 
 
-def compile_all(gpus):
+def compile_all(gpus, widths):
     """One row a kernel and entry of TILES. Returns them; main prints them and judges."""
     families = {"sm_80": ("ampere", "fp32"), "sm_90": ("hopper", "fp32")}
-    jobs = [(launch, int(gpu[3:])) for gpu in gpus for launch in record(families[gpu])]
+    jobs = [(launch, int(gpu[3:])) for gpu in gpus for launch in record(families[gpu], widths)]
     global compile_job  # a forked process finds the jobs where they are: kernels do not pickle
 
     def compile_job(number):
@@ -456,7 +457,7 @@ def tiles_table(settings):
 def main(argv):
     settings = config.load(Config, argv, __doc__)
     if settings.compile:
-        rows = compile_all(settings.gpus)
+        rows = compile_all(settings.gpus, settings.widths)
         table(
             "Compiled without a GPU",
             [

@@ -342,15 +342,16 @@ def run_benchmark(tmp_path, *flags, **env):
 
 def test_every_entry_of_the_table_compiles_without_a_spill(tmp_path, capsys):
     code, rows, done = run_benchmark(
-        tmp_path, "--compile", "--gpus=sm_90", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)
-    )
+        tmp_path, "--compile", "--gpus=sm_90", "--widths", "64", "128",
+        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path),
+    )  # fmt: skip
     assert code == 0, done.stdout + done.stderr
     with capsys.disabled():
         print(done.stdout if "-s" in sys.argv else "", end="")
     rows = [row for row in rows if row[0].startswith("sm_")]
-    # two families of tiles x (six widths x three attention, three widths x two norms); for sm_80,
-    # which takes as long, see docs/kernels.md
-    assert len(rows) == 2 * (6 * 3 + 3 * 2)
+    # two families of tiles x (two widths x three attention, three widths x two norms); for sm_80 and
+    # other widths, which take as long again and again, see docs/kernels.md
+    assert len(rows) == 2 * (2 * 3 + 3 * 2)
     for arch, name, dtype, _, _, _, registers, spilled, shared, wgmma, fault in rows:
         assert fault == "" and spilled == "0" and 0 < int(registers) <= 255
         assert int(shared) <= {"sm_80": 101_376, "sm_90": 232_448}[arch]

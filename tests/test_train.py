@@ -798,7 +798,8 @@ def test_compiled_training_equals_eager(recipe, home):
 
 
 def test_the_backends_are_chosen_by_name_and_said_once(home, capfd):
-    few = ["--phase=language", "--language_steps=2", "--language_batch=2"]
+    few = ["--phase=language", "--language_steps=2", "--language_batch=2", "--block_size=24"]
+    few += ["--eval_batches=1", "--n_layer=1"]
     pytest.importorskip("triton")
     run(*few, "--attention=triton", "--norm=triton", out="out/triton")
     run(*few, "--attention=reference", "--norm=reference", out="out/reference")
