@@ -445,7 +445,7 @@ def test_grammar_pairs_prefer_the_likelier_sentence(recipe, home, tmp_path):
 def test_pictures_matter_to_the_shipped_model(tmp_path, monkeypatch):
     """On a fresh toy world it answers well; its pictures dealt to other captions, it guesses."""
     monkeypatch.chdir(tmp_path)
-    command.main(["toy", "--scenes=2", "--lines=50", "--trials=0.25", "--seed=99"])
+    command.main(["toy", "--scenes=2", "--lines=50", "--trials=0.15", "--seed=99"])
     loaded = checkpoint.load(ROOT / "assets/toy.pt")
     settings = evaluation.Config(checkpoint="assets/toy.pt", data="data/toy")
     seen = evaluation.evaluate(loaded, settings)[0]["tasks"]

@@ -349,8 +349,8 @@ def test_every_entry_of_the_table_compiles_without_a_spill(tmp_path, capsys):
     with capsys.disabled():
         print(done.stdout if "-s" in sys.argv else "", end="")
     rows = [row for row in rows if row[0].startswith("sm_")]
-    # two families of tiles x (two widths x three attention, three widths x two norms); for sm_80 and
-    # other widths, which take as long again and again, see docs/kernels.md
+    # two families of tiles x (two widths x three attention, three widths x two norms); sm_80 and
+    # other widths take as long again, see docs/kernels.md
     assert len(rows) == 2 * (2 * 3 + 3 * 2)
     for arch, name, dtype, _, _, _, registers, spilled, shared, wgmma, fault in rows:
         assert fault == "" and spilled == "0" and 0 < int(registers) <= 255
