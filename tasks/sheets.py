@@ -103,8 +103,8 @@ def example_sheet(items, most=9):
 
 def label_pictures(count, question):
     """What stands below each of so many pictures: the letters of the question's options, for the
-    last pictures; numbers if it has none."""
+    last pictures; numbers if it has none, and there are several pictures."""
     letters = [letter for letter in "ABCDEFGH" if f"({letter})" in question]
     if letters and len(letters) <= count:
         return [""] * (count - len(letters)) + [f"({letter})" for letter in letters]
-    return [str(number) for number in range(1, count + 1)]
+    return [str(number) for number in range(1, count + 1)] if count > 1 else [""]

@@ -57,6 +57,7 @@ def test_pictures_of_a_question_have_its_letters():
     question = "Which contains this object? (A) (B) (C)"
     assert sheets.label_pictures(4, question) == ["", "(A)", "(B)", "(C)"]
     assert sheets.label_pictures(2, "How many?") == ["1", "2"]
+    assert sheets.label_pictures(1, "How many?") == [""]
     items = [("memory", [FRAME] * 12, question, "B", said) for said in ("B", "(b)", "C", "")]
     assert sheets.example_sheet(items).size[0] > 9 * 112
 
