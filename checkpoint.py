@@ -261,7 +261,7 @@ def why_missing(path):
     """What to do about a checkpoint that does not exist."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and Path(path).suffix != ".pt":
         return "no such folder; if it is a model on the Hugging Face hub, download it first"
-    return "no such checkpoint; python train.py configs/toy.py makes one"
+    return "no such checkpoint; python train.py configs/toy.py makes out/toy/phase2.pt"
 
 
 def convert(checkpoint):

@@ -4,7 +4,7 @@ pairs, word swaps, probes of the tower, validation loss.
 
     python eval.py --checkpoint out/toy/phase2.pt              # all tests that the data folder has
     python eval.py --checkpoint out/toy/language.pt --zorro DIR     # grammar pairs, words alone
-    python eval.py --shuffle                                   # random pictures: chance
+    python eval.py --shuffle                                   # random pictures, a check
     python eval.py --task vtwt --csv vtwt.csv --images frames.zip   # BabyVLM's published files
     python eval.py --task toolbox --json DIR --scores scores.json   # the Toolbox's published files
     python eval.py --compare out/toy out/linear                # runs beside each other
@@ -68,7 +68,7 @@ class Config(config.Options):
     countbench: str = ""  # a folder of CountBench's pictures: the same
     batch: int = option(256, low=1, high=1 << 20)  # phrases scored at a time
     compare: tuple[str, ...] = ()  # folders of tested runs: their differences to the first one
-    shuffle: bool = False  # random pictures for each test: all scores must fall to chance
+    shuffle: bool = False  # random pictures for each test: scores fall to chance, or below
     out: str = ""  # where to write; empty: the checkpoint's folder
     device: str = ""  # cpu, cuda, cuda:1, mps; empty: cuda if there is one
     dtype: str = option("", choices=("", "float32", "bfloat16"))  # empty: that of the weights
@@ -228,7 +228,9 @@ def evaluate(loaded, settings):
     if dataset and not settings.task and not published and pairs.is_dir():
         results["tasks"]["grammar"] = zorro(pairs, loaded, settings.batch)
     if dataset:
-        results |= {"source": dataset.meta["source"], **losses(loaded, dataset)}
+        results["source"] = dataset.meta["source"]
+    if dataset and not settings.shuffle:  # only the tests' pictures are shuffled
+        results |= losses(loaded, dataset)
     reports = {}
     for key, name, path in choose_files(settings, folder, sees):
         images = settings.images or [path.parent / "images"]
@@ -273,7 +275,11 @@ def page_tests(results, reports, loaded):
     if not tasks:
         notes.append(f"No tests: there are none in {results['data']}/eval.")
     if results["shuffled"]:
-        notes.append("Pictures were shuffled: these are no results, but a check for chance.")
+        notes.append(
+            "Pictures were shuffled: these are no results, but a check that nothing is above "
+            "chance. Winoground falls below it: its chance is that of independent scores, and here one "
+            "caption, or one picture, is preferred in both comparisons."
+        )
     return page.Tests(
         tiles=report.tiles_of(tasks),
         groups=report.groups_of(tasks),

@@ -281,6 +281,8 @@ def main(argv):
     settings = config.load(Config, argv, __doc__, plain="image")
     if settings.attention and not settings.image:
         raise UserError("--attention needs an --image to look at")
+    if settings.attention and not Path(settings.attention).absolute().parent.is_dir():
+        raise UserError(f"--attention {settings.attention}: there is no such folder: make it first")
     device = checkpoint.choose_device(settings.device)
     path, about = choose_checkpoint(settings)
     loaded = open_model(path, device, settings.dtype)

@@ -335,8 +335,9 @@ def validate_and_save(run, step):
         when = {"time": round(time.time(), 1)}
         run.processes.record(log, phase=run.name, step=step, **metrics, **when)
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        values = values or "no eval/probe.csv to probe the tower with"
-        run.processes.print(f"{run.name} step {step}: {values}")
+        values = values or "saved" if is_last else values
+        if values:  # a tower has none on data without things to probe it with
+            run.processes.print(f"{run.name} step {step}: {values}")
         if settings.keep == "best" and "val_loss" in metrics:
             phases.keep_best(run, step, metrics["val_loss"])
         if run.processes.is_first:

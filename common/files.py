@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -309,8 +309,8 @@ def is_running(process):
 
 @contextmanager
 def only_one(folder, doing):
-    """Hold the lock of a folder while `doing` something there. Raises UserError if another process
-    holds it."""
+    """Hold the lock of a folder while `doing` something there; after a user's mistake a folder with
+    nothing in it is removed. Raises UserError if another process holds it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -320,7 +320,14 @@ def only_one(folder, doing):
             message = f"{folder}: another run is {doing} here; wait for it, or choose another"
             raise UserError(message + " folder") from None
         remove_leftovers(folder)
-        yield
+        try:
+            yield
+        except UserError:
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                with suppress(OSError):
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
+            raise
 
 
 class Rows:

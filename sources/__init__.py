@@ -114,7 +114,8 @@ def hold_out_films(items, film_of, val_films=(), key=None):
         parts = hold_out(items, key)
         if parts["val"]:
             few = f" (films: {len(films)}; --val_films names whole ones)" if films else ""
-            print(f"held out: every tenth of {min(100, len(items))} stretches{few}")
+            of = f"{len(items)} items" if len(items) <= 100 else "100 stretches of items"
+            print(f"held out: every tenth of {of}{few}")
         return parts
     chosen = set(val_films or hold_out(films)["val"] or films[len(films) // 2 :][:1])
     shown = ", ".join(sorted(chosen)[:8]) + (" ..." if len(chosen) > 8 else "")

@@ -91,9 +91,8 @@ def write_tests(writer):
         path.unlink(missing_ok=True)  # of an earlier preparation
     if not items:
         print(
-            f"no tests: {len(utterances)} of the held-out utterances have a picture, and four with "
-            "different words and pictures are needed: some forty utterances in all, or name a film "
-            "to hold out by --val_films"
+            f"no tests were made: {len(utterances)} of the held-out utterances have a picture, and "
+            "a test needs four with different words: prepare forty or more"
         )
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)

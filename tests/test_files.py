@@ -281,3 +281,13 @@ def test_a_bin_that_is_cut_short_while_it_is_read_is_told(tmp_path):
     with pytest.raises(UserError, match="ends before row 3") as error:
         rows[np.array([0, 3])]
     assert one_line(error)
+
+
+def test_a_mistake_leaves_no_empty_folder(tmp_path):
+    """But one with work in it stays."""
+    for name, work in (("empty", ()), ("begun", ("frames.partial",))):
+        with pytest.raises(UserError, match="wrong"), files.only_one(tmp_path / name, "working"):
+            for one in work:
+                (tmp_path / name / one).touch()
+            raise UserError("wrong")
+    assert [path.name for path in tmp_path.iterdir()] == ["begun"]

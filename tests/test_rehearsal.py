@@ -380,3 +380,9 @@ def test_the_memory_of_this_machine_is_known():
 
 def test_every_gpu_has_a_peak_and_memory():
     assert all(peak > 10 and memory >= 16 for peak, memory in planning.GPUS.values())
+
+
+def test_an_advised_command_has_each_option_once(home, recipe):
+    settings = train.load_settings(flags_of("--out out/full --projector=linear"))
+    said = advice.elsewhere(settings, train.PHASES["phase1"], "linear")
+    assert said.count("--out") == 1 and said.endswith("--out out/full_linear --init out/full")

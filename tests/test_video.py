@@ -362,7 +362,7 @@ def test_each_film_has_a_line_and_tests_are_made(folder, capsys):
     command.main(["video", "--videos=ffmpeg", *FLAGS])
     shown = capsys.readouterr().out
     assert "one.mkv: 0.3 minutes to its last utterance, 20 utterances over" in shown
-    assert "held out: every tenth of 20 stretches (films: 1" in shown and "no tests" in shown
+    assert "held out: every tenth of 20 items (films: 1" in shown and "no tests" in shown
     (folder / "ffmpeg" / "one.srt").write_text(srt([(i, i + 1, f"say {i}") for i in range(21)]))
     more = [folder / "ffmpeg" / f"film{i}" for i in range(4)]
     for path in more:

@@ -16,10 +16,22 @@ def elsewhere(settings, phase, value):
     """The command that repeats this one with a new value of an option, in a folder of its own. What
     the phase starts from is taken from the finished run."""
     word = re.sub(r"[^\w.=-]+", "_", str(value)).strip("_") or "new"
-    command = ["python", "train.py", *settings.arguments, "--out", f"{settings.out}_{word}"]
+    command = ["python", "train.py", *without(settings.arguments, "--out")]
+    command += ["--out", f"{settings.out}_{word}"]
     if phase.starts_from and not settings.init:
         command += ["--init", settings.out]
     return shlex.join(command)
+
+
+def without(arguments, flag):
+    """A command line without an option and its value."""
+    kept, values = [], iter(arguments)
+    for word in values:
+        if word == flag:
+            next(values, None)
+        elif not word.startswith(flag + "="):
+            kept.append(word)
+    return kept
 
 
 def next_commands(settings, name, last, phases):
@@ -35,7 +47,9 @@ def next_commands(settings, name, last, phases):
     following = [other for other, row in phases.items() if name in row.starts_from]
     has_tests = any((Path(settings.data) / "eval").glob("*.*"))
     if settings.phase == "all" and has_tests:
-        commands.append(f"python eval.py --checkpoint {last} --shuffle  # the same by chance")
+        commands.append(
+            f"python eval.py --checkpoint {last} --shuffle  # random pictures: at chance or below"
+        )
     elif following and settings.phase != "all":
         commands.append(following_command(settings, phase_flag(following[0])))
     commands = [command for command in commands if command]
