@@ -277,8 +277,8 @@ def page_tests(results, reports, loaded):
     if results["shuffled"]:
         notes.append(
             "Pictures were shuffled: these are no results, but a check that nothing is above "
-            "chance. Winoground falls below it: its chance is that of independent scores, and here one "
-            "caption, or one picture, is preferred in both comparisons."
+            "chance. Winoground falls below it: its chance is that of independent scores, and here "
+            "one caption, or one picture, is preferred in both comparisons."
         )
     return page.Tests(
         tiles=report.tiles_of(tasks),
