@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,6 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+FORKS = Forks()
 TINY = "--size=16 --scenes=12 --clip_frames=2 --lines=200 --trials=0.03 --vocab_size=300".split()
 SMALL = (
     "--patch=8 --vision_width=16 --vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 "
@@ -64,9 +66,13 @@ def home(world, monkeypatch):
 
 
 def shell(*args, cwd, input=None, **env):
-    """Run a script as a user would."""
+    """Run a script as a user would. One that needs no environment, module or code of its own is run
+    in a fork of a process that has imported torch."""
+    command = [*map(str, args)]
+    if not env and not command[0].startswith("-") and hasattr(os, "fork"):
+        return FORKS.run(command, cwd, {**os.environ, "PYTHONPATH": ""}, input)
     env = {**os.environ, "PYTHONPATH": "", **env}
-    command = [sys.executable, *map(str, args)]
+    command = [sys.executable, *command]
     return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, input=input)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL, TINY
+from conftest import ROOT, SMALL, TINY, shell
 
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
@@ -58,12 +58,10 @@ def test_the_command_runs(clone, command):
         return  # .ci/run does it, in a fresh environment
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", "--master_port=29517", *words[1:]]
-    words[0] = sys.executable
     tiny = SMALL if "train.py" in words else []
     if "--plan" in words:  # computed, not measured, which is a test of its own
         tiny = [*tiny, "--gpu=h100"]
-    env = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([*words, *tiny], cwd=clone, env=env, text=True, capture_output=True)
+    done = shell(*words[1:], *tiny, cwd=clone)
     assert done.returncode == 0, done.stderr[-2000:]
     if "--attention" in words:
         assert (clone / "out.png").stat().st_size > 1000
