@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.devices import send
 from common.files import Rows
 from common.images import to_pixels
 from common.tiles import arrange, count_tokens, join
@@ -55,19 +56,18 @@ class Batch:
     images: np.ndarray | None
     count: int
     arrangement: tuple | None = None
+    shows: bool = True  # whether any row of the whole batch, of all processes, has an image
 
     def to(self, device, image_format):
         """The arguments of BabyLLaVA.forward as tensors: (tokens, targets, positions, images,
         arrangement, first); frames as pixels."""
         tokens, targets, positions, images = (
-            None if part is None else torch.as_tensor(part).to(device, non_blocking=True)
+            None if part is None else send(part, device)
             for part in (self.tokens, self.targets, self.positions, self.images)
         )
         if images is not None and images.dtype == torch.uint8:
             images = to_pixels(images, image_format, device)
-        arrangement = self.arrangement and tuple(
-            torch.as_tensor(part, device=device) for part in self.arrangement
-        )
+        arrangement = self.arrangement and tuple(send(part, device) for part in self.arrangement)
         return tokens, targets, positions, images, arrangement, self.first_target()
 
     def first_target(self):
@@ -242,6 +242,7 @@ class SampleBatches:
             self.count_image_tokens(model, dataset.image_format)
         self.block_size, self.truncate = model.gpt.config.block_size, truncate
         self.check_lengths(dataset.directory, split)
+        self.always_images = False  # a batch of texts reads an image too, as padding
         # "full" needs equally many image tokens in every row, so no image may be padding.
         self.pads_images = model.image_attention != "full"
         if not self.pads_images:
@@ -366,6 +367,9 @@ class SampleBatches:
             images=None,
             count=len(positions),
         )
+        batch.shows = bool((self.samples[plan.rows, 3] > 0).any())
+        if self.always_images and self.image_ids is not None:
+            images = images or [0]
         if images:
             self.add_images(batch, self.images[np.array(images)].astype(np.int64).tolist())
         return batch

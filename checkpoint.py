@@ -1,5 +1,6 @@
 """
-Checkpoints: what a run saves and loads. One self-contained file, a dict of torch.save:
+Checkpoints: what a run saves and loads. One self-contained file, a dict of torch.save (or, of a
+model that is sharded, a folder with the same contents, see common/shards.py):
 
     format        3; format 2 is converted on reading, others are refused
     phase         "vision", "language", "phase1", "phase2" or "phase3"; "folder" if it was opened
@@ -34,6 +35,7 @@ sample.py, eval.py and train.py need nothing else.
 
 import pickle
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +43,8 @@ from pathlib import Path
 import torch
 
 import vision
+from common import shards
+from common.devices import Unfilled
 from common.files import about, writing
 from common.images import ImageFormat
 from config import UserError, regular
@@ -72,7 +76,7 @@ KINDS = {  # the types of what every checkpoint has
     "corpus": str,
     "images": dict,
     "parts": dict,
-    "weights": dict,
+    "weights": Mapping,
 }
 BACKENDS = ("attention", "norm")  # in a GPTConfig, but chosen for each machine
 
@@ -227,6 +231,12 @@ def corpora_of(checkpoint):
     return checkpoint.get("corpora") or [own]
 
 
+def find(folder, name):
+    """Where the checkpoint of a phase is or would be: NAME.shards if there is one, else NAME.pt."""
+    sharded = Path(folder) / f"{name}.shards"
+    return sharded if shards.find_save(sharded) else Path(folder) / f"{name}.pt"
+
+
 def save(path, checkpoint):
     """Write a checkpoint, completely or not at all."""
     with writing(path) as file:
@@ -293,7 +303,10 @@ def convert(checkpoint):
 def read(path, mapped=False):
     """The dict that train.py wrote; mapped: see read_torch(). Raises UserError for another file or
     format."""
-    checkpoint = read_torch(path, mapped=mapped)
+    if shards.is_shards(path):
+        checkpoint = shards.read(path, mapped)
+    else:
+        checkpoint = read_torch(path, mapped=mapped)
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found == 1:
         raise UserError(f"{path}: of an earlier version (format 1, now {FORMAT}): train it again")
@@ -317,8 +330,8 @@ def read(path, mapped=False):
 
 
 def build(checkpoint, device=None, **backends):
-    """The Loaded of a checkpoint's dict, on a device; None: the one in force. backends: `attention`
-    and `norm`, see kernels.py. Raises UserError if its parts do not fit each other."""
+    """The Loaded of a checkpoint's dict, on a device; None: that of its weights. backends:
+    `attention` and `norm`, see kernels.py. Raises UserError if its parts do not fit each other."""
     parts = checkpoint["parts"]
     tokenizer = gpt = projector = None
     if checkpoint["tokenizer"]:
@@ -327,12 +340,14 @@ def build(checkpoint, device=None, **backends):
         )
     image_token = tokenizer.image if tokenizer else None
     try:
-        tower = vision.build_tower(parts["tower"]) if "tower" in parts else None
-        if "gpt" in parts:
-            gpt = GPT(GPTConfig(**parts["gpt"], **backends))
-        if "projector" in parts:
-            projector = make_projector(**parts["projector"])
-        model = BabyLLaVA(gpt, projector, tower, image_token, **parts.get("seeing", {}))
+        where = next(iter(checkpoint["weights"].values())).device
+        with where, Unfilled():
+            tower = vision.build_tower(parts["tower"]) if "tower" in parts else None
+            if "gpt" in parts:
+                gpt = GPT(GPTConfig(**parts["gpt"], **backends))
+            if "projector" in parts:
+                projector = make_projector(**parts["projector"])
+            model = BabyLLaVA(gpt, projector, tower, image_token, **parts.get("seeing", {}))
         model.load_state_dict(checkpoint["weights"])
     except DAMAGE as error:
         reason = str(error).split("\n")[-1].strip()[:200]  # the last of many lines says which

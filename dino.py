@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from common.devices import send
 from common.images import normalise
 from fast.products import Linear
 from model import BabyLLaVA
@@ -126,9 +127,9 @@ class DINO(nn.Module):
         end, views = batch.first + batch.count, 2 + self.local_views
         random = np.random.RandomState([seed, step])
         numbers = random.random_sample((end, views, NUMBERS_A_VIEW))[batch.first :]
-        numbers = torch.as_tensor(numbers, dtype=torch.float32, device=device)
+        numbers = send(numbers.astype(np.float32), device)
         pair = [
-            torch.as_tensor(frames, device=device).permute(0, 3, 1, 2) / 255
+            send(frames, device).permute(0, 3, 1, 2) / 255
             for frames in (batch.frames, batch.others)
         ]
         patch, side = self.student["backbone"].patch, pair[0].shape[-1]

@@ -1,7 +1,8 @@
 """
-A checkpoint as a folder for others: for transformers, or for one of two challenges.
+A checkpoint as a folder for others: for transformers, or for one of two challenges; or in one file.
 
     python export.py out/toy/phase2.pt DIR                                        # transformers
+    python export.py out/run/phase3.shards out/run/phase3.pt    # of a run with --shard on
     python export.py out/run/phase3.pt DIR --to babyvlm [--name NAME] [--repo USER/NAME]
     python export.py out/run/phase2.pt DIR --to egobabyvlm
     python export.py out/seed1 out/seed2 out/seed3 ROW.json --row [--name NAME] [--team TEAM]
@@ -575,12 +576,25 @@ def main(argv):
         ego_submission.write_row(paths[:-1], paths[-1], settings.name, settings.team)
     elif len(paths) != 2:
         raise UserError("want: python export.py CHECKPOINT.pt DIR [--to babyvlm]")
+    elif Path(paths[1]).suffix == ".pt":
+        write_one_file(Path(paths[0]), Path(paths[1]))
     elif settings.to == "babyvlm":
         submission.write(*paths, settings.name, settings.repo)
     elif settings.to == "egobabyvlm":
         ego_submission.write(*paths, export_language)
     else:
         export_to_transformers(Path(paths[0]), paths[1])
+
+
+def write_one_file(source, path):
+    """Write a finished checkpoint that is in shards as one file."""
+    found = checkpoint.read(source)
+    if not found["done"]:
+        raise UserError(f"{source} is at step {found['step']}: finish it first")
+    if path.exists():
+        raise UserError(f"{path} exists: give a new name")
+    checkpoint.save(path, found)
+    print(f"{path}: {source} in one file")
 
 
 def export_to_transformers(source, folder):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from common.images import read_picture, to_pixels
+from common.shards import is_shards
 from common.tiles import arrange
 from config import UserError
 from tokenizer import TEMPLATES, chat_sample, end_tokens, expand, with_pictures
@@ -33,7 +34,8 @@ QUESTION = "what is this ?"  # for a chat model, if no question is given
 def open_model(path, device="cpu", dtype=""):
     """The checkpoint.Loaded of a file that train.py wrote or of a LLaVA folder. dtype "": that of
     its weights."""
-    if Path(path).is_dir():
+    torch.backends.cudnn.allow_tf32 = False  # fp32 for convolutions too, as for matrix products
+    if Path(path).is_dir() and not is_shards(path):
         from pretrained import huggingface  # imported only if a folder is given
 
         return huggingface.load(path, device, dtype)

@@ -35,8 +35,8 @@ L = m + log2(sum of 2^(s - m)). Backward, with P = 2^(s - L), the softmax itself
     delta_i = sum_j P_ij dP_ij = O_i . dO_i, which needs no walk
 
 One kernel walks over keys for dQ (and leaves delta), one over queries for dK and dV. No two
-programs add to one number, so gradients are the same bits each time. Each walk has two stretches:
-tiles that are visible whole ("#"), where no mask is computed, and masked ones ("/"):
+programs add to one number, so their gradients are the same bits each time. Each walk has two
+stretches: tiles that are visible whole ("#"), where no mask is computed, and masked ones ("/"):
 
     keys      0 . . . . . .              0 . . . . . .  with a prefix
     queries   / . . . . . .              # # / . . . .
@@ -45,7 +45,7 @@ tiles that are visible whole ("#"), where no mask is computed, and masked ones (
               # # # / . . .              # # # / . . .
 
 `backend` is "triton"; PyTorch's own, "sdpa" (attention) or "torch" (the norm); "reference", the
-formulae in fp32; or None or "auto": triton on a GPU that has it, else PyTorch's.
+formulae in fp32; or None or "auto": triton in bf16 and fp16 on a GPU that has it, else PyTorch's.
 Letters: B batch, T sequence length, H heads, D head width, C model width.
 """
 from __future__ import annotations  # where there is no Triton, `tl` below is never looked up
@@ -112,7 +112,8 @@ lacking._dynamo_marked_constant = True
 
 
 def choose(backend, fast, x):
-    """The backend to run on x (..., width): backend, or for None and "auto" Triton, else `fast`.
+    """The backend to run on x (..., width): backend, or for None and "auto" Triton where x is bf16
+    or fp16 and it can run, else `fast`.
 
     Raises ValueError for an unknown name, or for triton where it cannot run."""
     if backend in ("reference", fast):
@@ -130,7 +131,8 @@ def choose(backend, fast, x):
         raise ValueError(f"backend triton: {why}; choose auto, {fast} or reference")
     if backend == "triton":
         return "triton"
-    return fast if why or INTERPRET else "triton"
+    # in fp32 the kernels are for checking: three tf32 products for one
+    return fast if why or INTERPRET or x.dtype == torch.float32 else "triton"
 
 
 def autocast_dtype(x):
@@ -334,13 +336,16 @@ def attention(q, k, v, prefix=0, backend=None):
         return attention_forward_op(q, k, v, prefix)[0]
     if backend == "reference":
         return attention_reference(q, k, v, prefix)
-    causal = T == T_keys and prefix <= 1  # SDPA's own flag, which needs no mask in memory
-    mask = None if causal or T == 1 else visible(T, T_keys, prefix, q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D) -> (B, H, T, D)
     grouped = {"enable_gqa": True} if H != H_kv else {}  # an argument from PyTorch 2.5 on
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-        is_causal=causal and T > 1, **grouped)
-    return y.transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
+    # Branches, and not is_causal=(a condition): torch.compile would make that a symbol, of which
+    # SDPA takes none, and leave the whole model uncompiled.
+    if T == T_keys and prefix <= 1 and T > 1:  # SDPA's own flag needs no mask in memory
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped)
+    else:
+        mask = None if T == 1 else visible(T, T_keys, prefix, q.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **grouped)
+    return y.transpose(1, 2)
 
 
 @jit

@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import config
 import data
 import vision
 from batches import ClipBatches, PairBatches, SampleBatches, TextBatches
-from checkpoint import choose_device
 from common.files import locked, only_one, trim_log
 from config import UserError, option
 from fast.memory import return_memory
@@ -49,6 +49,7 @@ from training import (
     rehearsal,
     resume,
     run_card,
+    sharding,
     validation,
 )
 from training.phases import LATER_OPTIONS, Phase
@@ -56,6 +57,7 @@ from training.prefetch import pinned, prefetched
 from training.processes import (
     Processes,
     end_with_launcher,
+    find_device,
     find_processes,
     is_first_process,
     is_lost_process,
@@ -156,6 +158,9 @@ class Config(config.Options):
     dtype: str = option("", choices=("", "float32", "bfloat16"))  # empty: bfloat16 on cuda
     compile: str = option("", choices=("", "on", "off"))  # torch.compile; empty: on for cuda
     attention: str = option("auto", choices=("auto", "triton", "sdpa", "reference"))  # backend
+    shard: str = option(
+        "auto", choices=("auto", "on", "off")
+    )  # parameters over all processes; auto: where no GPU holds the model
     norm: str = option("auto", choices=("auto", "triton", "torch", "reference"))  # backend
     batches_ahead: int = option(2, low=0, high=1000)  # prepared by a thread; 0: none
     patience: float = option(10.0, low=0.01, high=1e6)  # minutes that processes wait for each other
@@ -170,6 +175,7 @@ class Config(config.Options):
     # what a run will take
     plan: bool = False  # print parameters, FLOP, memory and time of each phase, and end
     gpu: str = option("", choices=("", *planning.GPUS))  # with --plan: its time on such GPUs
+    gpus: int = option(0, low=0, high=1 << 16)  # with --gpu: how many; 0: torchrun's processes
     mfu: float = option(0.35, low=0.01, high=1.0)  # with --gpu: the share of its peak that is used
 
 
@@ -208,6 +214,7 @@ PHASES = {
         weights_option="vision_weights",
         load_weights=resume.load_tower,
         fixes_images=False,
+        can_shard=False,
         unit="frames/s",
     ),
     # the language model, on speech
@@ -298,12 +305,15 @@ def take_step(run, step, batches):
     # The random numbers of a step depend on its number alone, so a resumed run repeats none.
     # Dropout masks differ between ranks, so results depend on their number if dropout is on.
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + run.processes.rank)
-    total = torch.tensor(float(sum(batch.count for batch in batches)), device=run.processes.device)
+    count = float(sum(batch.count for batch in batches))
+    total = torch.full(
+        (), count, device=run.processes.device
+    )  # no copy, for which a GPU would wait
     if world > 1:
         dist.all_reduce(total)
     loss_sum = torch.zeros((), device=run.processes.device)
     for i, batch in enumerate(batches):
-        run.model.require_backward_grad_sync = i == len(batches) - 1  # DDP: reduce once a step
+        run.reduce_gradients(i == len(batches) - 1)
         inputs = run.raw_model.inputs(batch, run.dataset.image_format, settings.seed, step)
         with run.autocast():
             _, loss = run.model(*inputs)
@@ -312,7 +322,9 @@ def take_step(run, step, batches):
         loss = loss * (batch.count / total) * world
         loss.backward()
         loss_sum += loss.detach() / world
+    run.drop_padding(batches)
     norm = torch.nn.utils.clip_grad_norm_(run.trained_parameters, settings.grad_clip)
+    norm = norm.full_tensor() if run.is_sharded else norm
     # With skip_bad_steps 0 a bad step is taken too; Progress.check() then ends the run. The norm is
     # the same on all ranks.
     taken = not settings.skip_bad_steps or bool(norm.isfinite())
@@ -386,6 +398,9 @@ def train_phase(settings, name, dataset, processes, clock):
     if processes.is_first:
         trim_log(Path(settings.out) / "log.jsonl", name, run.start)
     loop(run, clock)
+    if phases.compiles(settings, processes.device):
+        processes.print(f"{name}: {phases.compiled()}")
+        torch.compiler.reset()  # a phase may not use up what the next one may keep compiled
 
 
 def load_settings(argv):
@@ -448,17 +463,20 @@ def train(settings, processes):
     warn_of_passes(rehearsals, processes)
     if rehearsals and processes.is_first:
         run_card.add(settings, dataset, processes)
+    sharding_of = processes.agree(planning.choose_sharding(rehearsals))
     clock = Clock({one.name: one.work for one in rehearsals})
     for name in names:
         # resume.inherit() writes what a phase inherits into its settings, so each gets a copy.
         own = copy.copy(settings)
+        own.shard = sharding_of.get(name, "off")
         option_name = PHASES[name].weights_option
         if option_name and getattr(settings, option_name):
             resume.import_weights(own, name, PHASES[name], dataset, processes)
         else:
             train_phase(own, name, dataset, processes, clock)
         processes.wait()  # the next phase reads what the first process has written
-    last = Path(settings.out) / f"{names[-1]}.pt"
+    processes.part()  # what follows is the first process's alone
+    last = checkpoint.find(settings.out, names[-1])
     is_tower = not PHASES[names[-1]].validates_on
     if settings.phase == "all" and settings.evaluate and processes.is_first and not is_tower:
         import eval as evaluation  # no test is imported before this point
@@ -481,7 +499,7 @@ def measured(arguments, name):
 
 def show_plan(settings):
     """Print what a run will take. torchrun's processes count as GPUs."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = settings.gpus or int(os.environ.get("WORLD_SIZE", 1))
     if is_first_process():
         processes = Processes(0, world, torch.device("cpu"))
         run = partial(measure.in_a_process, measured, settings.arguments)
@@ -492,8 +510,12 @@ def rehearse_early(settings):
     """Check a run before its processes meet and before a toy world is drawn. Raises UserError."""
     missing = planning.Missing(published.TOY_WORLDS)
     dataset = missing.open_data(settings.data)
-    processes = Processes(0, int(os.environ.get("WORLD_SIZE", 1)), choose_device(settings.device))
+    processes = Processes(
+        0, int(os.environ.get("WORLD_SIZE", 1)), checkpoint.choose_device(settings.device)
+    )
     names = resume.choose_phases(settings, dataset, PHASES)
+    if settings.shard == "on" and sharding.lacking():
+        raise UserError(sharding.lacking())
     if not names:
         raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
     found = rehearsal.rehearse(copy.copy(settings), names, PHASES, dataset, processes)
@@ -506,6 +528,7 @@ def main(argv):
         settings = load_settings(argv)
         if settings.plan:
             return show_plan(settings)
+        find_device(settings)
         if is_first_process():
             rehearse_early(settings)
     processes = find_processes(settings)
@@ -519,9 +542,6 @@ def main(argv):
             f"rank {processes.rank} stops: another process ended, or did not answer within "
             f"{settings.patience:g} minutes (--patience); its own message says why"
         ) from None
-    finally:
-        if processes.world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ step. So that this alone does not decide, its time is taken off theirs, measured
     S    image 96 / 16 (36 tokens), ViT 192 wide of 4 layers, GPT of 4 layers, 4 heads, batch 8
     B    image 224 / 16 (196 tokens), ViT 384 wide of 12 layers, GPT of 8 layers, 4 heads, batch 4
     L    phase 0: no image, GPT of 8 layers, 4 heads, 256 words, all of them targets, batch 8
+    G    for a GPU: as B, but a GPT of 12 layers 768 wide, 64 words, batch 64
+
+In fp32 on a CPU; steps on a GPU are in bf16 autocast on both sides.
 """
 
 import dataclasses
@@ -51,7 +54,7 @@ MODES = ("eager", "compiled")
 class Config(config.Options):
     work: tuple[str, ...] = option(WORK, choices=WORK)  # what to measure
     shapes: tuple[str, ...] = option(
-        ("S", "B"), choices=("S", "B")
+        ("S", "B"), choices=("S", "B", "G")
     )  # of all but phase 0, which is L
     modes: tuple[str, ...] = option(MODES, choices=MODES)  # of steps; all else is eager
     rounds: int = option(
@@ -268,8 +271,8 @@ def main(argv):
     import transformers
 
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {device}, fp32, "
-        f"{torch.get_num_threads()} threads\n\n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {device}, "
+        f"{'bf16' if device.type == 'cuda' else 'fp32'}, {torch.get_num_threads()} threads\n\n"
         "| work | shape | who | mode | ms |\n|---|---|---|---|---|"
     )
     measure = {"generation": generation, "memory": memory, "start": start}

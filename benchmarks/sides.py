@@ -47,6 +47,7 @@ SHAPES = {
     "S": Shape(96, (192, 4, 3), 4, 8),
     "B": Shape(224, (384, 12, 6), 8, 4),
     "L": Shape(0, (), 8, 8, 256),
+    "G": Shape(224, (384, 12, 6), 12, 64, 64, width=768, heads=12),
 }
 
 
@@ -116,8 +117,8 @@ class Ours:
         self.prompt = torch.tensor(tokens[:, : P + 1], device=device)
         self.device, self.work, self.shape = device, work, shape
 
-    def prepare(self, mode, dtype="float32"):
-        """Make ready for steps in this mode; on a GPU in fp32 too, as theirs, unless told."""
+    def prepare(self, mode, dtype=""):
+        """Make ready for steps in this mode; dtype as of train.py: on a GPU bf16 autocast."""
         compiled = "on" if mode == "compiled" else "off"
         parts = () if self.work == "generation" else train.PHASES[self.work].learns
         image_format = ImageFormat(self.shape.side or 16)
@@ -174,11 +175,11 @@ def llava(shape):
 def llama_sizes(shape):
     return {
         "vocab_size": VOCABULARY,
-        "hidden_size": 256,
-        "intermediate_size": 704,  # as ours
+        "hidden_size": shape.width,
+        "intermediate_size": GPTConfig(1, 1, 1, shape.heads, shape.width).n_hidden,  # as ours
         "num_hidden_layers": shape.layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
         "max_position_embeddings": shape.image_tokens + shape.words + ANSWER,
         "tie_word_embeddings": True,
         "pad_token_id": PAD,
@@ -195,9 +196,9 @@ def language_model(kind, shape):
     sizes = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=shape.words,
-        n_embd=256,
+        n_embd=shape.width,
         n_layer=shape.layers,
-        n_head=4,
+        n_head=shape.heads,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -208,7 +209,8 @@ def language_model(kind, shape):
 
 
 class Peer:
-    """A model of transformers and what its Trainer does in a step: loss, clipping, fused AdamW."""
+    """A model of transformers and what its Trainer does in a step: loss, clipping, fused AdamW; on
+    a GPU with bf16=True."""
 
     def __init__(self, kind, shape, work, device):
         torch.manual_seed(0)
@@ -235,7 +237,9 @@ class Peer:
             self.tower = torch.compile(tower) if mode == "compiled" else tower
 
     def step(self):
-        loss = self.called(**self.inputs, use_cache=False).loss
+        kind = self.model.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            loss = self.called(**self.inputs, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.learning, 1.0)
         self.optimizer.step()
@@ -245,7 +249,9 @@ class Peer:
     @torch.no_grad()
     def look(self, rows):
         """The tower alone, as a step runs it."""
-        self.tower(self.pixels[:1].expand(rows, -1, -1, -1))
+        kind = self.model.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            self.tower(self.pixels[:1].expand(rows, -1, -1, -1))
 
     @torch.no_grad()
     def say(self, rows):

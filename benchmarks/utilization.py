@@ -110,7 +110,8 @@ def busy(step, steps, device):
     spans = [
         (event.time_range.start, event.time_range.end)
         for event in seen.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        # annotations such as "Optimizer.step" span what runs inside them, pauses too
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     return f"{busy_share(spans):.1%}"
 

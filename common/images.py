@@ -16,6 +16,7 @@ from PIL import Image
 from common import tiles
 from common.archives import ZipEntry, read_entry
 from common.cores import on_all_cores
+from common.devices import send
 from config import UserError, regular
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of all DINO releases
@@ -289,7 +290,7 @@ def read_all(locations, image_format, window=512):
 def normalise(pixels, image_format):
     """Pixels (N, 3, S, S) in 0..1, normalised by the format's mean and standard deviation."""
     mean, std = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1)
+        send(torch.tensor(values), pixels.device).view(3, 1, 1)
         for values in (image_format.mean, image_format.std)
     )
     return (pixels - mean) / std
@@ -300,5 +301,5 @@ def to_pixels(frames, image_format, device="cpu"):
     and sampling alike."""
     if not isinstance(frames, torch.Tensor):
         frames = torch.as_tensor(np.array(frames))
-    frames = frames.to(device)
+    frames = send(frames, device)
     return normalise(frames.permute(0, 3, 1, 2) / 255, image_format)

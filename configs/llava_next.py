@@ -27,12 +27,13 @@ Stage 1 is configs/llava_next_stage1.py. The card's flags, and what they are her
     --lr_scheduler_type cosine: the schedule there is
     --model_max_length: the context of Llama 3, 8192
     --output_dir, --save_steps, --logging_steps: out, save_every, log_every
+    --deepspeed with ZeRO-3: shard, which is on by itself where one GPU does not hold the phase
 
-Without a meaning here: --deepspeed (nothing is sharded), --mm_use_im_start_end and
---mm_use_im_patch_token (False there; there are no such tokens), --evaluation_strategy (there is
-always a validation), --save_strategy and --save_total_limit (one file, replaced),
---dataloader_num_workers, --lazy_preprocess and --dataloader_drop_last (data lie prepared and
-mapped), --report_to and --run_name (log.jsonl, out). Nobody has run it here.
+Without a meaning here: --mm_use_im_start_end and --mm_use_im_patch_token (False there; there are
+no such tokens), --evaluation_strategy (there is always a validation), --save_strategy and
+--save_total_limit (one save, replaced), --dataloader_num_workers, --lazy_preprocess and
+--dataloader_drop_last (data lie prepared and mapped), --report_to and --run_name (log.jsonl, out).
+Nobody has run it here.
 """
 
 phase = "3"

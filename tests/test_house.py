@@ -76,7 +76,7 @@ def test_the_readme_is_one_page():
 MADE = {  # names in the pages of files that a command or a user makes
     "captions.png", "report.html", "results.json", "log.jsonl", "skipped.txt", "transcripts.txt",
     "frames.txt", "NAME.py", "meta.json", "config.json", "pairs.csv", "train.json", "val.json",
-    "hits.json", "compare.html", "run.json",
+    "hits.json", "compare.html", "run.json", "language.pt",
     "submission.json", "scores.json", "test.json", "vocab.json",
     "SAYCam_train_data.json", "tokenizer.json",
 }  # fmt: skip

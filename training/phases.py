@@ -4,17 +4,24 @@ A phase: what a row of train.py's table says, how a run of it is set up, and how
 No function here asks for the name of a phase: what differs between phases is a field of Phase.
 """
 
+import inspect
+import os
+import shutil
+from collections import ChainMap
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
 from batches import SampleBatches
+from common import shards
 from config import UserError
-from training import features, lora, models, resume
+from training import features, lora, models, resume, sharding
 from training.optimizer import make_optimizers, set_trainable
 from training.processes import Processes
 
@@ -42,6 +49,7 @@ class Phase:
     load_weights: object = None  # load_weights(path, dataset): a BabyLLaVA of that part alone
     fixes_images: bool = True  # later phases need images of the same format
     saves_template: bool = False  # it learns conversations in the template of the data
+    can_shard: bool = True  # --shard is for it, too; see sharding.py
     unit: str = "tokens/s"
 
     def own_options(self, name):
@@ -79,19 +87,40 @@ class Run:
     batch: int
     skipped: int = 0  # steps whose gradient was not finite
     best: dict | None = None  # {"step", "val_loss"} of the weights that --keep best chose
+    saver: sharding.Saver | None = None  # of a sharded model
+
+    @property
+    def is_sharded(self):
+        return self.settings.shard == "on"
 
     @property
     def path(self):
-        return Path(self.settings.out) / f"{self.name}.pt"
+        suffix = "shards" if self.is_sharded else "pt"
+        return Path(self.settings.out) / f"{self.name}.{suffix}"
 
     @property
     def best_path(self):
         """The weights of the lowest validation loss so far, with --keep best."""
-        return Path(self.settings.out) / f"{self.name}.best.pt"
+        return self.path.with_suffix(f".best{self.path.suffix}")
 
     @property
     def trained_parameters(self):
         return [p for p in self.raw_model.parameters() if p.requires_grad]
+
+    def reduce_gradients(self, now):
+        """Whether the next backward pass sums gradients over processes: once a step."""
+        self.model.require_backward_grad_sync = now  # DDP's
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(now)
+            self.model.set_reshard_after_backward(now)
+
+    def drop_padding(self, batches):
+        """Drop the gradients, all 0, of what sees, after a step that read texts alone: AdamW would
+        go on in their old direction. A model that is not sharded has none."""
+        if self.is_sharded and not any(batch.shows for batch in batches):
+            for name, parameter in self.raw_model.named_parameters():
+                if not name.startswith("gpt."):
+                    parameter.grad = None
 
     def autocast(self):
         dtype = compute_dtype(self.settings, self.processes.device)
@@ -107,30 +136,24 @@ def set_up(settings, name, phases, dataset, processes):
     phases: train.py's table."""
     phase, device = phases[name], processes.device
     check_batch(settings, name, processes)
-    parents = resume.find_parents(settings, name, phases, dataset, processes.print)
+    is_sharded = settings.shard == "on"
+    parents = resume.find_parents(
+        settings, name, phases, dataset, processes.print, mapped=is_sharded
+    )
     inherited = resume.inherit(settings, parents)
     inherited |= {own: getattr(settings, own) for own in phase.inherited}
     saved = resume.find_saved(settings, name, phase, dataset, parents, processes.print)
     if saved and saved["done"]:
-        processes.print(f"{name}: done already, {settings.out}/{name}.pt")
+        processes.print(f"{name}: done already, {checkpoint.find(settings.out, name)}")
         return None
     torch.manual_seed(settings.seed)
-    raw_model = models.make_model(settings, phase, dataset, parents)
-    if saved:
-        restore_model(raw_model, saved, f"{settings.out}/{name}.pt")
-    raw_model.to(device)
-    check_backends(settings, raw_model, device)
-
+    make = make_sharded if is_sharded else make_whole
+    raw_model, optimizers, stored = make(settings, name, phase, dataset, parents, saved, device)
     steps = getattr(settings, f"{name}_steps")
-    groups = set_trainable(raw_model, *what_is_trained(settings, name, phase))
-    optimizers = make_optimizers(settings, groups, device)
     if not optimizers:
         processes.print(f"{name}: nothing in it can be trained; it is saved as it is")
         steps = 0
-    stored = stored_features(settings, dataset, phase.splits, raw_model, device)
     batches = open_batches(settings, name, phase, dataset, raw_model, stored)
-    if saved:
-        restore_optimizers(optimizers, saved, f"{settings.out}/{name}.pt")
     return Run(
         settings=settings,
         name=name,
@@ -148,7 +171,46 @@ def set_up(settings, name, phases, dataset, processes):
         steps=steps,
         batch=getattr(settings, f"{name}_batch"),
         skipped=saved.get("skipped", 0) if saved else 0,
+        saver=sharding.Saver(processes) if is_sharded else None,
     )
+
+
+def make_whole(settings, name, phase, dataset, parents, saved, device):
+    """(model, optimizers, stored features of each split) of a phase that is not sharded."""
+    path = f"{settings.out}/{name}.pt"
+    model = models.make_model(settings, phase, dataset, parents)
+    if saved:
+        restore_model(model, saved, path)
+    model.to(device)
+    check_backends(settings, model, device)
+    groups = set_trainable(model, *what_is_trained(settings, name, phase))
+    optimizers = make_optimizers(settings, groups, device)
+    stored = stored_features(settings, dataset, phase.splits, model, device)
+    if saved:
+        restore_optimizers(optimizers, saved, path)
+    return model, optimizers, stored
+
+
+def make_sharded(settings, name, phase, dataset, parents, saved, device):
+    """As make_whole(), but of each parameter a process has its part alone; see sharding.py."""
+    without = {parent: resume.on_meta(found) for parent, found in parents.items()}
+    model = models.make_model(settings, phase, dataset, without)  # what is new has its numbers
+    check_backends(settings, model, device)
+    groups = set_trainable(model, *what_is_trained(settings, name, phase))
+    weights = ChainMap(*(found["weights"] for found in parents.values()))
+    if stores_features(settings, model):  # they are computed by a whole tower
+        of_tower = {n: weights[f"tower.{n}"] for n, _ in model.tower.named_parameters()}
+        sharding.fill(model.tower, of_tower, device)
+    stored = stored_features(settings, dataset, phase.splits, model, device)
+    dtype, is_compiled = compute_dtype(settings, device), compiles(settings, device)
+    sharding.shard(model, device, dtype, settings.grad_accum > 1, is_compiled)
+    sharding.fill(model, weights, device)
+    own = dict(model.named_parameters())  # others than before
+    groups = [({n: own[n] for n in found}, rate) for found, rate in groups]
+    optimizers = make_optimizers(settings, groups, device)
+    if saved:
+        sharding.restore(model, optimizers, checkpoint.find(settings.out, name))
+    return model, optimizers, stored
 
 
 def check_batch(settings, name, processes):
@@ -171,10 +233,13 @@ def open_batches(settings, name, phase, dataset, model, stored=None):
     """The batches of each split of a phase. stored: the features of each split, see
     stored_features()."""
     batch, stored = getattr(settings, f"{name}_batch"), stored or [None] * len(phase.splits)
-    return [
+    batches = [
         phase.batches(dataset, split, batch, settings.seed, model, of_split, settings.truncate)
         for split, of_split in zip(phase.splits, stored)
     ]
+    for one in batches:
+        one.always_images = settings.shard == "on"
+    return batches
 
 
 def set_steps(settings, name, batches):
@@ -233,6 +298,12 @@ def stored_features(settings, dataset, splits, model, device):
     ]
 
 
+# DDP's option for buffers, of which we have none that change: its new name, from PyTorch 2.12 on
+SYNC_BUFFERS = "forward_sync_buffers"
+if SYNC_BUFFERS not in inspect.signature(DDP).parameters:
+    SYNC_BUFFERS = "broadcast_buffers"
+
+
 class WithGradient(nn.Module):
     """A model whose loss always has a gradient, of 0 if the batch uses no trained parameter: a
     batch of texts while only the projector is trained. backward() needs one, and DDP waits for it.
@@ -249,17 +320,49 @@ class WithGradient(nn.Module):
         return logits, loss
 
 
+def compiles(settings, device):
+    """Whether to use torch.compile: as the option says, else on a GPU that has what it needs."""
+    if settings.compile:
+        return settings.compile == "on"
+    return device.type == "cuda" and not compiler_lacking()
+
+
+def compiler_lacking():
+    """What torch.compile needs for a GPU and this machine has not, or ""."""
+    if find_spec("triton") is None:
+        return "the package triton"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "a C compiler"
+    return ""
+
+
+def compiled():
+    """What torch.compile has done since the last reset, in words."""
+    from torch._dynamo import utils
+
+    graphs = utils.counters["stats"]["unique_graphs"]
+    breaks = sum(utils.counters["graph_break"].values())
+    said = f"compiled {graphs} graphs with {breaks} breaks"
+    if hasattr(utils, "cumulative_time_spent_ns"):  # not in PyTorch 2.5 and before
+        said += f", in {utils.calculate_time_spent()['total_wall_time']:.0f} s"
+        utils.cumulative_time_spent_ns.clear()
+    utils.counters.clear()
+    return said
+
+
 def wrap(model, settings, processes, batches):
-    """The model under torch.compile and DDP, as the options ask."""
+    """The model under torch.compile and DDP, as the options ask; a sharded one as it is."""
     device = processes.device
-    if settings.compile == "on" or (settings.compile == "" and device.type == "cuda"):
+    if settings.shard == "on":
+        return model
+    if compiles(settings, device):
         model = torch.compile(model)
     model = WithGradient(model)
     if processes.world > 1:
         devices = [device.index] if device.type == "cuda" else None
         # a batch of texts does not use the projector, an early layer not the tower's last blocks
         unused = isinstance(batches, SampleBatches)
-        model = DDP(model, devices, broadcast_buffers=False, find_unused_parameters=unused)
+        model = DDP(model, devices, **{SYNC_BUFFERS: False}, find_unused_parameters=unused)
     return model
 
 
@@ -268,36 +371,43 @@ def wrap(model, settings, processes, batches):
 
 
 def check_weights(run, step):
-    """Raise UserError for weights that are not finite, before they replace a good checkpoint."""
-    if not all(bool(parameter.isfinite().all()) for parameter in run.trained_parameters):
+    """Raise UserError for weights that are not finite, before they replace a good checkpoint. Of a
+    sharded model all processes call it."""
+    own = [sharding.local(parameter).isfinite().all() for parameter in run.trained_parameters]
+    all_finite = torch.stack(own).all().float() if own else torch.ones(())
+    if run.is_sharded:
+        dist.all_reduce(all_finite, dist.ReduceOp.MIN)
+    if not all_finite:
         raise UserError(f"{run.name} step {step}: a weight is not finite; lower {run.name}_lr")
 
 
 def keep_best(run, step, loss):
     """With --keep best: store the weights if their validation loss is the lowest so far; after the
     last step take the stored ones, which save() then writes."""
-    path, is_first = run.best_path, run.processes.is_first
-    if not is_first:  # only the first process saves
+    path, is_first, best = run.best_path, run.processes.is_first, {"loss": float("inf")}
+    if not (is_first or run.is_sharded):
         return
-    if step == 0:
-        path.unlink(missing_ok=True)  # of an earlier run
-    best = checkpoint.read_torch(path) if path.exists() else {"loss": float("inf")}
+    if step > 0 and path.exists():  # before it is of an earlier run
+        best = shards.read(path, mapped=True) if run.is_sharded else checkpoint.read_torch(path)
     if loss < best["loss"]:
-        best = {"loss": loss, "step": step, "weights": run.raw_model.state_dict()}
-        checkpoint.save(path, best)
+        best = {"loss": loss, "step": step}
+        if run.is_sharded:
+            run.saver.save(path, step, best, sharding.weights_of(run.raw_model), wait=True)
+        else:
+            best["weights"] = run.raw_model.state_dict()
+            checkpoint.save(path, best)
     if step == run.steps:
-        run.raw_model.load_state_dict(best["weights"])
+        if run.is_sharded:
+            sharding.restore(run.raw_model, [], path)
+        else:
+            run.raw_model.load_state_dict(best["weights"])
         run.best = {"step": best["step"], "val_loss": best["loss"]}
         run.processes.print(f"{run.name}: kept step {best['step']}, val_loss {best['loss']:.3f}")
 
 
-def save(run, step):
-    """Write the checkpoint of a run; checkpoint.py lists what is in it."""
-    if not run.processes.is_first:
-        return
-    check_weights(run, step)
+def describe(run, step, state):
+    """The facts of a checkpoint; checkpoint.py lists them. state: its weights."""
     model = run.raw_model.result()
-    state, factors = lora.merge(model) if lora.has_lora(model) else (None, None)
     contents = checkpoint.describe(
         run.settings,
         run.name,
@@ -316,16 +426,46 @@ def save(run, step):
         contents["template"] = run.dataset.meta.get("template")
     else:  # a phase on captions keeps what an earlier phase on conversations has learnt
         contents["template"] = next((p.get("template") for p in run.parents.values()), None)
+    if run.skipped:
+        contents["skipped"] = run.skipped
+    if run.best:
+        contents["best"] = run.best
+    return contents
+
+
+def save(run, step):
+    """Write the checkpoint of a run."""
+    if run.is_sharded:
+        check_weights(run, step)
+        return save_sharded(run, step)
+    if not run.processes.is_first:
+        return
+    check_weights(run, step)
+    model = run.raw_model.result()
+    state, factors = lora.merge(model) if lora.has_lora(model) else (None, None)
+    contents = describe(run, step, state)
     if model is not run.raw_model:
         contents["dino"] = run.raw_model.state_dict()
     if factors:
         contents["lora"] = factors
     if run.optimizers:
         contents["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
-    if run.skipped:
-        contents["skipped"] = run.skipped
-    if run.best:
-        contents["best"] = run.best
     checkpoint.save(run.path, contents)
+    shutil.rmtree(run.path.with_suffix(".shards"), ignore_errors=True)  # of other parents
     if run.best:
         run.best_path.unlink(missing_ok=True)
+
+
+def save_sharded(run, step):
+    """Write this process's part of a checkpoint; the last one is waited for."""
+    weights, contents = sharding.weights_of(run.raw_model), describe(run, step, {})
+    del contents["weights"]
+    if lora.has_lora(run.raw_model):
+        contents["lora_scale"] = run.settings.lora_alpha / run.settings.lora_rank
+    if contents["done"]:
+        contents["digest"] = sharding.digest_parts(weights)
+    tensors = weights | sharding.states_of(run.raw_model, run.optimizers)
+    run.saver.save(run.path, step, contents, tensors, wait=contents["done"])
+    if contents["done"] and run.processes.is_first:
+        run.path.with_suffix(".pt").unlink(missing_ok=True)  # of other parents
+        shutil.rmtree(run.best_path, ignore_errors=True)

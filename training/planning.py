@@ -25,10 +25,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import checkpoint
+from common import shards
 from config import UserError
 from data import Data
 from fast import products
-from training import advice, measure, phases, published, rehearsal, resume
+from training import advice, measure, phases, published, rehearsal, resume, sharding
 
 GB = 1e9
 # {name: (bf16 TFLOP/s without sparsity, GB of memory)}, from the makers' data sheets
@@ -66,11 +68,13 @@ class Plan:
     activations: int
     feature_bytes: int
     checkpoint_bytes: int
+    gathered: int = 0  # with sharding: what is whole at a time
     measured: dict | None = None  # {"memory": bytes, "seconds": of the phase}, see measure.py
 
     @property
     def memory(self):
-        return self.weights + self.gradients + self.moments + self.activations
+        own = self.weights + self.gradients + self.moments
+        return own + self.gathered + self.activations
 
     @property
     def total_flop(self):
@@ -146,13 +150,15 @@ def counting():
         yield counter, alive
 
 
-def count_step(one, plan, rows):
+def count_step(one, plan, rows, sharded=False):
     """(FLOP, most bytes alive beside the weights) of the forward and backward passes over the first
     `rows` rows of a batch; with gradient accumulation the second micro-batch is counted, when the
-    gradients of the first are alive."""
+    gradients of the first are alive. sharded: the gathered weights are in the dtype of the run."""
     batch = one.batches[0].read(plan, slice(0, rows))
     dtype = phases.compute_dtype(one.settings, one.device)
     model = copy.deepcopy(one.model)
+    if sharded:
+        model.to(dtype)
     with counting() as (counter, alive):
         model.to_empty(device="cpu")
         with alive:
@@ -208,8 +214,8 @@ def sampled_plans(one):
     return [one.batches[0].plan(step) for step in np.unique(steps).tolist()]
 
 
-def make_plan(one):
-    """The Plan of a rehearsal.Rehearsal."""
+def make_plan(one, sharded=False):
+    """The Plan of a rehearsal.Rehearsal. sharded: over its processes, see sharding.py."""
     settings, batches, batch = one.settings, one.batches[0], one.batch
     world, accum = one.world, settings.grad_accum
     plans = sampled_plans(one)
@@ -217,14 +223,20 @@ def make_plan(one):
     typical = plans[int(np.argmin(np.abs(np.array(lengths) - np.mean(lengths))))]
     longest = plans[int(np.argmax(lengths))]
     rows = batch // (world * accum)
-    flop, most = count_step(one, typical, rows)
+    flop, most = count_step(one, typical, rows, sharded)
     if longest.length > typical.length:
-        most = max(most, count_step(one, longest, rows)[1])
+        most = max(most, count_step(one, longest, rows, sharded)[1])
     trained = [p for found, _ in one.groups for p in found.values()]
     weights = bytes_of(one.model.parameters()) + bytes_of(one.model.buffers())
     gradients = bytes_of(trained) * (2 if world > 1 else 1)  # DDP keeps them in buckets, too
     frames = sum(one.dataset.count(split, "frames") for split in one.phase.splits)
-    stores = one.stores_features
+    stores, own, gathered, counted = one.stores_features, weights, 0, bytes_of(trained)
+    if sharded:
+        size = phases.compute_dtype(settings, one.device).itemsize
+        counted = sum(p.numel() for p in trained) * size  # gradients, which are not activations
+        gathered = gathered_bytes(one)
+        own = bytes_of(one.model.parameters()) / world + bytes_of(one.model.buffers())
+        gradients = bytes_of(trained) / world
     return Plan(
         name=one.name,
         parts=count_parts(one),
@@ -234,13 +246,31 @@ def make_plan(one):
         reads=batches.describe(plans),
         flop=flop * world * accum,
         feature_flop=count_features(one, frames) if one.pays_features else 0,
-        weights=weights,
+        weights=own,
         gradients=gradients,
-        moments=2 * bytes_of(trained),
-        activations=max(most - bytes_of(trained), 0),
+        moments=2 * bytes_of(trained) / (world if sharded else 1),
+        activations=max(most - counted, 0),
         feature_bytes=frames * one.features_an_image * 2 if stores else 0,
         checkpoint_bytes=weights + 2 * bytes_of(trained),
+        gathered=gathered,
     )
+
+
+def gathered_bytes(one):
+    """The most that a process holds whole of a sharded model, in the dtype of the run: what is in
+    no block, and two blocks, because the next is gathered while one computes; and the gradients of
+    what is in no block and of one block, which are summed in fp32. With several micro-batches all
+    parameters and all gradients."""
+    size = phases.compute_dtype(one.settings, one.device).itemsize
+    units = sharding.find_units(one.model)
+    whole = sum(p.numel() for p in one.model.parameters())
+    of_units = [sum(p.numel() for p in unit.parameters()) for unit in units]
+    if one.settings.grad_accum > 1:
+        trained = sum(p.numel() for found, _ in one.groups for p in found.values())
+        return whole * size + trained * 4
+    largest = max(of_units, default=0)
+    root = whole - sum(of_units)
+    return (root + 2 * largest) * size + (root + largest) * (size + 4)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,6 +306,29 @@ def memory_bound(one):
     return weights + 3 * trained + tokens + images
 
 
+def choose_sharding(rehearsals):
+    """{phase: "on" or "off"}, as --shard says; "auto": as the phase was begun, else on where one
+    GPU does not hold it and there are several."""
+    chosen = {}
+    for one in rehearsals:
+        chosen[one.name] = one.settings.shard if one.phase.can_shard else "off"
+        if chosen[one.name] == "auto":
+            path = checkpoint.find(one.settings.out, one.name)
+            needed = is_sharded(one) if one.start == 0 else shards.is_shards(path)
+            chosen[one.name] = "on" if needed else "off"
+    return chosen
+
+
+def is_sharded(one):
+    """Whether a phase that has not begun is sharded."""
+    if one.settings.shard != "auto" or not one.phase.can_shard:
+        return one.settings.shard == "on" and one.phase.can_shard
+    limit = machine_memory(one.device)
+    if one.world == 1 or one.device.type != "cuda" or memory_bound(one) < 0.5 * limit:
+        return False
+    return make_plan(one).memory > limit
+
+
 def check_memory(rehearsals):
     """Raise UserError for a phase that needs more memory than this machine has, with an option that
     helps. Phases that are surely small are not counted."""
@@ -283,7 +336,7 @@ def check_memory(rehearsals):
         limit = machine_memory(one.device)
         if memory_bound(one) < 0.5 * limit:
             continue
-        plan = make_plan(one)
+        plan = make_plan(one, is_sharded(one))
         if plan.memory > limit:
             raise UserError(
                 f"{one.name} would need {plan.memory / GB:.1f} GB of memory and this machine has "
@@ -457,9 +510,10 @@ def parts_of(plan):
     for name, (learnt, count) in plan.parts.items():
         state = "trained" if learnt == count else f"{learnt:,} trained" if learnt else "frozen"
         parts.append(f"{name} {count:,} ({state})")
+    gathered = f", gathered {in_bytes(plan.gathered)}" if plan.gathered else ""
     memory = (
         f"weights {in_bytes(plan.weights)}, gradients {in_bytes(plan.gradients)}, AdamW "
-        f"{in_bytes(plan.moments)}, activations {in_bytes(plan.activations)}"
+        f"{in_bytes(plan.moments)}{gathered}, activations {in_bytes(plan.activations)}"
     )
     return f"{plan.name}: {', '.join(parts)}; {memory}"
 
@@ -473,7 +527,7 @@ def show(settings, table, load_settings, processes, measured):
     for one in rehearsals:
         if settings.gpu:
             one.device = torch.device("cuda")  # its dtype
-        plan = make_plan(one)
+        plan = plan_on(one, GPUS[settings.gpu][1] * GB) if settings.gpu else make_plan(one)
         if not settings.gpu and measure.is_small(one, plan, machine_memory(one.device)):
             print(f"{one.name}: measuring some steps ...", file=sys.stderr)
             plan.measured = measured(one.name)
@@ -488,6 +542,16 @@ def show(settings, table, load_settings, processes, measured):
     print(explanation(settings, plans, processes.world))
 
 
+def plan_on(one, limit):
+    """The Plan of a phase on GPUs of so many bytes, sharded as --shard says."""
+    if not one.phase.can_shard or one.settings.shard == "off":
+        return make_plan(one)
+    plan = make_plan(one) if one.settings.shard == "auto" else None
+    if plan and (plan.memory <= limit or one.world == 1):
+        return plan
+    return make_plan(one, sharded=True)
+
+
 def explanation(settings, plans, world):
     """What the columns of the table are of."""
     lines = []
@@ -500,6 +564,10 @@ def explanation(settings, plans, world):
         large = [plan.name for plan in plans if plan.memory > memory]
         if large:
             lines.append(f"more than the {memory / GB:.0f} GB of a {name}: {', '.join(large)}")
+    if any(plan.gathered for plan in plans):
+        lines.append(
+            f"sharded over {world} processes: " + ", ".join(p.name for p in plans if p.gathered)
+        )
     if any(plan.measured for plan in plans):
         lines.append("memory and time: of this machine as it is now, measured by real steps")
     if any(not plan.measured for plan in plans):

@@ -13,9 +13,15 @@ import torch
 
 def pinned(batch):
     """The batch with its arrays as tensors in pinned memory, which a GPU copies while it works."""
-    arrays = {name: part for name, part in vars(batch).items() if isinstance(part, np.ndarray)}
-    as_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).pin_memory()
-    return replace(batch, **{name: as_tensor(array) for name, array in arrays.items()})
+
+    def pin(part):
+        if isinstance(part, tuple):
+            return tuple(pin(one) for one in part)
+        if not isinstance(part, (np.ndarray, torch.Tensor)):
+            return part
+        return torch.as_tensor(np.ascontiguousarray(part)).pin_memory()
+
+    return replace(batch, **{name: pin(part) for name, part in vars(batch).items()})
 
 
 def in_advance(make, steps, depth):

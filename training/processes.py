@@ -3,6 +3,7 @@ The processes that train together: how they find each other, and how they wait f
 """
 
 import ctypes
+import inspect
 import os
 import signal
 import sys
@@ -48,6 +49,19 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def agree(self, value):
+        """The first process's value of something that each has found out."""
+        found = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def part(self):
+        """End the group of the processes, after their last collective. After an error it is left to
+        the end of the process: with NCCL ending it would wait for the others, who wait for us."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def is_first_process():
     """Whether this is the only process, or the first of torchrun's."""
@@ -81,26 +95,42 @@ def reported_once():
         sys.exit(1)
 
 
+def find_device(settings):
+    """The torch.device of this process. Raises UserError if this machine has too few GPUs."""
+    device, local = checkpoint.choose_device(settings.device), os.environ.get("LOCAL_RANK", "0")
+    if device.type != "cuda" or device.index is not None:
+        return device
+    wanted, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if wanted > count:
+        raise UserError(
+            f"{wanted} processes on a machine with {count} GPUs: give torchrun "
+            f"--nproc_per_node={count}, or train.py --device=cpu"
+        )
+    return torch.device("cuda", int(local))
+
+
 def find_processes(settings):
     """The Processes of this process: one of torchrun's, or the only one. Raises UserError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = checkpoint.choose_device(settings.device)
+    device = find_device(settings)
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         keep_memory()
-    if world > 1:
+    if world == 1 and settings.shard == "on":
         backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif world > 1:
         patience = timedelta(minutes=settings.patience)
+        how = {"backend": "nccl" if device.type == "cuda" else "gloo", "timeout": patience}
+        takes = inspect.signature(dist.init_process_group).parameters
+        if device.type == "cuda" and "device_id" in takes:  # from PyTorch 2.3 on
+            how["device_id"] = device
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=patience))
             own = agree_on_store(store, rank, world, patience)
-            dist.init_process_group(
-                backend, store=own, rank=rank, world_size=world, timeout=patience
-            )
+            dist.init_process_group(store=own, rank=rank, world_size=world, **how)
         except dist.DistError as error:
             raise UserError(
                 f"rank {rank}: {world} processes did not come together within "

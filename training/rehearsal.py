@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import checkpoint
+from common.devices import Unfilled
 from dino import DINO
 from training import lora, models, phases, resume
 from training.optimizer import set_trainable
@@ -89,18 +89,6 @@ class Rehearsal:
         return self.model.num_features(self.dataset.image_format.size) * self.model.tower.width
 
 
-class Unfilled(TorchFunctionMode):
-    """Leaves out random numbers: on the meta device there are none, and asking for them imports
-    two seconds of PyTorch's compiler."""
-
-    RANDOM = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "erfinv_")
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in self.RANDOM:
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
 def rehearse(settings, names, table, dataset, processes, planned=None, load_weights=None):
     """The Rehearsals of the phases `names`, but of those that are done or come from elsewhere. The
     options NAME_steps of `settings` are set for phases that have NAME_epochs. table: train.py's
@@ -115,7 +103,7 @@ def rehearse(settings, names, table, dataset, processes, planned=None, load_weig
             planned[name] = rehearse_import(own, name, phase, dataset, load_weights)
             continue
         parents = resume.find_parents(own, name, table, dataset, ignore, planned)
-        parents = {parent: on_meta(one) for parent, one in parents.items()}
+        parents = {parent: resume.on_meta(one) for parent, one in parents.items()}
         inherited = resume.inherit(own, parents)
         inherited |= {option: getattr(own, option) for option in phase.inherited}
         phases.check_batch(own, name, processes)
@@ -171,10 +159,3 @@ def describe(settings, name, phase, dataset, model, inherited):
         state=state,
     )
     return contents | {"done": True}
-
-
-def on_meta(found):
-    """A checkpoint with its weights on the meta device, without what only resuming needs."""
-    unused = ("dino", "optimizers", "lora")
-    kept = {key: value for key, value in found.items() if key not in unused}
-    return kept | {"weights": {n: weight.to("meta") for n, weight in found["weights"].items()}}

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import checkpoint
+from common import shards
 from common.images import ImageFormat
 from config import UserError
 from model import BabyLLaVA
@@ -22,13 +23,13 @@ from training import advice
 
 def is_run_folder(path):
     """Whether a path is a folder that train.py wrote to."""
-    return bool(path) and Path(path).is_dir() and not (Path(path) / "config.json").exists()
+    is_folder = bool(path) and Path(path).is_dir() and not shards.is_shards(path)
+    return is_folder and not (Path(path) / "config.json").exists()
 
 
 def find_checkpoint(settings, name):
     """(path of a phase's checkpoint, whether it is in the run that --init names)."""
-    here = Path(settings.out) / f"{name}.pt"
-    there = Path(settings.init) / f"{name}.pt"
+    here, there = (checkpoint.find(folder, name) for folder in (settings.out, settings.init))
     if is_run_folder(settings.init) and there.exists() and not here.exists():
         return there, True
     return here, False
@@ -72,13 +73,14 @@ def choose_phases(settings, dataset, phases):
 # Parents
 
 
-def find_parents(settings, name, phases, dataset, report, planned=None):
+def find_parents(settings, name, phases, dataset, report, planned=None, mapped=False):
     """{phase: finished checkpoint} that a phase starts from; {"init": ...} for a model that --init
     names. A parent of 0 steps was left out, and its own parent takes its place.
 
     report(line): prints. planned: {phase: checkpoint} of phases that will be trained before this
-    one; see rehearsal.py. Raises UserError for a missing or unfinished parent, or other data."""
-    wanted, mapped = phases[name].starts_from, planned is not None
+    one; see rehearsal.py. mapped: see checkpoint.read_torch(). Raises UserError for a missing or
+    unfinished parent, or other data."""
+    wanted, mapped = phases[name].starts_from, mapped or planned is not None
     while len(wanted) == 1 and not getattr(settings, f"{wanted[0]}_steps"):
         wanted = phases[wanted[0]].starts_from
     if wanted and planned and "init" in planned:
@@ -110,7 +112,7 @@ def read_init(path, phases, mapped=False):
     see checkpoint.read_torch()."""
     if not Path(path).exists():
         raise UserError(f"--init {path}: there is none; a run's folder, a .pt or a LLaVA's folder")
-    if Path(path).is_dir():
+    if Path(path).is_dir() and not shards.is_shards(path):
         from pretrained import huggingface  # not imported without --init
 
         parent = huggingface.load(path).as_parent()
@@ -170,10 +172,14 @@ def inherit(settings, parents):
 def find_saved(settings, name, phase, dataset, parents, report):
     """This phase's own checkpoint, finished or to be resumed; None if there is none, or if it
     started from other parents. Raises UserError if it was made with other options or data."""
-    path = Path(settings.out) / f"{name}.pt"
+    path = checkpoint.find(settings.out, name)
     if not path.exists():
         return None
-    found = checkpoint.read(path)
+    found = checkpoint.read(path, mapped=shards.is_shards(path))
+    if not found["done"] and settings.shard in ("on", "off"):
+        before = "on" if shards.is_shards(path) else "off"
+        if settings.shard != before:
+            raise UserError(f"{path} was begun with --shard {before}: go on so, or delete it")
     defaults = type(settings)()  # for options added after this checkpoint was saved
     for own in phase.own_options(name):
         before, now = found["settings"].get(own, getattr(defaults, own)), getattr(settings, own)
@@ -206,12 +212,12 @@ def import_weights(settings, name, phase, dataset, processes):
     option, path = phase.weights_option, Path(settings.out) / f"{name}.pt"
     source = getattr(settings, option)
     found = find_imported(settings, name, phase, source)
-    model = phase.load_weights(source, dataset)
     parents = {option: digest_of(Path(source))}
     if found and found["parents"] == parents and not checkpoint.has_other_images(found, dataset):
         processes.print(f"{name}: {source} was loaded before, {path}")
         return
-    if processes.is_first:
+    if processes.is_first:  # the others would hold as many copies of it
+        model = phase.load_weights(source, dataset)
         # the other inherited options did not make this model: None contradicts every value
         inherited = dict.fromkeys(phase.inherited) | {option: str(source)}
         contents = checkpoint.describe(
@@ -269,3 +275,16 @@ def load_language_model(source, dataset):
             f"`python data.py llava --like {source} ...`"
         )
     return model
+
+
+# ---------------------------------------------------------------------------------------------
+# Without weights
+
+
+def on_meta(found):
+    """A checkpoint with its weights on the meta device, without what only resuming needs."""
+    unused, weights = ("dino", "optimizers", "lora"), found["weights"]
+    kept = {key: value for key, value in found.items() if key not in unused}
+    if isinstance(weights, shards.Weights):
+        return kept | {"weights": {name: weights.empty(name, "meta") for name in weights}}
+    return kept | {"weights": {name: weight.to("meta") for name, weight in weights.items()}}

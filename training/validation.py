@@ -22,11 +22,15 @@ def val_loss(model, batches, image_format, limit=0, rank=0, world=1):
     is_mps = model.gpt.device.type == "mps"  # which has no float64
     sum_dtype = torch.float32 if is_mps else torch.float64
     total = torch.zeros(2, device=model.gpt.device, dtype=sum_dtype)  # sum of NLL, targets
-    for i, plan in enumerate(batches.fixed_plan(limit)):
-        if i % world == rank:
-            batch = batches.read(plan)
-            loss = model(*model.inputs(batch, image_format, 0, 0))[1].to(sum_dtype)
-            total += torch.stack([loss * batch.count, torch.full_like(loss, batch.count)])
+    plans = batches.fixed_plan(limit)
+    for first in range(0, len(plans), world):
+        number = first + rank
+        # the last round may be too short: then the last batch again, because all processes of a
+        # sharded model must compute, but without weight
+        batch = batches.read(plans[min(number, len(plans) - 1)])
+        count = batch.count if number < len(plans) else 0
+        loss = model(*model.inputs(batch, image_format, 0, 0))[1].to(sum_dtype)
+        total += torch.stack([loss * count, torch.full_like(loss, count)])
     if world > 1:
         dist.all_reduce(total)
     for module, mode in modes.items():

@@ -1,0 +1,183 @@
+"""Sharded training: the weights of a run that is not sharded, whoever saves and whoever goes on."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from test_llava import many, prepare
+
+import checkpoint
+import train
+from common import shards
+from config import UserError
+from training import planning
+from training.processes import Processes
+
+pytest.importorskip("torch.distributed.fsdp", reason="PyTorch 2.6")
+EXACT = 2e-5
+TOWER = "--phase3_learn projector gpt tower=2e-4".split()
+# LLaVA-NeXT's shape a thousand times smaller: tiles, a tower that learns at its own rate, gradient
+# checkpointing, batches of texts alone. Then what else changes the path of a step.
+CASES = {
+    "next": [*TOWER, "--recompute=True"],
+    "lora": ["--lora_rank=4"],  # and stored features of a frozen tower
+    "accum": [*TOWER, "--grad_accum=2"],
+    "best": ["--keep=best", "--phase3_lr=0.2", "--warmup=0.01"],  # it keeps step 2
+}
+# train.main() of each list of flags in turn; DIE: the process is killed in its N-th save
+CHILD = """
+import json, os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+from common import shards
+begin, saves = shards.begin, []
+def dying(*rest):
+    saves.append(begin(*rest))
+    if len(saves) == int(os.environ.get("DIE", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return saves[-1]
+shards.begin = dying
+for flags in json.loads(sys.argv[1]):
+    train.main(flags)
+"""
+
+
+def flags_of(case, out, recipe):
+    flags = ["--data=data/tiled", "--phase=3", f"--init={recipe}/phase2.pt", "--evaluate=False"]
+    flags += ["--block_size=300", "--phase3_steps=6", f"--out=out/{out}"]
+    return [*SMALL, *flags, *CASES[case]]
+
+
+def launch(processes, runs, folder, **env):
+    """torchrun with so many processes, in which each trains with each list of flags in turn."""
+    (folder / "child.py").write_text(CHILD.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", str(folder / "child.py"), json.dumps(runs)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **env}
+    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
+
+
+def furthest(one, other):
+    a, b = (checkpoint.read(path)["weights"] for path in (one, other))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, recipe):
+    """A folder with data/tiled, and each case trained by one process, not sharded."""
+    folder, before = tmp_path_factory.mktemp("shards"), os.getcwd()
+    os.chdir(folder)
+    (folder / "pictures").mkdir()
+    from PIL import Image
+
+    for i in range(20):
+        size = (40, 20) if i % 2 else (20, 40)
+        Image.new("RGB", size, (10 * i, 200, 100)).save(f"pictures/{i}.png")
+    prepare(many(40), f"--like={recipe}/phase2.pt", "--canvases", "32x16", "16x32", name="tiled")
+    for case in CASES:
+        train.main(flags_of(case, f"{case}_whole", recipe))
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def test_one_process_sharded(place, recipe):
+    for case in ("next", "best"):
+        train.main([*flags_of(case, f"{case}_1", recipe), "--shard=on"])
+        assert furthest(f"out/{case}_whole/phase3.pt", f"out/{case}_1/phase3.shards") < EXACT
+    best = checkpoint.read("out/best_1/phase3.shards")["best"]["step"]
+    assert best == checkpoint.read("out/best_whole/phase3.pt")["best"]["step"] < 6
+
+
+def test_two_processes_sharded(place, recipe):
+    """In one launch, one case after the other."""
+    cases = ("next", "lora", "accum")
+    runs = [[*flags_of(case, f"{case}_2", recipe), "--shard=on"] for case in cases]
+    done = launch(2, runs, place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case in cases:
+        whole, sharded = f"out/{case}_whole/phase3.pt", f"out/{case}_2/phase3.shards"
+        assert furthest(whole, sharded) < EXACT, case
+        a, b = checkpoint.read(whole), checkpoint.read(sharded)
+        for name in ("parts", "inherited", "corpora", "template", "images", "done"):
+            assert a.get(name) == b.get(name), (case, name)
+    # it is opened as any other, written as one file, and starts another run
+    subprocess.run(
+        [sys.executable, ROOT / "export.py", "out/lora_2/phase3.shards", "out/one.pt"], check=True
+    )
+    assert furthest("out/one.pt", "out/lora_2/phase3.shards") == 0
+    assert checkpoint.load("out/lora_2/phase3.shards").model.gpt is not None
+
+
+def test_killed_with_two_processes_and_continued_with_four(place, recipe):
+    flags = [*flags_of("next", "killed", recipe), "--shard=on"]
+    done = launch(2, [flags], place, DIE="2")  # while it writes the save of step 4
+    assert done.returncode != 0
+    folder = Path("out/killed/phase3.shards")
+    assert shards.find_save(folder) == folder / "step_2" and (folder / "step_4").is_dir()
+    assert checkpoint.read(folder)["step"] == 2
+    with pytest.raises(UserError, match="was begun with --shard on: go on so"):
+        train.main([*flags, "--shard=off"])
+    done = launch(4, [flags], place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert furthest("out/next_whole/phase3.pt", folder) < EXACT
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_6"]
+    steps = [json.loads(line) for line in open("out/killed/log.jsonl")]
+    assert [entry["step"] for entry in steps if "loss" in entry] == list(range(6))
+
+
+# ---- what is read
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch touched",)
+
+
+def test_a_description_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save = tmp_path / "a.shards" / "step_1"
+    save.mkdir(parents=True)
+    (save.parent / "latest").write_text("step_1")
+    torch.save({}, save / "facts.pt")
+    (save / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="not a checkpoint, or cut short .it names posix.system"):
+        checkpoint.read(save.parent)
+    assert not Path("touched").exists()
+    (save.parent / "latest").unlink()
+    with pytest.raises(UserError, match="no save in it is whole"):
+        checkpoint.read(save.parent)
+
+
+# ---- what it will take
+
+
+def test_the_plan_of_llava_next_on_sixteen_gpus(tmp_path, monkeypatch, capsys):
+    """8.36 billion parameters: 16 bytes each in weights, gradients and moments, over 16 GPUs."""
+    monkeypatch.chdir(tmp_path)
+    settings = train.load_settings([str(ROOT / "configs/llava_next.py"), "--gpu=h100"])
+    sixteen = Processes(0, 16, torch.device("cpu"))
+    missing = planning.Missing()
+    (one,), _ = planning.rehearse_all(settings, train.PHASES, train.load_settings, sixteen, missing)
+    one.device = torch.device("cuda")
+    plan = planning.plan_on(one, 80e9)
+    count = 8_030_785_536 + 20_979_712 + 303_505_408 + 4_096
+    tables = 2 * 8192 * 64 * 4  # of rotary positions
+    own = plan.weights + plan.gradients + plan.moments
+    assert own == pytest.approx(16 * count / 16 + tables, rel=1e-9)
+    # Llama's head and embedding, CLIP's and the projector, two blocks of 218 million
+    block = 218_112_000
+    root = count - 32 * block - 24 * 12_596_224
+    assert plan.gathered == pytest.approx((root + 2 * block) * 2 + (root + block) * 6, rel=1e-6)
+    assert plan.memory < 80e9
