@@ -14,6 +14,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -151,6 +152,8 @@ def read(folder, mapped=False):
     """The dict of a checkpoint. mapped: its weights are read when they are asked for. Raises
     UserError."""
     path = find_save(folder)
+    if find_spec("torch.distributed.tensor") is None:
+        raise UserError(f"{folder}: PyTorch 2.6 opens it, and this is {torch.__version__}")
     if path is None:
         raise UserError(f"{folder}: no save in it is whole: train it again")
     facts = torch.load(path / "facts.pt", map_location="cpu", weights_only=True)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -113,17 +115,38 @@ def test_speed_beside_a_peer_is_a_ratio_of_rounds(tmp_path):
     assert (work, shape, who) == ("phase2", "S", "LLaVA") and eager == best
 
 
-def test_what_a_machine_could_do_is_measured_beside_what_it_does(tmp_path):
-    flags = ["--widths=64", "--tokens=256", "--frames=1", "--steps=1", "--side=64", "--device=cpu"]
-    flags += ["--work", "phase2", "features"]
-    done = shell(ROOT / "benchmarks/utilization.py", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    head, _, *table = rows(done.stdout)
+def test_the_command_for_a_gpu_runs_whole_in_a_tiny_form(tmp_path):
+    """Each step ends well within its limit; its output is what the step is for."""
+    env = {**os.environ, "DRY": "1", "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), str(tmp_path)]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = {row[0]: int(row[1]) for row in rows((tmp_path / "steps.md").read_text())[2:]}
+    failed = {name: (tmp_path / f"{name}.err").read_text()[-500:] for name in steps if steps[name]}
+    assert not failed
+    assert [*steps] == "machine data kernels utilization toy same peers shards".split()
+    said = {name: (tmp_path / f"{name}.txt").read_text() for name in steps}
+    # kernels: beside all of PyTorch's, and near fp64
+    table = [line.split("|")[1:-1] for line in said["kernels"].splitlines() if line[:1] == "|"]
+    table = [[cell.strip() for cell in row] for row in table]
+    for name in ("ours", "sdpa flash", "sdpa cuDNN", "sdpa efficient", "flex, compiled", "eager"):
+        assert name in [row[0] for row in table]
+    ours = [row for row in table if row[0] == "ours"]
+    assert len(ours) == 3 and all(float(row[-1]) < 1e-5 for row in ours)
+    # what a machine could do, beside what it does
+    head, _, *table = rows(said["utilization"])
     assert head[4:7] == ["TFLOP/s", "of products", "busy"]
-    assert [row[0] for row in table] == ["phase2, 64 wide", "features, ViT-B/14"]
+    named = ["language, 64 wide", "phase1, 64 wide", "phase2, 64 wide", "features, ViT-B/14"]
+    assert [row[0] for row in table] == named
     for _, dtype, ms, per_second, *_, share, busy, memory in table:
         assert dtype == "float32" and float(ms) > 0 and float(share.rstrip("%")) > 0
         assert float(per_second.replace(",", "")) > 0 and busy == memory == "-"
+    assert "written: out/toy/results.json" in said["toy"]
+    assert "captions are the same" in said["same"] and "language.shards" in said["shards"]
+    assert re.search(r"phase2 \| S \| LLaVA \| \d", said["peers"])
+
+
+def test_the_gpu_benchmarks_say_what_they_lack(tmp_path):
     done = shell(ROOT / "benchmarks/utilization.py", "--widths=100", cwd=tmp_path)
     assert done.returncode == 1 and "multiples of 64" in done.stderr
 

@@ -376,23 +376,8 @@ def test_the_gate_would_notice():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter")
-def test_the_benchmark_runs_and_says_what_it_lacks(tmp_path):
-    code, rows, done = run_benchmark(tmp_path, "--quick", "--device=cpu", "--repeats=2")
-    assert code == 0, done.stderr
-    for name in (
-        "ours",
-        "sdpa flash",
-        "sdpa cuDNN",
-        "sdpa efficient",
-        "flex, compiled",
-        "eager",
-        "torch.compile",
-        "Liger",
-    ):
-        assert name in [row[0] for row in rows]
-    ours = [row for row in rows if row[0] == "ours"]
-    assert len(ours) == 3 and all(float(row[-1]) < 1e-5 for row in ours)
-    assert len([row for row in rows if row[0] in ("triton", "sdpa", "reference")]) == 6
+def test_the_benchmark_says_what_it_lacks(tmp_path):
+    """Whole it runs in tests/test_benchmarks.py, by benchmarks/gpu.sh."""
     code, _, done = run_benchmark(tmp_path, TRITON_INTERPRET="0")
     assert code == 1 and done.stderr.startswith("error: nothing measured: it needs an NVIDIA GPU")
 

@@ -308,12 +308,15 @@ def test_a_small_phase_is_not_counted(tmp_path, monkeypatch):
 
 def test_the_plan_of_a_published_system_without_its_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.main([str(ROOT / "configs/llava_next.py"), "--plan", "--gpu", "h100", "--mfu", "0.4"])
+    flags = "--plan --gpu h100 --gpus 16 --shard on --mfu 0.4".split()
+    train.main([str(ROOT / "configs/llava_next.py"), *flags])
     shown = capsys.readouterr().out
     assert "data/llava_next" in shown and "(as llava_next_stage1.py trains)" in shown
-    assert "more than the 80 GB of a h100: phase3" in shown
+    assert "sharded over 16 processes: phase3" in shown and "more than the 80 GB" not in shown
     row = next(line for line in shown.splitlines() if line.startswith("| phase3"))
     assert "23,750" in row and re.search(r"\d h ", row)
+    gigabytes = float(re.search(r"\| (\d+) GB +\|", row)[1])  # of one process
+    assert 8.4 + 3.4 < gigabytes < 80
     assert not list(tmp_path.iterdir())
 
 

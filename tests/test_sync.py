@@ -1,5 +1,5 @@
 """
-A step on a GPU waits for nothing. Where there is none the meta device takes its place: tensors there
+A step on a GPU waits for nothing. Where there is none the meta device takes its place: its tensors
 have no numbers, and a copy between it and the CPU is one between a GPU and the CPU.
 """
 

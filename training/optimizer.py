@@ -11,6 +11,7 @@ import math
 import torch
 
 from config import UserError
+from kernels import CAN_REGISTER
 from training import lora
 
 
@@ -80,4 +81,6 @@ def make_optimizers(settings, groups, device):
     if not params:
         return []
     betas = (0.9, settings.beta2)
-    return [torch.optim.AdamW(params, betas=betas, fused=device.type != "mps")]
+    # fused: one operation for all parameters; on a CPU from PyTorch 2.4 on
+    is_fused = device.type == "cuda" or (device.type == "cpu" and CAN_REGISTER)
+    return [torch.optim.AdamW(params, betas=betas, fused=is_fused)]

@@ -8,6 +8,7 @@ import inspect
 import os
 import shutil
 from collections import ChainMap
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,8 +124,9 @@ class Run:
                     parameter.grad = None
 
     def autocast(self):
-        dtype = compute_dtype(self.settings, self.processes.device)
-        return torch.autocast(self.processes.device.type, dtype, enabled=dtype != torch.float32)
+        return autocast(
+            self.processes.device.type, compute_dtype(self.settings, self.processes.device)
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,6 +271,11 @@ def restore_optimizers(optimizers, saved, path):
 def compute_dtype(settings, device):
     name = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return getattr(torch, name)
+
+
+def autocast(kind, dtype):
+    """The context in which a kind of device computes in a dtype."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(kind, dtype)
 
 
 def check_backends(settings, model, device):

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 import checkpoint
 from common import shards
@@ -95,7 +95,7 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        for tensor in tree_flatten(made)[0]:
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor.untyped_storage())
         return made
@@ -140,11 +140,11 @@ def counting():
     from torch._subclasses import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    aten = torch.ops.aten
-    formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop,
-    }
+    name, aten = "_scaled_dot_product_flash_attention_for_cpu", torch.ops.aten
+    formulas = {}
+    if hasattr(aten, name):  # from PyTorch 2.2 on
+        formulas[getattr(aten, name)] = attention_flop
+        formulas[getattr(aten, f"{name}_backward")] = attention_backward_flop
     counter, alive = FlopCounterMode(display=False, custom_mapping=formulas), Alive()
     with FakeTensorMode(allow_non_fake_inputs=True), plain_products():
         yield counter, alive
@@ -164,7 +164,7 @@ def count_step(one, plan, rows, sharded=False):
         with alive:
             for _ in range(min(one.settings.grad_accum, 2)):
                 with counter:  # it starts from 0 again
-                    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    with phases.autocast("cpu", dtype):
                         inputs = model.inputs(batch, one.dataset.image_format, 0, 0)
                         loss = model(*inputs)[1]
                     if loss.requires_grad:

@@ -123,9 +123,11 @@ def find_processes(settings):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     elif world > 1:
         patience = timedelta(minutes=settings.patience)
-        how = {"backend": "nccl" if device.type == "cuda" else "gloo", "timeout": patience}
+        # NCCL refuses two processes on one GPU, which --device=cuda:0 asks for
+        has_own = device.type == "cuda" and checkpoint.choose_device(settings.device).index is None
+        how = {"backend": "nccl" if has_own else "gloo", "timeout": patience}
         takes = inspect.signature(dist.init_process_group).parameters
-        if device.type == "cuda" and "device_id" in takes:  # from PyTorch 2.3 on
+        if has_own and "device_id" in takes:  # from PyTorch 2.3 on
             how["device_id"] = device
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=patience))
