@@ -392,6 +392,9 @@ def train_phase(settings, name, dataset, processes, clock):
     if isinstance(run.raw_model, BabyLLaVA):
         line += ", attention {}, norm {}".format(*run.raw_model.gpt.backends(dtype))
     processes.print(line)
+    why = phases.compiler_lacking()
+    if processes.device.type == "cuda" and not settings.compile and why:
+        processes.print(f"{name}: not compiled, because this machine lacks {why}")
     if run.val_batches:
         few = min(settings.eval_batches * run.batch, run.val_batches.rows)
         processes.print(f"{name}: val_loss is of {few:,} of {run.val_batches.rows:,} held-out rows")

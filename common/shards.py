@@ -11,6 +11,7 @@ what another number has written; one process reads tensor by tensor.
 """
 
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -41,9 +42,8 @@ def is_shards(path):
 def find_save(folder):
     """The folder of the last whole save in NAME.shards, or None."""
     pointer = Path(folder) / "latest"
-    if not pointer.exists():
-        return None
-    return Path(folder) / pointer.read_text().strip()
+    name = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
+    return Path(folder) / name if re.fullmatch(r"step_\d+", name) else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Weights(Mapping):
     merged into the weights, as in other checkpoints."""
 
     def __init__(self, path, scale=0.0):
-        self.reader, self.scale = open_reader(path), scale
+        self.path, self.reader, self.scale = path, open_reader(path), scale
         try:
             about = self.reader.read_metadata().state_dict_metadata
         except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
@@ -132,12 +132,16 @@ class Weights(Mapping):
 
     def read(self, names):
         """{name: tensor} as they were saved."""
-        from torch.distributed.checkpoint import load
+        from torch.distributed.checkpoint import CheckpointException, load
 
         found = {f"weights/{name}": self.empty(name) for name in names}
         with warnings.catch_warnings():  # that this is a single process
             warnings.simplefilter("ignore")
-            load(found, storage_reader=self.reader, no_dist=True)
+            try:
+                load(found, storage_reader=self.reader, no_dist=True)
+            except CheckpointException as error:
+                why = str([one[0] for one in error.failures.values()])[:150]
+                raise UserError(f"{self.path}: not a checkpoint, or cut short ({why})") from None
         return {name: found[f"weights/{name}"] for name in names}
 
     def __getitem__(self, name):
@@ -156,6 +160,10 @@ def read(folder, mapped=False):
         raise UserError(f"{folder}: PyTorch 2.6 opens it, and this is {torch.__version__}")
     if path is None:
         raise UserError(f"{folder}: no save in it is whole: train it again")
-    facts = torch.load(path / "facts.pt", map_location="cpu", weights_only=True)
+    try:
+        facts = torch.load(path / "facts.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path}/facts.pt: not a checkpoint, or cut short ({why})") from None
     weights = Weights(path, facts.get("lora_scale", 0.0))
     return facts | {"weights": weights if mapped else dict(weights)}

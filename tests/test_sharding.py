@@ -3,13 +3,14 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, one_line
 from test_llava import many, prepare
 
 import checkpoint
@@ -156,9 +157,20 @@ def test_a_description_that_would_run_code_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not a checkpoint, or cut short .it names posix.system"):
         checkpoint.read(save.parent)
     assert not Path("touched").exists()
-    (save.parent / "latest").unlink()
+    (save.parent / "latest").write_text("../elsewhere")
     with pytest.raises(UserError, match="no save in it is whole"):
         checkpoint.read(save.parent)
+
+
+@pytest.mark.parametrize("name", ["facts.pt", "__0_0.distcp", ".metadata"])
+def test_a_file_that_is_cut_short_is_one_line(place, recipe, name):
+    train.main([*flags_of("lora", "cut", recipe), "--shard=on"])
+    path = Path("out/cut/phase3.shards/step_6") / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match="not a checkpoint, or cut short") as error:
+        checkpoint.read("out/cut/phase3.shards")
+    assert one_line(error)
+    shutil.rmtree("out/cut")
 
 
 # ---- what it will take

@@ -111,6 +111,8 @@ class Saver:
         from torch.distributed.checkpoint import async_save
 
         self.finish()
+        if self.processes.device.type == "cpu":  # else they are copied from the GPU at once
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         path = shards.begin(folder, step, facts, self.processes.is_first)
         self.pending = path, async_save(tensors, checkpoint_id=path, process_group=self.group)
         if wait:
