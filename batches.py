@@ -366,8 +366,8 @@ class SampleBatches:
             positions=np.pad(positions, (0, padding), "edge" if len(positions) else "constant"),
             images=None,
             count=len(positions),
+            shows=bool((self.samples[plan.rows, 3] > 0).any()),
         )
-        batch.shows = bool((self.samples[plan.rows, 3] > 0).any())
         if self.always_images and self.image_ids is not None:
             images = images or [0]
         if images:

@@ -158,10 +158,10 @@ class Config(config.Options):
     dtype: str = option("", choices=("", "float32", "bfloat16"))  # empty: bfloat16 on cuda
     compile: str = option("", choices=("", "on", "off"))  # torch.compile; empty: on for cuda
     attention: str = option("auto", choices=("auto", "triton", "sdpa", "reference"))  # backend
+    norm: str = option("auto", choices=("auto", "triton", "torch", "reference"))  # backend
     shard: str = option(
         "auto", choices=("auto", "on", "off")
     )  # parameters over all processes; auto: where no GPU holds the model
-    norm: str = option("auto", choices=("auto", "triton", "torch", "reference"))  # backend
     batches_ahead: int = option(2, low=0, high=1000)  # prepared by a thread; 0: none
     patience: float = option(10.0, low=0.01, high=1e6)  # minutes that processes wait for each other
     # how often, in steps
@@ -306,9 +306,8 @@ def take_step(run, step, batches):
     # Dropout masks differ between ranks, so results depend on their number if dropout is on.
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + run.processes.rank)
     count = float(sum(batch.count for batch in batches))
-    total = torch.full(
-        (), count, device=run.processes.device
-    )  # no copy, for which a GPU would wait
+    # filled on the GPU: a copy would make the host wait for it
+    total = torch.full((), count, device=run.processes.device)
     if world > 1:
         dist.all_reduce(total)
     loss_sum = torch.zeros((), device=run.processes.device)
@@ -347,7 +346,8 @@ def validate_and_save(run, step):
         when = {"time": round(time.time(), 1)}
         run.processes.record(log, phase=run.name, step=step, **metrics, **when)
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        values = values or "saved" if is_last else values
+        if is_last and not values:
+            values = "done"
         if values:  # a tower has none on data without things to probe it with
             run.processes.print(f"{run.name} step {step}: {values}")
         if settings.keep == "best" and "val_loss" in metrics:

@@ -27,7 +27,7 @@ python="${PYTHON:-python}"
 printf '| step | exit status | time |\n|---|---|---|\n' | tee "$out/steps.md"
 if [ -n "$dry" ]; then
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-  device=(--device=cpu)
+  device=(--device=cpu) one_gpu=(--device=cpu)
   tiny=(--patch=8 --vision_width=16 --vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2
     --n_head=2 --n_embd=16 --block_size=48 --vision_steps=4 --language_steps=4 --phase1_steps=4
     --phase2_steps=4 --vision_batch=8 --language_batch=8 --phase1_batch=8 --phase2_batch=8
@@ -37,7 +37,7 @@ if [ -n "$dry" ]; then
   used=(--widths=64 --tokens=256 --frames=1 --steps=1 --side=64)
   peers=(--shapes S --rounds 3 --modes eager)
 else
-  device=(--device=cuda)
+  device=(--device=cuda) one_gpu=(--device=cuda:0)
   tiny=() world=() kernels=()
   used=(--widths=512)
   peers=(--shapes G --rounds 9)
@@ -62,5 +62,5 @@ step same 45 "$python" "$root/benchmarks/same.py" "${device[@]}"
 step peers 70 "$python" "$root/benchmarks/peers.py" --work phase2 "${peers[@]}" "${device[@]}"
 # 6. Two sharded processes, on one GPU
 step shards 45 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "$root/train.py" \
-  "$root/configs/toy.py" "${tiny[@]}" "${device[@]/%cuda/cuda:0}" --shard=on --out=out/shards \
+  "$root/configs/toy.py" "${tiny[@]}" "${one_gpu[@]}" --shard=on --out=out/shards \
   --phase=language --language_steps=20

@@ -196,3 +196,10 @@ def test_the_plan_of_llava_next_on_sixteen_gpus(tmp_path, monkeypatch, capsys):
     root = count - 32 * block - 24 * 12_596_224
     assert plan.gathered == pytest.approx((root + 2 * block) * 2 + (root + block) * 6, rel=1e-6)
     assert plan.memory < 80e9
+    # auto: where one GPU is too small, and there are several
+    for limit, world, needed in ((80e9, 16, True), (200e9, 16, False), (80e9, 1, False)):
+        one.world = world
+        assert planning.needs_shards(one, limit) == needed
+        monkeypatch.setattr(planning, "machine_memory", lambda device, limit=limit: limit)
+        chosen = planning.choose_sharding([one])
+        assert chosen == {"phase3": "on" if needed else "off"}

@@ -195,14 +195,15 @@ def make_whole(settings, name, phase, dataset, parents, saved, device):
 
 def make_sharded(settings, name, phase, dataset, parents, saved, device):
     """As make_whole(), but of each parameter a process has its part alone; see sharding.py."""
+    sharding.make_group(device)
     without = {parent: resume.on_meta(found) for parent, found in parents.items()}
-    model = models.make_model(settings, phase, dataset, without)  # what is new has its numbers
+    # parts that this phase adds are initialised; all others are on the meta device
+    model = models.make_model(settings, phase, dataset, without)
     check_backends(settings, model, device)
     groups = set_trainable(model, *what_is_trained(settings, name, phase))
     weights = ChainMap(*(found["weights"] for found in parents.values()))
     if stores_features(settings, model):  # they are computed by a whole tower
-        of_tower = {n: weights[f"tower.{n}"] for n, _ in model.tower.named_parameters()}
-        sharding.fill(model.tower, of_tower, device)
+        sharding.fill(model.tower, weights, device, prefix="tower.")
     stored = stored_features(settings, dataset, phase.splits, model, device)
     dtype, is_compiled = compute_dtype(settings, device), compiles(settings, device)
     sharding.shard(model, device, dtype, settings.grad_accum > 1, is_compiled)
@@ -394,7 +395,9 @@ def keep_best(run, step, loss):
     path, is_first, best = run.best_path, run.processes.is_first, {"loss": float("inf")}
     if not (is_first or run.is_sharded):
         return
-    if step > 0 and path.exists():  # before it is of an earlier run
+    if step == 0 and is_first:  # of an earlier run
+        path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    if step > 0 and path.exists():
         best = shards.read(path, mapped=True) if run.is_sharded else checkpoint.read_torch(path)
     if loss < best["loss"]:
         best = {"loss": loss, "step": step}

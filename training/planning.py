@@ -313,17 +313,18 @@ def choose_sharding(rehearsals):
     for one in rehearsals:
         chosen[one.name] = one.settings.shard if one.phase.can_shard else "off"
         if chosen[one.name] == "auto":
-            path = checkpoint.find(one.settings.out, one.name)
-            needed = is_sharded(one) if one.start == 0 else shards.is_shards(path)
-            chosen[one.name] = "on" if needed else "off"
+            if one.start:
+                sharded = shards.is_shards(checkpoint.find(one.settings.out, one.name))
+            else:
+                sharded = needs_shards(one, machine_memory(one.device))
+            chosen[one.name] = "on" if sharded else "off"
     return chosen
 
 
-def is_sharded(one):
-    """Whether a phase that has not begun is sharded."""
+def needs_shards(one, limit):
+    """Whether a phase that has not begun is sharded, on GPUs of so many bytes."""
     if one.settings.shard != "auto" or not one.phase.can_shard:
         return one.settings.shard == "on" and one.phase.can_shard
-    limit = machine_memory(one.device)
     if one.world == 1 or one.device.type != "cuda" or memory_bound(one) < 0.5 * limit:
         return False
     return make_plan(one).memory > limit
@@ -336,7 +337,7 @@ def check_memory(rehearsals):
         limit = machine_memory(one.device)
         if memory_bound(one) < 0.5 * limit:
             continue
-        plan = make_plan(one, is_sharded(one))
+        plan = make_plan(one, needs_shards(one, limit))
         if plan.memory > limit:
             raise UserError(
                 f"{one.name} would need {plan.memory / GB:.1f} GB of memory and this machine has "
@@ -527,7 +528,8 @@ def show(settings, table, load_settings, processes, measured):
     for one in rehearsals:
         if settings.gpu:
             one.device = torch.device("cuda")  # its dtype
-        plan = plan_on(one, GPUS[settings.gpu][1] * GB) if settings.gpu else make_plan(one)
+        limit = GPUS[settings.gpu][1] * GB if settings.gpu else machine_memory(one.device)
+        plan = make_plan(one, needs_shards(one, limit))
         if not settings.gpu and measure.is_small(one, plan, machine_memory(one.device)):
             print(f"{one.name}: measuring some steps ...", file=sys.stderr)
             plan.measured = measured(one.name)
@@ -540,16 +542,6 @@ def show(settings, table, load_settings, processes, measured):
     print(*table_of(plans, settings, processes.world), "", sep="\n")
     print(*map(parts_of, plans), sep="\n")
     print(explanation(settings, plans, processes.world))
-
-
-def plan_on(one, limit):
-    """The Plan of a phase on GPUs of so many bytes, sharded as --shard says."""
-    if not one.phase.can_shard or one.settings.shard == "off":
-        return make_plan(one)
-    plan = make_plan(one) if one.settings.shard == "auto" else None
-    if plan and (plan.memory <= limit or one.world == 1):
-        return plan
-    return make_plan(one, sharded=True)
 
 
 def explanation(settings, plans, world):

@@ -118,10 +118,7 @@ def find_processes(settings):
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         keep_memory()
-    if world == 1 and settings.shard == "on":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    elif world > 1:
+    if world > 1:
         patience = timedelta(minutes=settings.patience)
         # NCCL refuses two processes on one GPU, which --device=cuda:0 asks for
         has_own = device.type == "cuda" and checkpoint.choose_device(settings.device).index is None

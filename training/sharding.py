@@ -48,6 +48,13 @@ def find_units(model):
     return found
 
 
+def make_group(device):
+    """A group of this process alone, if torchrun has not made one: FSDP2 needs a group."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def shard(model, device, dtype, keeps_gathered=False, is_compiled=False):
     """Give each process its part of each parameter; those on the meta device stay there.
 
@@ -68,16 +75,16 @@ def shard(model, device, dtype, keeps_gathered=False, is_compiled=False):
 
 
 @torch.no_grad()
-def fill(model, weights, device):
-    """Give parameters and buffers on the meta device their values from {name: tensor}, which are
-    read one after the other."""
+def fill(model, weights, device, prefix=""):
+    """Give parameters and buffers on the meta device their values from {prefix + name: tensor},
+    which are read one after the other."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     filled = {}
     for name, own in model.state_dict().items():
         if not own.is_meta:
             continue
-        whole = weights[name].to(own.dtype)
+        whole = weights[prefix + name].to(own.dtype)
         if isinstance(own, DTensor):  # each process takes its part, and nothing is sent
             how = {"placements": own.placements, "src_data_rank": None}
             filled[name] = distribute_tensor(whole.to(device), own.device_mesh, **how)
