@@ -499,13 +499,16 @@ def attention_backward_kv(Q, K, V, DO, L, DELTA, DK, DV, q_b, q_t, q_h, k_b, k_t
 # so its own is the larger, up to what the 255 registers of a thread hold without spilling to
 # memory. Eight warps share a tile's loads; four, in "hopper"'s forward of D up to 64, let two
 # programs fit, one's softmax behind the other's products. "hopper" has 227 KB of shared memory a
-# program, "ampere" keeps below the 99 KB of consumer GPUs. "fp32" makes a product of three in tf32
-# (tf32x3), which takes registers: it is for checking, not for speed.
+# program, "ampere" keeps below the 99 KB of consumer GPUs, and so does "blackwell", where ampere's
+# last entry would spill. "fp32" makes a product of three in tf32 (tf32x3), which takes registers:
+# it is for checking, not for speed.
 TILES = {
     "hopper": {64: ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
                128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 64, 8, 2))},
     "ampere": {64: ((128, 64, 8, 2), (128, 32, 8, 3), (32, 64, 8, 2)),
                128: ((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
+    "blackwell": {64: ((128, 64, 8, 2), (128, 32, 8, 3), (32, 64, 8, 2)),
+                  128: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))},
     "fp32": {64: ((32, 16, 8, 1),) * 3, 128: ((16, 16, 8, 1),) * 3}}
 
 
@@ -513,7 +516,8 @@ def family(x):
     """Which of TILES: decided by a multiprocessor's shared memory and the size of a number."""
     if x.dtype == torch.float32 or not x.is_cuda:
         return "fp32"
-    return "hopper" if torch.cuda.get_device_capability(x.device)[0] == 9 else "ampere"
+    major = torch.cuda.get_device_capability(x.device)[0]
+    return {8: "ampere", 9: "hopper"}.get(major, "blackwell")
 
 
 def launch(kernel, which, q, k, v, prefix, *others):

@@ -1,16 +1,16 @@
 """Sharded training: the weights of a run that is not sharded, whoever saves and whoever goes on."""
 
+import functools
 import json
 import os
 import pickle
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, one_line
+from conftest import FORKS, ROOT, SMALL, one_line, shell
 from test_llava import many, prepare
 
 import checkpoint
@@ -57,12 +57,12 @@ def flags_of(case, out, recipe):
 
 
 def launch(processes, runs, folder, **env):
-    """torchrun with so many processes, in which each trains with each list of flags in turn."""
+    """So many processes, in which each trains with each list of flags in turn."""
     (folder / "child.py").write_text(CHILD.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", str(folder / "child.py"), json.dumps(runs)]
+    command = [str(folder / "child.py"), json.dumps(runs)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **env}
-    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
+    imports = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo")
+    return FORKS.run_group(processes, command, folder, env, imports)
 
 
 def furthest(one, other):
@@ -102,12 +102,31 @@ def test_one_process_sharded(place, recipe):
     assert best == checkpoint.read("out/best_whole/phase3.pt")["best"]["step"] < 6
 
 
+def graphs(flags, capsys):
+    """How many graphs a run compiled, of blocks in training and in validation."""
+    train.main([*flags, "--shard=on", "--compile=on"])
+    said = re.search(r"compiled (\d+) graphs with 0 breaks", capsys.readouterr().out)
+    return int(said[1])
+
+
+def test_all_layers_share_a_compiled_graph(place, recipe, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    words = [*SMALL, f"--data={recipe.parent.parent}/data/tiny", "--phase=language", "--n_layer=6"]
+    words += ["--evaluate=False", "--language_steps=1", "--eval_batches=1"]
+    for recompute in (False, True):
+        more = [f"--out=out/words_{recompute}", f"--recompute={recompute}"]
+        assert graphs([*words, *more], capsys) == 2
+    # blocks of the GPT, its last one, which computes fewer positions, and the tower's
+    assert graphs(flags_of("next", "next_compiled", recipe), capsys) == 2 * 3
+    assert furthest("out/next_whole/phase3.pt", "out/next_compiled/phase3.shards") < EXACT
+
+
 def test_two_processes_sharded(place, recipe):
     """In one launch, one case after the other."""
     cases = ("next", "lora", "accum")
     runs = [[*flags_of(case, f"{case}_2", recipe), "--shard=on"] for case in cases]
-    done = launch(2, runs, place)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in launch(2, runs, place):
+        assert done.returncode == 0, done.stderr[-3000:]
     for case in cases:
         whole, sharded = f"out/{case}_whole/phase3.pt", f"out/{case}_2/phase3.shards"
         assert furthest(whole, sharded) < EXACT, case
@@ -115,24 +134,23 @@ def test_two_processes_sharded(place, recipe):
         for name in ("parts", "inherited", "corpora", "template", "images", "done"):
             assert a.get(name) == b.get(name), (case, name)
     # it is opened as any other, written as one file, and starts another run
-    subprocess.run(
-        [sys.executable, ROOT / "export.py", "out/lora_2/phase3.shards", "out/one.pt"], check=True
-    )
+    done = shell(ROOT / "export.py", "out/lora_2/phase3.shards", "out/one.pt", cwd=place)
+    assert done.returncode == 0, done.stderr
     assert furthest("out/one.pt", "out/lora_2/phase3.shards") == 0
     assert checkpoint.load("out/lora_2/phase3.shards").model.gpt is not None
 
 
 def test_killed_with_two_processes_and_continued_with_four(place, recipe):
     flags = [*flags_of("next", "killed", recipe), "--shard=on"]
-    done = launch(2, [flags], place, DIE="2")  # while it writes the save of step 4
-    assert done.returncode != 0
+    # while they write the save of step 4
+    assert [done.returncode for done in launch(2, [flags], place, DIE="2")] == [-9, -9]
     folder = Path("out/killed/phase3.shards")
     assert shards.find_save(folder) == folder / "step_2" and (folder / "step_4").is_dir()
     assert checkpoint.read(folder)["step"] == 2
     with pytest.raises(UserError, match="was begun with --shard on: go on so"):
         train.main([*flags, "--shard=off"])
-    done = launch(4, [flags], place)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in launch(4, [flags], place):
+        assert done.returncode == 0, done.stderr[-3000:]
     assert furthest("out/next_whole/phase3.pt", folder) < EXACT
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_6"]
     steps = [json.loads(line) for line in open("out/killed/log.jsonl")]
