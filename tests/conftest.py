@@ -22,6 +22,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+def pytest_configure(config):
+    # xdist starts the files with the most tests first; those with the fewest take longest
+    config.option.loadscopereorder = False
+
+
 FORKS = Forks()
 TINY = "--size=16 --scenes=12 --clip_frames=2 --lines=200 --trials=0.03 --vocab_size=300".split()
 SMALL = (

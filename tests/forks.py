@@ -2,8 +2,8 @@
 Run scripts as a shell would, but in forks of one process that has imported torch: the tests start a
 hundred scripts, and importing torch takes each of them two seconds.
 
-As a script, this file is that process: it reads a line of jobs, runs them side by side, and writes a
-line of exit codes.
+As a script, this file is that process: it reads a line of jobs, runs them side by side, and writes
+a line of exit codes.
 """
 
 import importlib

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import FORKS, ROOT, SMALL, one_line, shell
 from test_llava import many, prepare
+from torch._dynamo.utils import counters
 
 import checkpoint
 import train
@@ -104,6 +105,8 @@ def test_one_process_sharded(place, recipe):
 
 def graphs(flags, capsys):
     """How many graphs a run compiled, of blocks in training and in validation."""
+    torch.compiler.reset()  # of other tests
+    counters.clear()
     train.main([*flags, "--shard=on", "--compile=on"])
     said = re.search(r"compiled (\d+) graphs with 0 breaks", capsys.readouterr().out)
     return int(said[1])
