@@ -52,6 +52,7 @@ from training import (
     sharding,
     validation,
 )
+from training.optimizer import optimizer_lacking
 from training.phases import LATER_OPTIONS, Phase
 from training.prefetch import pinned, prefetched
 from training.processes import (
@@ -149,6 +150,8 @@ class Config(config.Options):
     recompute: bool = False  # gradient checkpointing of the GPT: less memory, a third more time
     grad_accum: int = option(1, low=1, high=1 << 20)  # micro-batches per step and process
     warmup: float = option(0.03, low=0.0, high=1.0)  # share of the steps; then a cosine down to 0
+    optimizer: str = option("adamw", choices=("adamw", "muon"))  # muon: for matrices
+    muon_rate: float = option(1.0, low=0.0, high=1e3)  # its learning rate, in the phase's
     weight_decay: float = option(0.1, low=0.0, high=10.0)  # of matrices; vectors are not decayed
     beta2: float = option(0.95, low=0.0, high=0.99999)  # AdamW's; beta1 is 0.9
     grad_clip: float = option(1.0, low=1e-6)  # largest norm of the gradient
@@ -517,8 +520,9 @@ def rehearse_early(settings):
         0, int(os.environ.get("WORLD_SIZE", 1)), checkpoint.choose_device(settings.device)
     )
     names = resume.choose_phases(settings, dataset, PHASES)
-    if settings.shard == "on" and sharding.lacking():
-        raise UserError(sharding.lacking())
+    for why in (settings.shard == "on" and sharding.lacking(), optimizer_lacking(settings)):
+        if why:
+            raise UserError(why)
     if not names:
         raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
     found = rehearsal.rehearse(copy.copy(settings), names, PHASES, dataset, processes)

@@ -251,8 +251,8 @@ def test_a_projector_with_a_fixed_number_of_tokens(tree):
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
 
 
-OPTIMIZER = """    momentum = [group for group in params if group["weight_decay"]]
-    others = [group for group in params if not group["weight_decay"]]
+OPTIMIZER = """    momentum = [group for group in of_adamw if group["weight_decay"]]
+    others = [group for group in of_adamw if not group["weight_decay"]]
     return [
         torch.optim.SGD(momentum, momentum=0.9),
         torch.optim.AdamW(others, betas=(0.9, settings.beta2)),
@@ -262,7 +262,7 @@ OPTIMIZER = """    momentum = [group for group in params if group["weight_decay"
 
 def test_another_optimizer_for_matrices(tree):
     text = (ROOT / "training/optimizer.py").read_text()
-    tree.edit("training/optimizer.py", text[text.index("    betas = (0.9") :], OPTIMIZER)
+    tree.edit("training/optimizer.py", text[text.index("    optimizers = []") :], OPTIMIZER)
     check_touched(tree, "an optimizer")
     tree.train("--out=out/a", "--init=out/full")
     states = tree.load("a/phase2.pt")["optimizers"]

@@ -212,6 +212,9 @@ def dying(monkeypatch, step_number):
         ("phase1", []),
         ("phase2", ["--dropout=0.2"]),
         ("phase2", LEARNING_TOWER),
+        ("vision", ["--optimizer=muon"]),
+        ("phase2", ["--optimizer=muon", *LEARNING_TOWER]),
+        ("phase2", ["--optimizer=muon", "--lora_rank=2"]),
     ],
 )
 @pytest.mark.parametrize("killed_in", [2, 4])

@@ -1,6 +1,12 @@
 """
 Which parameters are trained, at which rate, and by which optimizer.
 
+AdamW moves each number by itself. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) moves
+a matrix as a whole: its momentum, with all singular values made 1. So directions in which gradients
+are small are learnt as fast as others. It is for matrices that map features to features; what
+else there is stays with AdamW. The update is scaled to the size of AdamW's, 0.2 sqrt(max(rows,
+columns)) times the rate, so rates and decay may stay as they are (Liu et al. 2025, arXiv 2502.16982).
+
 Another optimizer is a change of make_optimizers(): train.py's loop steps every optimizer in the
 list that it returns, none of which may be empty, and a checkpoint stores their states in its order.
 An option of its own belongs to Config in train.py and to EVERY_PHASE in training/phases.py.
@@ -65,22 +71,54 @@ def set_trainable(model, parts, lr):
     return groups
 
 
+def optimizer_lacking(settings):
+    """Why this PyTorch lacks the optimizer, or ""."""
+    if settings.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        return f"--optimizer muon needs PyTorch 2.9, and this is {torch.__version__}"
+    return ""
+
+
+# Tables: each row belongs to a token or a prototype
+TABLES = ("embed_tokens.weight", "lm_head.weight", "head.last.weight")
+
+
+def is_for_muon(settings, name, parameter):
+    """Whether Muon trains a parameter: a matrix, but no table. Stacked matrices, such as q, k and v,
+    are one."""
+    return settings.optimizer == "muon" and parameter.ndim == 2 and not name.endswith(TABLES)
+
+
+def moments_of(settings, groups):
+    """How many numbers the optimizers of groups [({name: parameter}, rate)] keep."""
+    pairs = [pair for parameters, _ in groups for pair in parameters.items()]
+    return sum(p.numel() * (1 if is_for_muon(settings, n, p) else 2) for n, p in pairs)
+
+
 def make_optimizers(settings, groups, device):
-    """The optimizers of groups [({name: parameter}, rate)]: one AdamW, with weight decay for
-    matrices and without for vectors. [] if there is nothing to train (an identity projector).
+    """The optimizers of groups [({name: parameter}, rate)]: AdamW, with weight decay for matrices
+    and without for vectors, and with --optimizer muon before it Muon. [] if there is nothing to
+    train (an identity projector).
 
     Each param group has its highest learning rate as "highest_lr"."""
-    params = []
+    of_muon, of_adamw = [], []
     for parameters, rate in groups:
-        matrices = [p for p in parameters.values() if p.ndim >= 2]
-        vectors = [p for p in parameters.values() if p.ndim < 2]
-        for some, decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
+        names = [n for n, p in parameters.items() if is_for_muon(settings, n, p)]
+        matrices = [parameters[name] for name in names]
+        others = [p for n, p in parameters.items() if n not in names]
+        tables, vectors = [p for p in others if p.ndim >= 2], [p for p in others if p.ndim < 2]
+        for params, some, lr, decay in (
+            (of_muon, matrices, rate * settings.muon_rate, settings.weight_decay),
+            (of_adamw, tables, rate, settings.weight_decay),
+            (of_adamw, vectors, rate, 0.0),
+        ):
             if some:
-                group = {"params": some, "weight_decay": decay, "highest_lr": rate, "lr": rate}
-                params.append(group)
-    if not params:
-        return []
-    betas = (0.9, settings.beta2)
-    # fused: one operation for all parameters; on a CPU from PyTorch 2.4 on
-    is_fused = device.type == "cuda" or (device.type == "cpu" and CAN_REGISTER)
-    return [torch.optim.AdamW(params, betas=betas, fused=is_fused)]
+                params.append({"params": some, "weight_decay": decay, "highest_lr": lr, "lr": lr})
+    optimizers = []
+    if of_muon:
+        optimizers.append(torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw"))
+    if of_adamw:
+        betas = (0.9, settings.beta2)
+        # fused: one operation for all parameters; on a CPU from PyTorch 2.4 on
+        is_fused = device.type == "cuda" or (device.type == "cpu" and CAN_REGISTER)
+        optimizers.append(torch.optim.AdamW(of_adamw, betas=betas, fused=is_fused))
+    return optimizers

@@ -29,7 +29,18 @@ from training.processes import Processes
 # Options that concern the phases after the first projector
 LATER_OPTIONS = ("dropout", "init", "lora_rank", "lora_alpha")
 # Options that concern every phase
-EVERY_PHASE = ("warmup", "weight_decay", "beta2", "grad_clip", "seed", "dtype", "truncate", "keep")
+EVERY_PHASE = (
+    "optimizer",
+    "muon_rate",
+    "warmup",
+    "weight_decay",
+    "beta2",
+    "grad_clip",
+    "seed",
+    "dtype",
+    "truncate",
+    "keep",
+)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from config import UserError
 from data import Data
 from fast import products
 from training import advice, measure, phases, published, rehearsal, resume, sharding
+from training.optimizer import moments_of
 
 GB = 1e9
 # {name: (bf16 TFLOP/s without sparsity, GB of memory)}, from the makers' data sheets
@@ -228,6 +229,7 @@ def make_plan(one, sharded=False):
         most = max(most, count_step(one, longest, rows, sharded)[1])
     trained = [p for found, _ in one.groups for p in found.values()]
     weights = bytes_of(one.model.parameters()) + bytes_of(one.model.buffers())
+    moments = 4 * moments_of(one.settings, one.groups)
     gradients = bytes_of(trained) * (2 if world > 1 else 1)  # DDP keeps them in buckets, too
     frames = sum(one.dataset.count(split, "frames") for split in one.phase.splits)
     stores, own, gathered, counted = one.stores_features, weights, 0, bytes_of(trained)
@@ -248,10 +250,10 @@ def make_plan(one, sharded=False):
         feature_flop=count_features(one, frames) if one.pays_features else 0,
         weights=own,
         gradients=gradients,
-        moments=2 * bytes_of(trained) / (world if sharded else 1),
+        moments=moments / (world if sharded else 1),
         activations=max(most - counted, 0),
         feature_bytes=frames * one.features_an_image * 2 if stores else 0,
-        checkpoint_bytes=weights + 2 * bytes_of(trained),
+        checkpoint_bytes=weights + moments,
         gathered=gathered,
     )
 
@@ -513,7 +515,7 @@ def parts_of(plan):
         parts.append(f"{name} {count:,} ({state})")
     gathered = f", gathered {in_bytes(plan.gathered)}" if plan.gathered else ""
     memory = (
-        f"weights {in_bytes(plan.weights)}, gradients {in_bytes(plan.gradients)}, AdamW "
+        f"weights {in_bytes(plan.weights)}, gradients {in_bytes(plan.gradients)}, optimizer "
         f"{in_bytes(plan.moments)}{gathered}, activations {in_bytes(plan.activations)}"
     )
     return f"{plan.name}: {', '.join(parts)}; {memory}"
