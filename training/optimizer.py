@@ -1,11 +1,11 @@
 """
 Which parameters are trained, at which rate, and by which optimizer.
 
-AdamW moves each number by itself. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) moves
-a matrix as a whole: its momentum, with all singular values made 1. So directions in which gradients
-are small are learnt as fast as others. It is for matrices that map features to features; what
-else there is stays with AdamW. The update is scaled to the size of AdamW's, 0.2 sqrt(max(rows,
-columns)) times the rate, so rates and decay may stay as they are (Liu et al. 2025, arXiv 2502.16982).
+AdamW moves each number by itself. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+moves a matrix as a whole: along its momentum, with all singular values made 1, so that directions in
+which gradients are small are learnt as fast as others. It is for matrices that map features to
+features; the rest is AdamW's. The step is scaled to the size of AdamW's, by 0.2 sqrt(max(rows,
+columns)), so rates and decay stay as they are (Liu et al. 2025, arXiv 2502.16982).
 
 Another optimizer is a change of make_optimizers(): train.py's loop steps every optimizer in the
 list that it returns, none of which may be empty, and a checkpoint stores their states in its order.
@@ -83,8 +83,8 @@ TABLES = ("embed_tokens.weight", "lm_head.weight", "head.last.weight")
 
 
 def is_for_muon(settings, name, parameter):
-    """Whether Muon trains a parameter: a matrix, but no table. Stacked matrices, such as q, k and v,
-    are one."""
+    """Whether Muon trains a parameter: a matrix, but no table. Stacked matrices (q, k and v) are
+    one."""
     return settings.optimizer == "muon" and parameter.ndim == 2 and not name.endswith(TABLES)
 
 
