@@ -2,8 +2,8 @@
 Which parameters are trained, at which rate, and by which optimizer.
 
 AdamW moves each number by itself. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
-moves a matrix as a whole: along its momentum, with all singular values made 1, so that directions in
-which gradients are small are learnt as fast as others. It is for matrices that map features to
+moves a matrix as a whole: along its momentum, with all singular values made 1, so that directions
+in which gradients are small are learnt as fast as others. It is for matrices that map features to
 features; the rest is AdamW's. The step is scaled to the size of AdamW's, by 0.2 sqrt(max(rows,
 columns)), so rates and decay stay as they are (Liu et al. 2025, arXiv 2502.16982).
 
@@ -102,14 +102,13 @@ def make_optimizers(settings, groups, device):
     Each param group has its highest learning rate as "highest_lr"."""
     of_muon, of_adamw = [], []
     for parameters, rate in groups:
-        names = [n for n, p in parameters.items() if is_for_muon(settings, n, p)]
-        matrices = [parameters[name] for name in names]
-        others = [p for n, p in parameters.items() if n not in names]
-        tables, vectors = [p for p in others if p.ndim >= 2], [p for p in others if p.ndim < 2]
+        takes = {n: is_for_muon(settings, n, p) for n, p in parameters.items()}
+        matrices = [p for n, p in parameters.items() if takes[n]]
+        others = [p for n, p in parameters.items() if not takes[n]]
         for params, some, lr, decay in (
             (of_muon, matrices, rate * settings.muon_rate, settings.weight_decay),
-            (of_adamw, tables, rate, settings.weight_decay),
-            (of_adamw, vectors, rate, 0.0),
+            (of_adamw, [p for p in others if p.ndim >= 2], rate, settings.weight_decay),
+            (of_adamw, [p for p in others if p.ndim < 2], rate, 0.0),
         ):
             if some:
                 params.append({"params": some, "weight_decay": decay, "highest_lr": lr, "lr": lr})
