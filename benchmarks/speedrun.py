@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
 from common.files import read_json  # noqa: E402
-from config import UserError, option  # noqa: E402
+from config import UserError  # noqa: E402
 
 # (name, path in results.json's "tasks", the least score)
 TARGETS = (

@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_corpus, shell
+from conftest import ROOT, SMALL, make_corpus, shell
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import speedrun
 import utilization
 from sides import VOCABULARY, Shape
 
@@ -163,3 +164,16 @@ def test_a_steps_flops_are_those_of_its_products():
 def test_busy_is_what_spans_cover_once():
     assert utilization.busy_share([(0, 2), (1, 3), (5, 6), (5.5, 5.6), (8, 10)]) == 0.6
     assert utilization.busy_share([(3, 4)]) == 1.0
+
+
+def test_a_speedrun_is_timed_and_judged(home):
+    """Trained for four steps, a recipe reaches no target."""
+    flags = [f"data={home / 'data/tiny'}", *(flag.removeprefix("--") for flag in SMALL)]
+    done = shell(ROOT / "benchmarks/speedrun.py", "--seeds=2", "--flags", *flags, cwd=home)
+    assert done.returncode == 0, done.stderr
+    head, _, *table = rows(done.stdout)
+    assert head == ["target", "at least", "seed 2"]
+    assert [row[0] for row in table[:-2]] == [name for name, *_ in speedrun.TARGETS]
+    assert "(missed)" in table[0][2] and re.fullmatch(r"\d+ s", table[-2][2])
+    seconds, recipe, state, *_ = table[-1]
+    assert seconds.endswith(" s") and recipe.startswith("toy.py, data=") and "binding" in state
