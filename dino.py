@@ -89,6 +89,9 @@ def recolour(pixels, numbers, grey=0.4):
 class DINO(nn.Module):
     """Student, teacher and their loss.
 
+    mask: the share of the patches of a global crop that the student does not see (masked siamese
+    networks, Assran et al. 2022, arXiv 2204.07141): less to compute, and more to guess.
+
     The teacher's output is centred, so that no prototype always wins, and sharpened by a low
     temperature, so that they do not all win equally: together this prevents collapse."""
 
@@ -102,6 +105,7 @@ class DINO(nn.Module):
         momentum=0.99,
         hidden=256,
         bottleneck=64,
+        mask=0.0,
     ):
         super().__init__()
         heads = [Head(student.width, hidden, bottleneck, prototypes) for _ in range(2)]
@@ -114,11 +118,12 @@ class DINO(nn.Module):
         self.register_buffer("step_sum", torch.zeros(prototypes), persistent=False)
         self.register_buffer("step_rows", torch.zeros(()), persistent=False)
         self.local_views, self.temperature, self.momentum = local_views, temperature, momentum
+        self.mask = mask
 
     def inputs(self, batch, image_format, seed, step):
-        """(global crops (2 n, 3, ...), local crops (local_views n, 3, ...) or None) of a
-        batches.FramePairs: one global crop of each of the two frames, and `local_views` smaller
-        ones.
+        """(global crops (2 n, 3, ...), local crops (local_views n, 3, ...) or None, which tokens of
+        global crops the student sees (2 n, k) or None) of a batches.FramePairs: one global crop of
+        each of the two frames, and `local_views` smaller ones.
 
         Global crops have 3/4 of the side, local crops 1/2; the tower interpolates its position
         embeddings. The random numbers of a row depend on seed, step and its number in the whole
@@ -141,13 +146,26 @@ class DINO(nn.Module):
 
         global_crops = torch.cat([view(i, big, (0.4, 1.0)) for i in range(2)])
         local_crops = [view(i, small, (0.15, 0.5)) for i in range(2, views)]
-        return global_crops, torch.cat(local_crops) if local_crops else None
+        kept = None
+        if self.mask:
+            random = np.random.RandomState([seed, step, 1])
+            order = random.random_sample((end, 2, (big // patch) ** 2)).argsort(-1)
+            kept = send(self.choose_tokens(order[batch.first :]), device)
+        return global_crops, torch.cat(local_crops) if local_crops else None, kept
 
-    def encode(self, network, pixels):
+    def choose_tokens(self, order):
+        """order (n, 2, P), a random order of the patches of each global crop -> (2 n, k): the
+        tokens that the student sees, CLS first, then patches from 1 on."""
+        count = max(1, round(order.shape[-1] * (1 - self.mask)))
+        patches = np.sort(order[..., :count]) + 1
+        tokens = np.concatenate([np.zeros_like(patches[..., :1]), patches], -1)
+        return tokens.swapaxes(0, 1).reshape(-1, tokens.shape[-1])
+
+    def encode(self, network, pixels, **which):
         """Head outputs of the CLS vectors, (n, K), fp32."""
-        return network["head"](network["backbone"](pixels, only_cls=True)[:, 0]).float()
+        return network["head"](network["backbone"](pixels, only_cls=True, **which)[:, 0]).float()
 
-    def forward(self, global_crops, local_crops=None):
+    def forward(self, global_crops, local_crops=None, kept=None):
         """(teacher outputs, loss): the mean cross-entropy of each student view against each global
         view of the teacher that is not the same view."""
         with torch.no_grad():
@@ -155,7 +173,8 @@ class DINO(nn.Module):
             self.step_sum += outputs.sum(0)
             self.step_rows += len(outputs)
             targets = ((outputs - self.centre) / self.temperature).softmax(-1).chunk(2)
-        guesses = self.encode(self.student, global_crops).chunk(2)
+        which = {} if kept is None else {"kept": kept}  # only a ViT has it
+        guesses = self.encode(self.student, global_crops, **which).chunk(2)
         if local_crops is not None:
             guesses += self.encode(self.student, local_crops).chunk(self.local_views)
         terms = []

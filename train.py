@@ -92,6 +92,9 @@ class Config(config.Options):
     head_hidden: int = option(256, low=1, high=1 << 16)  # width of DINO's head inside
     head_bottleneck: int = option(64, low=1, high=1 << 16)  # its width before the prototypes
     local_views: int = option(0, low=0, high=100)  # small crops, besides the two large ones
+    student_mask: float = option(
+        0.0, low=0.0, high=0.95
+    )  # share of patches that DINO's student does not see
     teacher_temperature: float = option(
         0.04, low=1e-4, high=10.0
     )  # of DINO's teacher; lower is sharper
@@ -211,6 +214,7 @@ PHASES = {
             "head_hidden",
             "head_bottleneck",
             "local_views",
+            "student_mask",
             "teacher_temperature",
             "momentum",
         ),

@@ -228,11 +228,12 @@ class ViT(nn.Module):
         grid = F.interpolate(grid, **to, mode="bicubic", antialias=antialias)
         return torch.cat([of_cls, grid.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(self, x, select_layer=-1, only_cls=False):
+    def forward(self, x, select_layer=-1, only_cls=False, kept=None):
         """select_layer -1: the last block, after the final norm (DINO's own output); -2, -3, ...:
         earlier blocks, without the norm (LLaVA's meaning). only_cls: the CLS token alone, (N, 1,
         E); the last block then skips the patches, which saves a sixth of a DINO step
-        (docs/speed.md)."""
+        (docs/speed.md). kept (N, k): the numbers of the tokens that are computed, of which 0 is the
+        CLS token; None: all."""
         if self.fault(min(x.shape[2:]), select_layer):
             raise ValueError(self.fault(min(x.shape[2:]), select_layer))
         height, width = x.shape[2] // self.patch, x.shape[3] // self.patch
@@ -240,6 +241,8 @@ class ViT(nn.Module):
         if self.has_cls:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self.position_embeddings(height, width)  # (N, 1 + P, E)
+        if kept is not None:
+            x = torch.take_along_dim(x, kept[..., None], dim=1)
         if self.registers:  # after CLS, without positions
             registers = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)

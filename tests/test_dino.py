@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 
+import train
 from batches import FramePairs
 from common.images import ImageFormat
+from config import UserError
 from dino import DINO, crop, linear_probe, recolour
 from pretrained.convnets import ConvNeXt
 from vision import ViT
@@ -35,7 +38,7 @@ def make(**how):
 
 def test_views_follow_from_seed_step_and_place_in_the_batch():
     """However a batch is cut, by ranks or micro-batches, each row is seen in the same way."""
-    dino = make(local_views=1)
+    dino = make(local_views=1, mask=0.5)
     whole = dino.inputs(pairs(6), FORMAT, seed=3, step=7)
     for cuts in ((3, 6), (2, 4, 6), (1, 2, 3, 4, 5, 6)):
         first = 0
@@ -48,6 +51,8 @@ def test_views_follow_from_seed_step_and_place_in_the_batch():
             assert torch.equal(part[0][:n], whole[0][first:end])
             assert torch.equal(part[0][n:], whole[0][6 + first : 6 + end])
             assert torch.equal(part[1], whole[1][first:end])
+            assert torch.equal(part[2][:n], whole[2][first:end])
+            assert torch.equal(part[2][n:], whole[2][6 + first : 6 + end])
             first = end
     assert not torch.equal(dino.inputs(pairs(6), FORMAT, 3, 8)[0], whole[0])
 
@@ -77,7 +82,7 @@ def test_dinos_loss_is_the_sum_written_out():
     for parameter in dino.teacher.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     dino.centre.normal_()
-    wide, near = dino.inputs(pairs(), FORMAT, 0, 0)
+    wide, near, _ = dino.inputs(pairs(), FORMAT, 0, 0)
     assert wide.shape == (8, 3, 24, 24) and near.shape == (8, 3, 16, 16)
     with torch.no_grad():
         head = lambda network, x: network["head"](network["backbone"](x)[:, 0]).double()
@@ -90,6 +95,38 @@ def test_dinos_loss_is_the_sum_written_out():
                     s = (head(dino.student, x) / 0.1).log_softmax(-1)
                     loss, terms = loss - (t * s).sum() / 4, terms + 1
         assert abs(dino(wide, near)[1] - loss / terms) < 1e-4
+
+
+def test_the_student_sees_the_tokens_that_are_kept():
+    """A token left out is as if its keys were hidden from all others; the teacher sees all."""
+    dino = make(mask=0.5)
+    wide, _, kept = dino.inputs(pairs(), FORMAT, 0, 0)
+    assert kept.shape == (8, 1 + round(9 / 2)) and (kept[:, 0] == 0).all()
+    for row in kept.tolist():
+        assert row == sorted(set(row)) and 1 <= row[1] and row[-1] <= 9
+    net = dino.student["backbone"].double()
+    found = net(wide.double(), kept=kept)
+    for image, row, got in zip(wide.double(), kept, found):
+        x = net.patch_embed(image[None])
+        x = torch.cat([net.cls_token.double(), x], 1) + net.position_embeddings(3, 3)
+        x = x[:, row]
+        for block in net.blocks:
+            x = block(x)
+        assert torch.allclose(net.norm(x)[0], got, atol=1e-9)
+    one, other = (net(wide.double()[:1], kept=kept[i : i + 1]) for i in (0, 1))
+    assert not torch.allclose(one[:, 0], other[:, 0])
+    with torch.no_grad():
+        dino.student["backbone"].float()
+        outputs, masked = dino(wide, None, kept)
+        again, whole = dino(wide)
+    assert torch.equal(outputs, again) and masked != whole
+
+
+def test_a_tower_without_patches_takes_no_mask(home):
+    flags = ["--phase=vision", "--vision_tower=convnext", "--conv_stages", "1", "1"]
+    with pytest.raises(UserError, match="student_mask: a convnext has no patches") as error:
+        train.main(["--data=data/tiny", "--out=out/conv", *flags, "--student_mask=0.5"])
+    assert one_line(error)
 
 
 def test_the_centre_is_the_mean_over_all_micro_batches():
@@ -139,7 +176,7 @@ def test_the_teacher_follows_and_is_never_trained():
 @pytest.mark.parametrize("size, patch", [(16, 16), (12, 8)])
 def test_small_pictures_still_make_whole_patches(size, patch):
     dino = DINO(*(ViT(patch, patch, 16, 1, 1) for _ in range(2)), prototypes=4, local_views=1)
-    big, small = dino.inputs(pairs(size=size), ImageFormat(size), 0, 0)
+    big, small, _ = dino.inputs(pairs(size=size), ImageFormat(size), 0, 0)
     assert big.shape[-1] >= patch and small.shape[-1] >= patch
 
 

@@ -212,7 +212,7 @@ def dying(monkeypatch, step_number):
         ("phase1", []),
         ("phase2", ["--dropout=0.2"]),
         ("phase2", LEARNING_TOWER),
-        ("vision", ["--optimizer=muon"]),
+        ("vision", ["--optimizer=muon", "--student_mask=0.5"]),
         ("phase2", ["--optimizer=muon", *LEARNING_TOWER]),
         ("phase2", ["--optimizer=muon", "--lora_rank=2"]),
     ],

@@ -19,6 +19,8 @@ GPT_SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size
 def new_dino(settings, dataset, parents):
     tower_class, size = vision.TOWERS[settings.vision_tower](), dataset.image_format.size
     student, teacher = (tower_class.from_options(settings, size) for _ in range(2))
+    if settings.student_mask and settings.vision_tower != "vit":
+        raise UserError(f"student_mask: a {settings.vision_tower} has no patches to leave out")
     return DINO(
         student,
         teacher,
@@ -28,6 +30,7 @@ def new_dino(settings, dataset, parents):
         settings.momentum,
         settings.head_hidden,
         settings.head_bottleneck,
+        settings.student_mask,
     )
 
 

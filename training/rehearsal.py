@@ -53,7 +53,8 @@ class Rehearsal:
             tower = self.model.student["backbone"]
             patches = tower.num_patches(size) * 0.75**2
             local = self.settings.local_views * tower.num_patches(size) / 4
-            flop = (6 * (2 * patches + local) + 2 * 2 * patches) * count(tower) * batch
+            seen = 2 * patches * (1 - self.settings.student_mask)
+            flop = (6 * (seen + local) + 2 * 2 * patches) * count(tower) * batch
         else:
             trained = any(p.requires_grad for p in self.model.gpt.parameters())
             length = self.batches[0].plan(0).length
