@@ -41,6 +41,7 @@ class Config(config.Options):
         20000, low=10, high=10**8
     )  # utterances without pictures, for the language model
     trials: float = option(1.0, low=0.01, high=1000.0)  # 1: 320 Labeled-S trials, 560 VTWT, ...
+    trials_seed: int = option(0, low=0, high=2**32 - 1)  # other trials, to tune on; 0: as seed
     sprites: str = ""  # a folder of transparent PNGs to draw instead of the drawn things
 
 
@@ -463,7 +464,7 @@ def draw_trials(settings, directory):
     """Write the trials of make_trials into eval/: pictures, and a CSV for each task."""
     shutil.rmtree(directory / "eval", ignore_errors=True)
     kinds = load_kinds(settings.sprites)  # again: another process may have its own THINGS
-    rng = np.random.RandomState([settings.seed, 2])
+    rng = np.random.RandomState([settings.trials_seed or settings.seed, 2])
     trials = make_trials(rng, settings.size, kinds, settings.trials)
     for name, frame in trials.images.items():
         path = directory / "eval" / "images" / name

@@ -164,6 +164,17 @@ def test_trials_are_the_same_from_a_process_that_shares_nothing(tmp_path):
         assert "red" in spawned
 
 
+def test_other_trials_of_the_same_world(tmp_path):
+    """To choose settings on, so that those that are reported stay unseen."""
+    found = {}
+    for seed in (0, 1, 7):
+        toy.draw_trials(toy.Config(size=16, trials=0.02, trials_seed=seed), tmp_path / str(seed))
+        folder = tmp_path / str(seed) / "eval"
+        found[seed] = {path.name: path.read_bytes() for path in sorted(folder.glob("*.csv"))}
+    assert found[0] == found[1]
+    assert all(found[0][name] != found[7][name] for name in found[0])
+
+
 def test_what_a_process_aside_fails_of_is_told_by_the_one_that_waits():
     def full():
         raise OSError(28, "No space left on device")
