@@ -516,7 +516,11 @@ def family(x):
     """Which of TILES: decided by a multiprocessor's shared memory and the size of a number."""
     if x.dtype == torch.float32 or not x.is_cuda:
         return "fp32"
-    major = torch.cuda.get_device_capability(x.device)[0]
+    return family_of(torch.cuda.get_device_capability(x.device)[0])
+
+
+def family_of(major):
+    """Which of TILES, in bf16 and fp16, is for GPUs of a compute capability `major`.x."""
     return {8: "ampere", 9: "hopper"}.get(major, "blackwell")
 
 

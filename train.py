@@ -49,10 +49,9 @@ from training import (
     rehearsal,
     resume,
     run_card,
-    sharding,
     validation,
 )
-from training.optimizer import optimizer_lacking
+from training.optimizer import check_optimizer
 from training.phases import LATER_OPTIONS, Phase
 from training.prefetch import pinned, prefetched
 from training.processes import (
@@ -65,6 +64,7 @@ from training.processes import (
     reported_once,
 )
 from training.progress import Clock, Progress
+from training.sharding import check_sharding
 
 
 @dataclass
@@ -485,7 +485,7 @@ def train(settings, processes):
         else:
             train_phase(own, name, dataset, processes, clock)
         processes.wait()  # the next phase reads what the first process has written
-    processes.part()  # what follows is the first process's alone
+    processes.end_group()  # what follows is the first process's alone
     last = checkpoint.find(settings.out, names[-1])
     is_tower = not PHASES[names[-1]].validates_on
     if settings.phase == "all" and settings.evaluate and processes.is_first and not is_tower:
@@ -524,9 +524,8 @@ def rehearse_early(settings):
         0, int(os.environ.get("WORLD_SIZE", 1)), checkpoint.choose_device(settings.device)
     )
     names = resume.choose_phases(settings, dataset, PHASES)
-    for why in (settings.shard == "on" and sharding.lacking(), optimizer_lacking(settings)):
-        if why:
-            raise UserError(why)
+    check_sharding(settings)
+    check_optimizer(settings)
     if not names:
         raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
     found = rehearsal.rehearse(copy.copy(settings), names, PHASES, dataset, processes)
@@ -539,7 +538,7 @@ def main(argv):
         settings = load_settings(argv)
         if settings.plan:
             return show_plan(settings)
-        find_device(settings)
+        find_device(settings)  # too few GPUs for the processes: told before they wait
         if is_first_process():
             rehearse_early(settings)
     processes = find_processes(settings)

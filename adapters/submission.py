@@ -103,7 +103,7 @@ def describe(loaded, name, repo):
             "num_parameters": sum(p.numel() for p in model.parameters()),
             "main_contributions": "",
             "model_description": f"{warning}nanoBabyLLaVA, {phase}, {saved['step']} steps.",
-            "optimizer": {"muon": "Muon, AdamW"}.get(settings.get("optimizer"), "AdamW"),
+            "optimizer": "Muon, AdamW" if settings.get("optimizer") == "muon" else "AdamW",
             "learning_rate": settings.get(f"{phase}_lr"),
             "batch_size": settings.get(f"{phase}_batch"),
             "num_image_tokens": model.image_tokens(loaded.image_format.size),

@@ -37,24 +37,16 @@ import kernels
 import model
 from config import UserError, option
 
-# Which of TILES run on a GPU, and the bytes of shared memory a program may have; sm_80's is what
-# sm_86 and sm_89 have too
-FAMILIES = {
-    "sm_80": ("ampere", "fp32"),
-    "sm_90": ("hopper", "fp32"),
-    "sm_100": ("blackwell", "fp32"),
-    "sm_120": ("blackwell", "fp32"),
-}
+# The bytes of shared memory a program may have; sm_80's is what sm_86 and sm_89 have too
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}
 
 
 @dataclasses.dataclass
 class Config(config.Options):
     compile: bool = False  # compile every kernel without a GPU and show what it takes
-    gpus: tuple[str, ...] = option((*FAMILIES,), choices=(*FAMILIES,))  # of --compile
+    gpus: tuple[str, ...] = option((*SHARED,), choices=(*SHARED,))  # of --compile
     widths: tuple[int, ...] = (8, 32, 40, 64, 72, 128)  # head widths, of --compile
-    lengths: tuple[int, ...] = (96, 100)  # of --compile; one that 16 does not divide is addressed
-    # otherwise
+    lengths: tuple[int, ...] = (96, 100)  # of --compile: a multiple of 16, and another
     tiles: int = option(0, low=0, high=128)  # time other tiles than the table's, for this width
     quick: bool = False  # tiny shapes: does it run at all?
     repeats: int = option(30, low=2, high=10**6)  # runs a figure
@@ -157,9 +149,11 @@ def compile_one(launch, capability):
 
 def compile_all(gpus, widths, lengths):
     """One row a kernel and entry of TILES. Returns them; main prints them and judges."""
-    jobs = [
-        (launch, int(gpu[3:])) for gpu in gpus for launch in record(FAMILIES[gpu], widths, lengths)
-    ]
+    jobs = []
+    for gpu in gpus:
+        capability = int(gpu.removeprefix("sm_"))
+        families = (kernels.family_of(capability // 10), "fp32")
+        jobs += [(launch, capability) for launch in record(families, widths, lengths)]
     global compile_job  # a forked process finds the jobs where they are: kernels do not pickle
 
     def compile_job(number):

@@ -5,13 +5,14 @@ Seconds from nothing to a target: how fast is the toy world learnt on this machi
     python benchmarks/speedrun.py --flags optimizer=muon phase2_steps=2000
 
 Draws the world, trains all phases and tests, in an empty folder, once a seed; drawing and testing
-count too. Prints what reached the target and what did not, then a row for the table of records in
-docs/recipe.md: a record is a recipe of which each of three seeds reaches every target. Run it on an
-idle machine with two cores, beside the recipe before: a ratio says more than seconds do.
+count too. Prints each score beside its target, then a row for a table of records: a record is a
+recipe of which each of three seeds reaches every target. Run it on an idle machine with two cores,
+beside the recipe before: a ratio says more than seconds do.
 """
 
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def run(settings, seed):
 
 
 def commit():
+    """What git calls this version, or "-" outside a clone."""
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(asked, text=True, capture_output=True).stdout.strip() or "-"
 
@@ -88,7 +90,7 @@ def main(argv):
     print(f"| time | | {' | '.join(taken)} |\n")
     missed = {name for _, s in rows.values() for name, _, least in TARGETS if s[name] < least}
     state = f"missed: {', '.join(sorted(missed))}" if missed else "reached"
-    middle = sorted(seconds for seconds, _ in rows.values())[len(rows) // 2]
+    middle = statistics.median(seconds for seconds, _ in rows.values())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {time.strftime('%Y-%m-%d')}"
     flags = " ".join(settings.flags) or "as it is"
     recipe = f"{Path(settings.recipe).name}, {flags}"

@@ -15,7 +15,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,6 +31,15 @@ SAFE = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
+
+
+def lacking():
+    """What this PyTorch lacks for shards, or ""."""
+    try:
+        from torch.distributed.fsdp import fully_shard  # noqa: F401
+    except ImportError:
+        return f"needs PyTorch 2.6, and this is {torch.__version__}"
+    return ""
 
 
 def is_shards(path):
@@ -156,8 +164,8 @@ def read(folder, mapped=False):
     """The dict of a checkpoint. mapped: its weights are read when they are asked for. Raises
     UserError."""
     path = find_save(folder)
-    if find_spec("torch.distributed.tensor") is None:
-        raise UserError(f"{folder}: PyTorch 2.6 opens it, and this is {torch.__version__}")
+    if why := lacking():
+        raise UserError(f"{folder} {why}")
     if path is None:
         raise UserError(f"{folder}: no save in it is whole: train it again")
     try:

@@ -270,6 +270,13 @@ def test_submission_json(exported, wide):
     assert set(meta) >= {"model_type", "vision_encoder", "language_model", "main_contributions"}
 
 
+@pytest.mark.parametrize("optimizer, said", [("adamw", "AdamW"), ("muon", "Muon, AdamW")])
+def test_a_submission_names_its_optimizers(wide, optimizer, said):
+    loaded = checkpoint.load(wide)
+    loaded.checkpoint["settings"]["optimizer"] = optimizer
+    assert submission.describe(loaded, "x", "")["metadata"]["optimizer"] == said
+
+
 def test_the_folder_holds_all_code_and_no_training_state(exported, wide):
     """It runs in a process that cannot import this project."""
     code = (

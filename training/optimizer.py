@@ -71,11 +71,11 @@ def set_trainable(model, parts, lr):
     return groups
 
 
-def optimizer_lacking(settings):
-    """Why this PyTorch lacks the optimizer, or ""."""
+def check_optimizer(settings):
+    """Raise UserError for an optimizer that this PyTorch lacks."""
     if settings.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        return f"--optimizer muon needs PyTorch 2.9, and this is {torch.__version__}"
-    return ""
+        version = torch.__version__
+        raise UserError(f"--optimizer muon needs PyTorch 2.9, and this is {version}")
 
 
 # Tables: each row belongs to a token or a prototype

@@ -127,8 +127,8 @@ class Run:
             self.model.set_reshard_after_backward(now)
 
     def drop_padding(self, batches):
-        """Drop the gradients, all 0, of what sees, after a step that read texts alone: AdamW would
-        go on in their old direction. A model that is not sharded has none."""
+        """After a step on texts alone drop the gradients of tower and projector, which are 0: the
+        optimizer would go on in their old direction. A model that is not sharded has none."""
         if self.is_sharded and not any(batch.shows for batch in batches):
             for name, parameter in self.raw_model.named_parameters():
                 if not name.startswith("gpt."):
@@ -403,11 +403,11 @@ def check_weights(run, step):
 def keep_best(run, step, loss):
     """With --keep best: store the weights if their validation loss is the lowest so far; after the
     last step take the stored ones, which save() then writes."""
-    path, is_first, best = run.best_path, run.processes.is_first, {"loss": float("inf")}
-    if not (is_first or run.is_sharded):
+    if not (run.processes.is_first or run.is_sharded):
         return
-    if step == 0 and is_first:  # of an earlier run
-        path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    path, best = run.best_path, {"loss": float("inf")}
+    if step == 0 and run.processes.is_first:
+        remove(path)  # of an earlier run
     if step > 0 and path.exists():
         best = shards.read(path, mapped=True) if run.is_sharded else checkpoint.read_torch(path)
     if loss < best["loss"]:
@@ -424,6 +424,14 @@ def keep_best(run, step, loss):
             run.raw_model.load_state_dict(best["weights"])
         run.best = {"step": best["step"], "val_loss": best["loss"]}
         run.processes.print(f"{run.name}: kept step {best['step']}, val_loss {best['loss']:.3f}")
+
+
+def remove(path):
+    """Remove a checkpoint, a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def describe(run, step, state):
@@ -472,9 +480,9 @@ def save(run, step):
     if run.optimizers:
         contents["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
     checkpoint.save(run.path, contents)
-    shutil.rmtree(run.path.with_suffix(".shards"), ignore_errors=True)  # of other parents
+    remove(run.path.with_suffix(".shards"))  # of other parents
     if run.best:
-        run.best_path.unlink(missing_ok=True)
+        remove(run.best_path)
 
 
 def save_sharded(run, step):
@@ -488,5 +496,5 @@ def save_sharded(run, step):
     tensors = weights | sharding.states_of(run.raw_model, run.optimizers)
     run.saver.save(run.path, step, contents, tensors, wait=contents["done"])
     if contents["done"] and run.processes.is_first:
-        run.path.with_suffix(".pt").unlink(missing_ok=True)  # of other parents
-        shutil.rmtree(run.best_path, ignore_errors=True)
+        remove(run.path.with_suffix(".pt"))  # of other parents
+        remove(run.best_path)

@@ -313,20 +313,20 @@ def choose_sharding(rehearsals):
     GPU does not hold it and there are several."""
     chosen = {}
     for one in rehearsals:
-        chosen[one.name] = one.settings.shard if one.phase.can_shard else "off"
-        if chosen[one.name] == "auto":
-            if one.start:
-                sharded = shards.is_shards(checkpoint.find(one.settings.out, one.name))
-            else:
-                sharded = needs_shards(one, machine_memory(one.device))
-            chosen[one.name] = "on" if sharded else "off"
+        if one.settings.shard == "auto" and one.start:
+            sharded = shards.is_shards(checkpoint.find(one.settings.out, one.name))
+        else:
+            sharded = needs_shards(one, machine_memory(one.device))
+        chosen[one.name] = "on" if sharded else "off"
     return chosen
 
 
 def needs_shards(one, limit):
     """Whether a phase that has not begun is sharded, on GPUs of so many bytes."""
-    if one.settings.shard != "auto" or not one.phase.can_shard:
-        return one.settings.shard == "on" and one.phase.can_shard
+    if not one.phase.can_shard or one.settings.shard == "off":
+        return False
+    if one.settings.shard == "on":
+        return True
     if one.world == 1 or one.device.type != "cuda" or memory_bound(one) < 0.5 * limit:
         return False
     return make_plan(one).memory > limit

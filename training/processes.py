@@ -56,7 +56,7 @@ class Processes:
             dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def part(self):
+    def end_group(self):
         """End the group of the processes, after their last collective. After an error it is left to
         the end of the process: with NCCL ending it would wait for the others, who wait for us."""
         if dist.is_initialized():

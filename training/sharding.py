@@ -4,7 +4,7 @@ of ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054).
 
     torchrun --nproc_per_node=8 train.py configs/llava_next.py --shard on
 
-Of W processes each keeps 1/W of every parameter, of its gradient and of AdamW's moments, in fp32.
+Of W processes each keeps 1/W of every parameter, its gradient and the optimizer's state, in fp32.
 Before a block computes, all its parameters are gathered, in the dtype of the run; afterwards they
 are dropped, and gathered again for the backward pass. Gradients are summed in fp32, and each
 process gets its part of the sum. All processes must gather the same blocks in the same order, so a
@@ -22,15 +22,13 @@ import torch.distributed as dist
 from torch import nn
 
 from common import shards
+from config import UserError
 
 
-def lacking():
-    """Why this PyTorch cannot shard, or ""."""
-    try:
-        from torch.distributed.fsdp import fully_shard  # noqa: F401
-    except ImportError:
-        return f"--shard on needs PyTorch 2.6, and this is {torch.__version__}"
-    return ""
+def check_sharding(settings):
+    """Raise UserError for --shard on where PyTorch cannot shard."""
+    if settings.shard == "on" and (why := shards.lacking()):
+        raise UserError(f"--shard on {why}")
 
 
 # ---------------------------------------------------------------------------------------------
