@@ -69,11 +69,18 @@ if CAN_REGISTER and ("TRITON_INTERPRET" in os.environ or torch.cuda.is_available
         import triton.language as tl
 jit = triton.jit if triton else lambda kernel: kernel
 
+# A process may hold two copies of this file, of two exported models. PyTorch would take the first
+# one's operators away when the second names its own the same, so each copy has its own namespace.
+SPACE = "nanobabyllava"
+while hasattr(getattr(torch.ops, SPACE), "norm_forward"):
+    SPACE += "_"
+
+
 def register(name):
     """torch.library.custom_op; in an older PyTorch a stand-in, with which this file is imported
     and its kernels are never called."""
     if CAN_REGISTER:
-        return torch.library.custom_op(name, mutates_args=())
+        return torch.library.custom_op(f"{SPACE}::{name}", mutates_args=())
     return NotRegistered
 
 
@@ -234,7 +241,7 @@ def norm_tile(width):
             "num_warps": min(16, max(4, BLOCK_C // 512))}
 
 
-@register("nanobabyllava::norm_forward")
+@register("norm_forward")
 def norm_forward_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
                     eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, total, rstd = norm_forward_shapes(x, residual, weight, eps)
@@ -256,7 +263,7 @@ def norm_forward_shapes(x, residual, weight, eps):
 PARTS = 528
 
 
-@register("nanobabyllava::norm_backward")
+@register("norm_backward")
 def norm_backward_op(dy: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor,
                      weight: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tile, rows, width = norm_tile(x.shape[-1]), rstd.numel(), x.shape[-1]
@@ -540,7 +547,7 @@ def launch(kernel, which, q, k, v, prefix, *others):
         num_stages=stages)
 
 
-@register("nanobabyllava::attention_forward")
+@register("attention_forward")
 def attention_forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: int
                          ) -> tuple[torch.Tensor, torch.Tensor]:
     o, log = attention_forward_shapes(q, k, v, prefix)
@@ -554,7 +561,7 @@ def attention_forward_shapes(q, k, v, prefix):
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@register("nanobabyllava::attention_backward")
+@register("attention_backward")
 def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
                           log: torch.Tensor, do: torch.Tensor, prefix: int
                           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -122,14 +122,13 @@ NORM_BREAKS = {
 }
 
 
-def broken(tmp_path, old, new):
-    """kernels.py with one thing changed, as a module of its own."""
+def copy(tmp_path, old="", new=""):
+    """kernels.py, with one thing changed, as a module of its own."""
     source = (ROOT / "kernels.py").read_text()
     assert old in source
-    path = tmp_path / "broken.py"
-    space = f"broken{abs(hash(new + old))}::"  # operators are named once a process
-    path.write_text(source.replace(old, new).replace("nanobabyllava::", space))
-    spec = importlib.util.spec_from_file_location("broken", path)
+    path = tmp_path / "a_copy.py"
+    path.write_text(source.replace(old, new) if old else source)
+    spec = importlib.util.spec_from_file_location("a_copy", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -137,7 +136,7 @@ def broken(tmp_path, old, new):
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_the_check_fails_a_broken_attention(tmp_path, what):
-    module = broken(tmp_path, *BREAKS[what])
+    module = copy(tmp_path, *BREAKS[what])
     assert (
         not attention_error(lambda *a: triton_attention(*a, module=module), 70, 16, (4, 2), 37, B=1)
         < 1e-3
@@ -146,7 +145,7 @@ def test_the_check_fails_a_broken_attention(tmp_path, what):
 
 @pytest.mark.parametrize("what", NORM_BREAKS)
 def test_the_check_fails_a_broken_norm(tmp_path, monkeypatch, what):
-    module = broken(tmp_path, *NORM_BREAKS[what])
+    module = copy(tmp_path, *NORM_BREAKS[what])
     monkeypatch.setattr(module, "PARTS", 2)
     assert not norm_error(lambda *a: triton_norm(*a, module=module), (130, 100), True) < 1e-3
 
@@ -184,8 +183,13 @@ def test_gradients_are_the_same_bits_each_time():
     assert all(map(torch.equal, *runs))
 
 
-def test_opcheck():
-    """PyTorch's own check of a custom operator: schema, fake shapes, autograd, under tracing."""
+@pytest.mark.parametrize("copies", [0, 1])
+def test_opcheck(tmp_path, copies):
+    """PyTorch's own check of a custom operator: schema, fake shapes, autograd, under tracing; with
+    a copy of kernels.py in the process, too, as when it opens two exported models."""
+    for module in [kernels, *(copy(tmp_path) for _ in range(copies))]:
+        x = torch.randn(1, 5, 2, 8, device=DEVICE, requires_grad=True)
+        triton_attention(x, x, x, 0, module).sum().backward()
     q, k, v = (
         x.detach().requires_grad_()
         for x in torch.randn(1, 5, 4, 8, device=DEVICE).split([2, 1, 1], 2)
