@@ -173,9 +173,8 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T - first, C), the outputs of the positions from `first` on."""
         B, T, C = x.shape
         qkv = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_width)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H, D)
-        q = rotate(q, positions.cos, positions.sin)
-        k = rotate(k, positions.cos, positions.sin)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)  # (B, T, H, D)
+        q, k = rotate(qk, positions.cos, positions.sin).split([self.heads, self.kv_heads], dim=2)
         if positions.cache is not None:
             k, v = positions.cache.extend(self.layer, k, v)
         q = q[:, first:]  # fewer queries than keys: they belong to the last keys

@@ -29,15 +29,18 @@ import torch.nn.functional as F
 import checkpoint
 import config
 import eval as evaluation
+import train
 from batches import TextBatches
 from config import option
 from data import Data
 from fast.memory import keep_memory
 from model import GPT, BabyLLaVA, GPTConfig
 from training import validation
+from training.optimizer import make_optimizers
 
 NAMES = {
     "ours": "ours",
+    "muon": "ours, by Muon",
     "llama": "Llama",
     "gpt2": "GPT-2",
     "babyllava": "GPT-2, BabyLLaVA's settings",
@@ -54,6 +57,7 @@ class Config(config.Options):
     rows: int = option(8, low=1, high=4096)  # a step ...
     length: int = option(256, low=2, high=1 << 20)  # ... of this many tokens
     lr: float = option(2e-3, low=0.0)  # at its highest
+    muon_rate: float = option(2.0, low=0.0)  # Muon's learning rate, in lr
     device: str = ""  # cpu or cuda; empty: cuda where there is one
 
 
@@ -129,25 +133,16 @@ def make(kind, vocab_size, settings, seed):
     torch.manual_seed(seed)
     if kind == "babyllava":
         return Peer(kind, vocab_size, 2048), 8, 5e-4, 1
-    if kind == "ours":
+    if kind in ("ours", "muon"):
         net = BabyLLaVA(GPT(GPTConfig(vocab_size, settings.length, 8, 8, n_embd=256)))
     else:
         net = Peer(kind, vocab_size, settings.length)
     return net, settings.rows, settings.lr, settings.rows
 
 
-def training(net, batches, rows, lr, piece, seconds, device):
+def training(net, batches, optimizers, rows, piece, seconds, device):
     """A generator: each next() is one step, its rows `piece` at a time to save memory; yields the
     seconds spent and tokens seen so far."""
-    learning = list(net.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
     spent, step = 0.0, 0
     while spent < seconds:
         clock = time.perf_counter()
@@ -156,8 +151,8 @@ def training(net, batches, rows, lr, piece, seconds, device):
             rate = min((step + 1) / 10, done / 0.03)
         else:
             rate = 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * max(rate, 1e-3)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = group["highest_lr"] * max(rate, 1e-3)
         batch = batches.read(batches.plan(step))
         tokens, targets = (
             torch.as_tensor(part, device=device).view(rows, -1)
@@ -165,9 +160,10 @@ def training(net, batches, rows, lr, piece, seconds, device):
         )
         for x, y in zip(tokens.split(piece), targets.split(piece)):
             (net(x, y)[1] * piece / rows).backward()
-        torch.nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
         step += 1
@@ -183,7 +179,11 @@ def train_all(settings, seed, dataset, device):
         nets[kind], rows, lr, piece = make(kind, dataset.meta["vocab_size"], settings, seed)
         nets[kind].to(device).train()
         batches = TextBatches(dataset, "train", rows, seed, nets[kind])
-        runs[kind] = training(nets[kind], batches, rows, lr, piece, seconds, device)
+        name = "muon" if kind == "muon" else "adamw"
+        options = train.Config(optimizer=name, muon_rate=settings.muon_rate)  # and its decay of 0.1
+        groups = [(dict(nets[kind].named_parameters()), lr)]
+        optimizers = make_optimizers(options, groups, device)
+        runs[kind] = training(nets[kind], batches, optimizers, rows, piece, seconds, device)
         spent[kind] = (0.0, 0)
     while min(spent.values())[0] < seconds:
         kind = min(spent, key=lambda kind: spent[kind][0])

@@ -35,16 +35,16 @@ def test_all_learn_and_are_scored_alike(tmp_path):
     for minutes in (0.02, 0.2):  # a busy machine has time for two or three steps: then longer
         done = shell(
             ROOT / "benchmarks/quality.py", "--data=speech", f"--minutes={minutes}", "--length=32",
-            "--models", "ours", "llama", "gpt2", "babyllava", "--seeds", "1",
+            "--models", "ours", "muon", "llama", "gpt2", "babyllava", "--seeds", "1",
             "--zorro=zorro", "--device=cpu", cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         table = rows(done.stdout)[2:]
         if float(table[0][5]) < guess:
             break
-    assert [row[1] for row in table] == ["1"] * 4
-    assert [row[0] for row in table][:3] == ["ours", "Llama", "GPT-2"]
-    assert table[0][2] == table[1][2]  # Llama has our parameters, to the last
+    assert [row[1] for row in table] == ["1"] * 5
+    assert [row[0] for row in table][:4] == ["ours", "ours, by Muon", "Llama", "GPT-2"]
+    assert table[0][2] == table[2][2]  # Llama has our parameters, to the last
     for row in table:
         assert int(row[3].replace(",", "")) > 0 and float(row[6]) in (0.0, 1.0)
     # whoever learns needs fewer bits than a guess among all tokens
