@@ -422,7 +422,10 @@ def check_exportable(loaded):
             "keep_cls: this tower has no CLS token, and transformers has no mean instead"
         )
     if model.image_pool > 1:
-        raise UserError("image_pool: transformers' LLaVA takes each patch as a token")
+        raise UserError(
+            "image_pool: transformers' LLaVA takes each patch as a token; train phases 1 and 2 with "
+            "--image_pool 1"
+        )
     if type(model.gpt.norm).__name__ != "RMSNorm":
         raise UserError("transformers' Llama has RMSNorm, and no other norm")
     if model.image_attention != "causal":

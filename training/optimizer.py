@@ -75,7 +75,9 @@ def check_optimizer(settings):
     """Raise UserError for an optimizer that this PyTorch lacks."""
     if settings.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         version = torch.__version__
-        raise UserError(f"--optimizer muon needs PyTorch 2.9, and this is {version}")
+        raise UserError(
+            f"--optimizer muon needs PyTorch 2.9, and this is {version}; --optimizer adamw does not"
+        )
 
 
 # Tables: each row belongs to a token or a prototype
