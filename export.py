@@ -1,7 +1,7 @@
 """
 A checkpoint as a folder for others: for transformers, or for one of two challenges; or in one file.
 
-    python export.py out/toy/phase2.pt DIR                                        # transformers
+    python export.py out/run/phase2.pt DIR                                        # transformers
     python export.py out/run/phase3.shards out/run/phase3.pt    # of a run with --shard on
     python export.py out/run/phase3.pt DIR --to babyvlm [--name NAME] [--repo USER/NAME]
     python export.py out/run/phase2.pt DIR --to egobabyvlm
@@ -423,8 +423,8 @@ def check_exportable(loaded):
         )
     if model.image_pool > 1:
         raise UserError(
-            "image_pool: transformers' LLaVA takes each patch as a token; train phases 1 and 2 with "
-            "--image_pool 1"
+            "image_pool: transformers' LLaVA takes each patch as a token; train phases 1 and 2 "
+            "with --image_pool 1"
         )
     if type(model.gpt.norm).__name__ != "RMSNorm":
         raise UserError("transformers' Llama has RMSNorm, and no other norm")

@@ -25,7 +25,8 @@ SMALL = (
     "--block_size=700 --vision_batch=8 "
     "--language_batch=8 --phase1_batch=8 --phase2_batch=8 --phase3_batch=8 --device=cpu "
     "--vision_steps=60 --language_steps=80 --phase1_steps=80 --phase2_steps=80 --phase3_steps=80 "
-    "--eval_every=40 --save_every=15 --log_every=1 --evaluate=False"
+    "--eval_every=40 --save_every=15 --log_every=1 --evaluate=False "
+    "--optimizer=adamw --student_mask=0 --image_pool=1 --phase2_lr=2e-3"
 )
 
 

@@ -35,7 +35,8 @@ SMALL = (
     "--n_head=2 --n_embd=16 --block_size=48 --vision_steps=4 --language_steps=4 --phase1_steps=4 "
     "--phase2_steps=4 --phase3_steps=4 --vision_batch=8 --language_batch=8 --phase1_batch=8 "
     "--phase2_batch=8 --phase3_batch=8 --eval_every=2 --save_every=2 --log_every=1 --device=cpu "
-    "--select_layer=-1"
+    "--select_layer=-1 --optimizer=adamw --muon_rate=1 --student_mask=0 --image_pool=1 "
+    "--phase2_lr=2e-3"
 ).split()
 
 
