@@ -20,8 +20,9 @@ Written by `python benchmarks/configs.py`, from the output of the command above 
 Rows and lengths are of the data, or where it is not here of the published sizes in
 `training/published.py`; some lengths there are estimates. FLOP are counted operation by operation
 over a forward and a backward pass, and features that are stored are computed once. Memory is of one
-process: weights, gradients, AdamW's moments and activations, and for measured runs all of the
-process. On disk: the checkpoint, and features if they are stored. Measured times are of {machine}.
+process: weights, gradients, the optimizer's moments and activations, and for measured runs all of
+the process. On disk: the checkpoint, and features if they are stored. Measured times are of
+{machine}.
 """
 
 

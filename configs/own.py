@@ -1,6 +1,6 @@
 """
-Your own recordings on a laptop: the recipe of configs/toy.py for pictures of 224 pixels, with clips
-and interleaved moments.
+Your own recordings on a laptop: train.py's defaults for pictures of 224 pixels, with clips and
+interleaved moments.
 
     python data.py video --name films --videos DIR --transcripts DIR2
     python train.py configs/own.py --data data/films --out out/films
