@@ -69,8 +69,8 @@ if CAN_REGISTER and ("TRITON_INTERPRET" in os.environ or torch.cuda.is_available
         import triton.language as tl
 jit = triton.jit if triton else lambda kernel: kernel
 
-# A process may hold two copies of this file, of two exported models. PyTorch would take the first
-# one's operators away when the second names its own the same, so each copy has its own namespace.
+# A process may open two exported models, each with a copy of this file. Operators of the same name
+# would replace those of the first copy, so each copy has a namespace of its own.
 SPACE = "nanobabyllava"
 while hasattr(getattr(torch.ops, SPACE), "norm_forward"):
     SPACE += "_"

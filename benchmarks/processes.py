@@ -20,13 +20,12 @@ TOY = (
     "--games=140 --replay=20 --questions=10 --vocab_size=400"
 )
 SMALL = (
-    f"{ROOT}/configs/toy.py --data=data/w --out=out/w --patch=8 --vision_width=16 "
+    "--data=data/w --out=out/w --patch=8 --vision_width=16 "
     "--vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 --n_head=2 --n_embd=16 "
     "--block_size=700 --vision_batch=8 "
     "--language_batch=8 --phase1_batch=8 --phase2_batch=8 --phase3_batch=8 --device=cpu "
     "--vision_steps=60 --language_steps=80 --phase1_steps=80 --phase2_steps=80 --phase3_steps=80 "
-    "--eval_every=40 --save_every=15 --log_every=1 --evaluate=False "
-    "--optimizer=adamw --student_mask=0 --image_pool=1 --phase2_lr=2e-3"
+    "--eval_every=40 --save_every=15 --log_every=1 --evaluate=False"
 )
 
 

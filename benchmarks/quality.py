@@ -8,7 +8,8 @@ All have 8 layers of 256 in 8 heads and a tied head, and see the same rows at th
 rates, without dropout (in these minutes nobody sees a row twice): transformers' LlamaForCausalLM,
 whose architecture is ours, and its GPT2LMHeadModel. A fourth, --models babyllava, is the latter
 with BabyLLaVA's own settings: 32 heads, dropout 0.15, 8 rows of 2,048 tokens a step at 5e-4, which
-are made for a GPU. AdamW (0.9, 0.95), decay 0.1, clipping at 1, a cosine after 3 % of warm-up.
+are made for a GPU. A fifth, --models muon, is ours with Muon for its matrices. AdamW (0.9, 0.95),
+decay 0.1, clipping at 1, a cosine after 3 % of warm-up.
 
 All take turns, step by step, so that whatever else the machine does slows all alike; each one's
 learning rate falls to 0 as its own share of the time runs out. All are scored by eval.py.
@@ -151,8 +152,9 @@ def training(net, batches, optimizers, rows, piece, seconds, device):
             rate = min((step + 1) / 10, done / 0.03)
         else:
             rate = 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = group["highest_lr"] * max(rate, 1e-3)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest_lr"] * max(rate, 1e-3)
         batch = batches.read(batches.plan(step))
         tokens, targets = (
             torch.as_tensor(part, device=device).view(rows, -1)
@@ -180,7 +182,9 @@ def train_all(settings, seed, dataset, device):
         nets[kind].to(device).train()
         batches = TextBatches(dataset, "train", rows, seed, nets[kind])
         name = "muon" if kind == "muon" else "adamw"
-        options = train.Config(optimizer=name, muon_rate=settings.muon_rate)  # and its decay of 0.1
+        options = train.Config(
+            optimizer=name, muon_rate=settings.muon_rate, weight_decay=0.1, beta2=0.95
+        )
         groups = [(dict(nets[kind].named_parameters()), lr)]
         optimizers = make_optimizers(options, groups, device)
         runs[kind] = training(nets[kind], batches, optimizers, rows, piece, seconds, device)

@@ -2,7 +2,7 @@
 Seconds from nothing to a target: how fast is the toy world learnt on this machine?
 
     python benchmarks/speedrun.py --seeds 1 2 3
-    python benchmarks/speedrun.py --flags optimizer=muon phase2_steps=2000
+    python benchmarks/speedrun.py --flags phase2_steps=2500
 
 Draws the world, trains all phases and tests, in an empty folder, once a seed; drawing and testing
 count too. Prints each score beside its target, then a row for a table of records: a record is a

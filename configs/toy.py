@@ -1,6 +1,6 @@
 """
-The whole recipe on the toy world, with the settings that learnt it fastest on two CPU cores.
-docs/recipe.md says what each of them buys; the other defaults of train.py are made for this world.
+The whole recipe on the toy world. docs/recipe.md says how these settings were chosen; others are
+train.py's defaults.
 """
 
 data = "data/toy"

@@ -30,6 +30,7 @@ def pytest_configure(config):
 
 FORKS = Forks()
 TINY = "--size=16 --scenes=12 --clip_frames=2 --lines=200 --trials=0.03 --vocab_size=300".split()
+# The last options are train.py's defaults, for tests that also read configs/toy.py
 SMALL = (
     "--patch=8 --vision_width=16 --vision_depth=2 --vision_heads=2 --prototypes=16 --n_layer=2 "
     "--n_head=2 --n_embd=16 --block_size=48 --vision_steps=4 --language_steps=4 --phase1_steps=4 "
