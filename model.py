@@ -90,10 +90,11 @@ def rotary_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of x (B, T, H, D) by the angle of its position; cos, sin (T, 1, D / 2)."""
+    """Turn each pair (i, i + D / 2) of x (B, T, H, D) by the angle of its position. cos, sin (T, 1,
+    D): those of the angles, twice, with a minus before the first half of sin."""
     wide = x if x.dtype == torch.float64 else x.float()
-    a, b = wide.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    other = wide.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(wide * cos, other, sin).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,13 +239,14 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std)
 
     def set_rotary(self):
-        """Compute the tables of rotary positions, always in fp32: (block_size, 1, D / 2). They are
-        in no checkpoint, so they are computed even if the model is built on the meta device."""
+        """Compute the tables of rotary positions, always in fp32: (block_size, 1, D). They are in
+        no checkpoint, so they are computed even if the model is built on the meta device."""
         with torch.device("cpu"):
             positions = torch.arange(self.config.block_size).float()
             angles = torch.outer(positions, rotary_frequencies(self.config))[:, None]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat([cos, cos], -1), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], -1), persistent=False)
 
     @property
     def device(self):

@@ -51,7 +51,6 @@ from training import (
     run_card,
     validation,
 )
-from training.optimizer import check_optimizer
 from training.phases import LATER_OPTIONS, Phase
 from training.prefetch import pinned, prefetched
 from training.processes import (
@@ -525,7 +524,6 @@ def rehearse_early(settings):
     )
     names = resume.choose_phases(settings, dataset, PHASES)
     check_sharding(settings)
-    check_optimizer(settings)
     if not names:
         raise UserError(f"{settings.data}: nothing to train on; prepare it with more")
     found = rehearsal.rehearse(copy.copy(settings), names, PHASES, dataset, processes)

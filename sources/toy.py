@@ -211,7 +211,8 @@ def film(scene, rng, size, kinds):
     shift = rng.uniform(-0.05, 0.05, 2)
     for thing, place in reversed(list(zip(scene.things, places))):  # later ones may hide earlier
         jitter = rng.uniform(-0.06, 0.06, 2) * (1.5 if len(places) == 1 else 0.6)
-        centre, side = (place + shift + jitter) * big, extent * rng.uniform(0.8, 1.15) * big
+        centre = ((place + shift + jitter) * big).tolist()  # floats of Python's: faster to round
+        side = extent * rng.uniform(0.8, 1.15) * big
         tilt, mirrored = rng.uniform(-0.35, 0.35), rng.randint(2)
         draw_thing(image, thing, kinds, centre, side, tilt, mirrored)
     if rng.randint(8) == 0:  # the infant's own hand comes into view

@@ -334,7 +334,8 @@ def test_rotary_positions_turn_each_pair_by_its_angle(dtype):
     a, b = x.double().chunk(2, -1)
     turned = torch.complex(a, b) * torch.exp(1j * angles.double())
     expected = torch.cat([turned.real, turned.imag], -1)
-    found = rotate(x, angles.cos(), angles.sin())
+    gpt = GPT(config)
+    found = rotate(x, gpt.cos[:5], gpt.sin[:5])
     assert found.dtype == dtype
     assert (found - expected).abs().max() < (0.02 if dtype == torch.bfloat16 else 1e-5)
 

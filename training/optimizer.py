@@ -1,11 +1,7 @@
 """
 Which parameters are trained, at which rate, and by which optimizer.
 
-AdamW moves each number by itself. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
-moves a matrix as a whole: along its momentum, with all singular values made 1, so that directions
-in which gradients are small are learnt as fast as others. It is for matrices that map features to
-features; the rest is AdamW's. The step is scaled to the size of AdamW's, by 0.2 sqrt(max(rows,
-columns)), so rates and decay stay as they are (Liu et al. 2025, arXiv 2502.16982).
+AdamW is for all parameters, or with --optimizer muon for those that are no matrices (muon.py).
 
 Another optimizer is a change of make_optimizers(): train.py's loop steps every optimizer in the
 list that it returns, none of which may be empty, and a checkpoint stores their states in its order.
@@ -19,6 +15,7 @@ import torch
 from config import UserError
 from kernels import CAN_REGISTER
 from training import lora
+from training.muon import Muon
 
 
 def parse_part(entry, lr):
@@ -71,15 +68,6 @@ def set_trainable(model, parts, lr):
     return groups
 
 
-def check_optimizer(settings):
-    """Raise UserError for an optimizer that this PyTorch lacks."""
-    if settings.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        version = torch.__version__
-        raise UserError(
-            f"--optimizer muon needs PyTorch 2.9, and this is {version}; --optimizer adamw does not"
-        )
-
-
 # Tables: each row belongs to a token or a prototype
 TABLES = ("embed_tokens.weight", "lm_head.weight", "head.last.weight")
 
@@ -116,7 +104,7 @@ def make_optimizers(settings, groups, device):
                 params.append({"params": some, "weight_decay": decay, "highest_lr": lr, "lr": lr})
     optimizers = []
     if of_muon:
-        optimizers.append(torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(of_muon))
     if of_adamw:
         betas = (0.9, settings.beta2)
         # fused: one operation for all parameters; on a CPU from PyTorch 2.4 on
