@@ -1,14 +1,18 @@
 """
-The toy world with half an hour of training: more scenes and more steps in each phase.
+The toy world with more scenes and more steps: the recipe of toy.py, twice as long.
 
     python data.py toy --name toy_hour --scenes 16000 && python train.py configs/toy_hour.py
 """
 
 data = "data/toy_hour"
 out = "out/toy_hour"
-vision_steps = 3000
-language_steps = 400
-phase1_steps = 200
-phase2_steps = 8000
+optimizer = "muon"
+muon_rate = 2.0
+student_mask = 0.5
+vision_steps = 1500
+language_steps = 100
+image_pool = 2  # 64 patches, 16 tokens a picture
+phase2_steps = 4000
+phase2_lr = 1e-3
 phase2_batch = 32
 save_every = 500  # an interruption loses up to a minute

@@ -37,6 +37,7 @@ class Config(config.Options):
     seed: int = option(1, low=0, high=2**32 - 1)  # the same seed draws the same bytes everywhere
     scenes: int = option(6000, low=1, high=10**8)  # for training; validation has a tenth as many
     clip_frames: int = option(2, low=1, high=1000)  # frames filmed of each scene
+    captions: int = option(2, low=1, high=100)  # of each frame
     lines: int = option(
         20000, low=10, high=10**8
     )  # utterances without pictures, for the language model
@@ -431,14 +432,14 @@ def speech(settings, split, kinds):
 
 
 def clips(settings, split, kinds):
-    """Yield (frame, clip number, two captions) of a split's scenes, each filmed several times."""
+    """Yield (frame, clip number, its captions) of a split's scenes, each filmed several times."""
     number, one_in = SPLITS[split]
     rng = np.random.RandomState([settings.seed, number, 1])
     for clip in range(max(1, settings.scenes // one_in)):
         scene = random_scene(rng, kinds)
         for _ in range(settings.clip_frames):
             frame = film(scene, rng, settings.size, kinds)
-            yield frame, clip, [utterance(scene, rng) for _ in range(2)]
+            yield frame, clip, [utterance(scene, rng) for _ in range(settings.captions)]
 
 
 def prepare(settings, writer):

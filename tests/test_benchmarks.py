@@ -60,6 +60,15 @@ def test_targets_are_measured_side_by_side(tmp_path):
         assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d - \d+\.\d\d\)", row[4])
 
 
+def test_optimizers_take_turns(tmp_path):
+    done = shell(ROOT / "benchmarks/optimizers.py", "--rounds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    head, _, *table = rows(done.stdout)
+    assert head[1:] == ["AdamW", "our Muon", "PyTorch's Muon"] and len(table) == 3
+    for row in table:
+        assert 0 < float(row[1]) < float(row[2])  # Muon computes more
+
+
 def test_jpegs_are_read_by_each_way(tmp_path):
     flags = ["--count=8", "--rounds=1", "--sides", "64x48", "--size=16"]
     done = shell(ROOT / "benchmarks/jpegs.py", *flags, cwd=tmp_path)

@@ -10,13 +10,14 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("course/*.md"))]
 MODULES = sorted(layers.find_modules().values())
 ALL = [
     *MODULES,
     *ROOT.glob("tests/*.py"),
     *ROOT.glob("benchmarks/*.py"),
     *ROOT.glob("configs/**/*.py"),
+    *ROOT.glob("course/**/*.py"),
 ]
 KNOWS_NO_FILES = ("model", "vision", "dino", "kernels")
 PACKAGES = {"common", "sources", "tasks", "training", "pretrained", "adapters", "fast"}
@@ -78,7 +79,7 @@ MADE = {  # names in the pages of files that a command or a user makes
     "frames.txt", "NAME.py", "meta.json", "config.json", "pairs.csv", "train.json", "val.json",
     "hits.json", "compare.html", "run.json", "language.pt",
     "submission.json", "scores.json", "test.json", "vocab.json",
-    "SAYCam_train_data.json", "tokenizer.json",
+    "SAYCam_train_data.json", "tokenizer.json", "answers/1_1_count_pairs.py",
 }  # fmt: skip
 
 

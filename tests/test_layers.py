@@ -40,7 +40,7 @@ def test_the_page_shows_the_layers_there_are():
         assert found == set(names) - {"adapters"}, line
 
 
-def files_of_a_step(monkeypatch):
+def files_of_a_step(monkeypatch, *flags):
     """Our files in which a function runs between steps 2 and 3 of phase 2, in any thread."""
     found, recording = set(), []
 
@@ -59,7 +59,7 @@ def files_of_a_step(monkeypatch):
     try:
         train.main([
             str(ROOT / "configs/toy.py"), "--data=data/tiny", "--out=out/traced", *SMALL,
-            "--init=out/full", "--phase=2", "--batches_ahead=0",
+            "--init=out/full", "--phase=2", "--batches_ahead=0", *flags,
         ])  # fmt: skip
     finally:
         sys.setprofile(None)
@@ -72,8 +72,10 @@ def test_a_step_runs_at_most_twelve_of_our_files(recipe, home, monkeypatch):
     print(sorted(found))
     assert {"train.py", "batches.py", "model.py", "kernels.py"} <= found and len(found) <= 12
     readme = " ".join((ROOT / "README.md").read_text().split())
-    sentence = re.search(r"of our files: (.*?)\. ", readme).group(1)
-    assert set(re.findall(r"`([\w./]+)`", sentence)) == found
+    sentence = re.search(r"of our files: (.*?); with Muon (.*?) too\. ", readme)
+    names, more = (set(re.findall(r"`([\w./]+)`", part)) for part in sentence.groups())
+    assert names == found
+    assert files_of_a_step(monkeypatch, "--out=out/muon", "--optimizer=muon") == found | more
 
 
 def test_training_imports_only_what_it_needs(recipe, home):

@@ -11,8 +11,6 @@ Letters: n matrices of one shape, R rows, C columns.
 
 import torch
 
-from training.sharding import part_of, whole
-
 MOMENTUM = 0.95
 # of an odd polynomial a s + b s^3 + c s^5 that takes singular values s of 0 to 1 towards 1 (Jordan)
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -77,10 +75,28 @@ class Muon(torch.optim.Optimizer):
             wide.append(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)
         stacked = torch.stack(wide)
         if stacked.is_cuda:
-            stacked = stacked.bfloat16()  # twice as fast there; many CPUs have none
+            stacked = stacked.bfloat16()  # as Jordan's; few CPUs multiply it, see docs/speed.md
         factors = polar_factors(stacked)
         size = 0.2 * max(parameters[0].shape) ** 0.5
         for parameter, factor in zip(parameters, factors):
             factor = factor if parameter.shape[0] <= parameter.shape[1] else factor.T
             parameter.mul_(1 - lr * weight_decay)
             parameter.add_(part_of(factor, parameter), alpha=-lr * size)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sharded matrices (sharding.py)
+
+
+def whole(tensor):
+    """All of a tensor that may be sharded; every process has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_of(tensor, like):
+    """A whole tensor, sharded as `like` is; nothing is sent."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

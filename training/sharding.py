@@ -99,20 +99,6 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor):
-    """All of a tensor that may be sharded; every process has to ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def part_of(tensor, like):
-    """A whole tensor, sharded as `like` is; nothing is sent."""
-    if not hasattr(like, "placements"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
 # ---------------------------------------------------------------------------------------------
 # Saving and resuming
 

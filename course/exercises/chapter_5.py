@@ -1,0 +1,129 @@
+"""Exercises of chapter 5: asking fairly."""
+
+import itertools
+
+import torch
+from exercise import call, check, exercise, same
+
+from tasks.scores import wilson
+
+
+@exercise("5.1", "easy")
+def score(logits, tokens, first):
+    """How likely a phrase is: the mean of -ln p of its tokens, so that long phrases have no
+    disadvantage.
+
+    logits: (T, V), position t predicts token t + 1; tokens: (T,) int, a prompt, then from place
+    `first` on (first >= 1) the phrase. Returns a scalar tensor; lower is likelier."""
+
+
+@check(score)
+def check_score(yours):
+    torch.manual_seed(0)
+    for T, first in ((5, 3), (4, 1), (6, 5)):
+        logits, tokens = torch.randn(T, 7), torch.randint(7, (T,))
+        p = logits.double().softmax(-1)
+        terms = [-p[t - 1, tokens[t]].log() for t in range(first, T)]
+        hint = "Token t is predicted at position t - 1. The mean over the phrase alone."
+        given = {"tokens": tokens.tolist(), "first": first}
+        same(call(yours, logits, tokens, first), sum(terms) / len(terms), given, hint)
+
+
+@exercise("5.2", "easy")
+def hit(scores, right):
+    """Whether the right answer of several is the likeliest: 1.0 if its score is the lowest, 0.0 if
+    another's is lower, and if n answers share the lowest score, the right one among them, 1/n. So a
+    model that scores all alike has chance, and not 1 or 0.
+
+    scores: list of floats; right: the place of the right one. Returns a float."""
+
+
+@check(hit)
+def check_hit(yours):
+    for scores in itertools.product((1.0, 2.0, 3.0), repeat=3):
+        for right in range(3):
+            best = [i for i, s in enumerate(scores) if s == min(scores)]
+            wanted = float(right in best) / len(best)
+            given = {"scores": list(scores), "right": right}
+            same(call(yours, list(scores), right), wanted, given, "How many have the lowest score?")
+
+
+@exercise("5.3", "medium")
+def wilson_interval(hits, n):
+    """The 95 % interval of an accuracy (Wilson 1927), z = 1.96:
+
+        (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),   p = hits / n
+
+    Returns (low, high), floats in 0 to 1."""
+
+
+@check(wilson_interval)
+def check_wilson_interval(yours):
+    for hits, n in ((0, 10), (10, 10), (3, 7), (95, 100), (1, 1), (250, 1000)):
+        found = tuple(map(float, call(yours, hits, n)))
+        given = {"hits": hits, "n": n}
+        same(
+            found,
+            wilson(hits, n),
+            given,
+            "Beside tasks.scores.wilson. Is z^2/n added below too?",
+            1e-3,
+        )
+
+
+@exercise("5.4", "medium")
+def winoground_group(nll):
+    """Winoground's group score (Thrush et al. 2022): both pictures must prefer their own phrase,
+    and both phrases their own picture. An equal score is no preference here.
+
+    nll: (n, 2, 2) tensor, nll[:, p, t] the loss of phrase t with picture p; phrase 0 belongs to
+    picture 0. Returns the share of items that are right, a float."""
+
+
+@check(winoground_group)
+def check_winoground_group(yours):
+    hint = "Four comparisons: along phrases for each picture, along pictures for each phrase."
+    torch.manual_seed(0)
+    ordered = torch.tensor(
+        [[[a, b], [c, d]] for a, b, c, d in itertools.permutations((1.0, 2, 3, 4))]
+    )
+    same(call(yours, ordered), 1 / 6, "all 24 orders of four different scores, once each", hint)
+    for item, wanted in (
+        ([[1.0, 2.0], [2.0, 1.0]], 1.0),
+        ([[1.0, 1.0], [2.0, 1.0]], 0.0),
+        ([[1.0, 1.0], [2.0, 0.5]], 0.0),
+        ([[1.0, 5.0], [0.5, 0.4]], 0.0),
+        ([[2.0, 3.0], [9.0, 2.5]], 1.0),
+        ([[1.0, 2.0], [1.0, 0.5]], 0.0),
+    ):
+        same(call(yours, torch.tensor([item])), wanted, {"nll": item}, hint)
+
+
+@exercise("5.5", "hard")
+def bootstrap_difference(before, after, samples, seed):
+    """Is one model better than another on the same items? The 95 % interval of the difference of
+    their accuracies, by drawing items, with replacement, and always both models' answers to an
+    item.
+
+    before, after: (n,) numpy arrays of 0.0 to 1.0, the two models' hits on the same n items;
+    samples: how often n items are drawn; seed: of numpy.random.RandomState(seed), whose
+    randint(0, n, (samples, n)) says which items.
+    Returns (difference after - before, low, high), floats: the mean over the n items, and the 2.5th
+    and 97.5th percentile of the drawn differences (numpy.percentile)."""
+
+
+@check(bootstrap_difference)
+def check_bootstrap_difference(yours):
+    import numpy as np
+
+    random = np.random.RandomState(1)
+    for n, better in ((40, 0.0), (200, 0.2), (10, -0.5)):
+        before = (random.rand(n) < 0.5).astype(float)
+        after = np.clip(before + (random.rand(n) < abs(better)) * np.sign(better), 0, 1)
+        drawn = []
+        for row in np.random.RandomState(7).randint(0, n, (300, n)):
+            drawn.append(np.mean([after[i] - before[i] for i in row]))
+        wanted = (float((after - before).mean()), *map(float, np.percentile(drawn, (2.5, 97.5))))
+        found = tuple(map(float, call(yours, before, after, 300, 7)))
+        hint = "Draw items once, for both models. Differences first, then percentiles."
+        same(found, wanted, f"n = {n}, after - before = {wanted[0]:.3g}", hint, 1e-9)

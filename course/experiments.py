@@ -1,0 +1,532 @@
+"""
+The experiments of the course. Each trains a few settings with several seeds, prints a table, and
+writes it into its chapter.
+
+    python course/experiments.py                         # the list
+    python course/experiments.py phases                  # seeds 1, 2, 3
+    python course/experiments.py phases --seeds 1        # faster, without an interval
+
+A cell is the mean over seeds and the half width of its 95 % interval (Student's t). Runs lie in
+out/course; one that is finished is not repeated. All share one tower and one GPT for each seed,
+which the first experiment trains.
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+COURSE = Path(__file__).resolve().parent
+ROOT = COURSE.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import config  # noqa: E402
+from common.files import read_csv, read_json, read_log  # noqa: E402
+from config import UserError  # noqa: E402
+from tasks.scores import wilson  # noqa: E402
+
+RUNS = Path("out/course")
+DRAWN = []  # flags for every toy world that is drawn
+TALKS = {  # for data.py toy_chat: {name: flags}
+    "toy_tiles": ["--canvases", "128x64", "64x128", "128x128"],
+    "toy_flat": ["--fit", "squash"],
+}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t of 95 %, by the number of seeds
+
+
+@dataclass
+class Config(config.Options):
+    seeds: tuple[int, ...] = (1, 2, 3)
+    steps: int = config.option(600, low=1)  # of phase 2
+    data: str = "data/toy"
+    scenes: int = config.option(6000, low=8)  # of all data, for growth
+    flags: tuple[str, ...] = ()  # for every training, without their dashes: n_layer=2
+    write: bool = True  # the table into its chapter
+
+
+# (heading, path in results.json)
+COLUMNS = (
+    ("val_loss", "val_loss"),
+    ("Labeled-S, seen", "tasks.labeled_s.seen.accuracy.score"),
+    ("held-out", "tasks.labeled_s.held_out.accuracy.score"),
+    ("binding", "tasks.baby_winoground.binding.group.score"),
+    ("position", "tasks.baby_winoground.position.group.score"),
+    ("captions, seen", "tasks.caption.seen.names_thing.score"),
+    ("held-out", "tasks.caption.held_out.names_thing.score"),
+)
+
+
+def look_up(results, path):
+    for key in path.split("."):
+        results = results[key]
+    return results
+
+
+def cell(values):
+    """Mean and half width of the 95 % interval; the mean alone of one value."""
+    values = [float(value) for value in values]
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    t = STUDENT.get(len(values), 1.96)
+    return f"{mean:.3f} ± {t * deviation / math.sqrt(len(values)):.3f}"
+
+
+def cell_of(found, path):
+    """The cell of several results; "-" for what they do not have, as a loss with random pictures."""
+    if path in found[0] or "." in path:
+        return cell([look_up(one, path) for one in found])
+    return "-"
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+
+
+def launch(script, *arguments, before=""):
+    """Run one of our scripts. before: Python that changes the code first, as a reader would in an
+    editor."""
+    command = [sys.executable, str(ROOT / script)]
+    if before:
+        head = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(COURSE)!r}]; {before}; "
+        run = f"import {script.removesuffix('.py')} as script; script.main(sys.argv[1:])"
+        command = [sys.executable, "-c", head + run]
+    done = subprocess.run([*command, *arguments], text=True, capture_output=True)
+    if done.returncode:
+        raise UserError(f"{script} {' '.join(arguments)}: {done.stderr[-300:].strip()}")
+    return done.stdout
+
+
+def train(settings, out, seed, *flags, before=""):
+    """Train, unless it is done. flags: with their dashes."""
+    done = out / "done.json"
+    asked = [*flags, *settings.flags, before, settings.data, settings.steps]
+    if done.exists() and read_json(done) == asked:
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    fixed = [f"--data={settings.data}", f"--out={out}", f"--seed={seed}"]
+    fixed += [f"--phase2_steps={settings.steps}"]
+    own = [f"--{flag}" for flag in settings.flags]
+    launch("train.py", str(ROOT / "configs/toy.py"), *fixed, *flags, *own, before=before)
+    done.write_text(json.dumps(asked))
+
+
+def parents(settings, seed, vision=(), language=(), before=""):
+    """A folder with the tower and the GPT of a seed. vision, language: flags for them."""
+    parts = {}
+    for phase, flags in (("vision", vision), ("language", language)):
+        name = re.sub(r"\W+", "_", "".join(flags) + (before if phase == "vision" else ""))
+        parts[phase] = RUNS / f"{phase}{name}" / str(seed)
+        change = before if phase == "vision" else ""
+        train(settings, parts[phase], seed, f"--phase={phase}", *flags, before=change)
+    folder = RUNS / "_".join(part.parent.name for part in parts.values()) / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for phase, part in parts.items():
+        shutil.copy(part / f"{phase}.pt", folder)
+    return folder
+
+
+def later(settings, name, seed, *flags, init=None, before=""):
+    """Train phases 1 and 2 and test. Returns the run's folder."""
+    out = RUNS / name / str(seed)
+    init = init or parents(settings, seed)
+    train(settings, out, seed, f"--init={init}", *flags, before=before)
+    return out
+
+
+def compare(settings, rows):
+    """The table of runs of phases 1 and 2. rows: {label: how(seed), the run's folder}."""
+    lines = [["", *(name for name, _ in COLUMNS)]]
+    for label, how in rows.items():
+        found = [read_results(how(seed)) for seed in settings.seeds]
+        lines.append([label, *(cell_of(found, path) for _, path in COLUMNS)])
+    return lines
+
+
+def read_results(folder):
+    """What eval.py has written; with --shuffle its name is another."""
+    shuffled = folder / "results_shuffled.json"
+    return read_json(shuffled if shuffled.exists() else folder / "results.json")
+
+
+def as_it_is(settings):
+    return lambda seed: later(settings, "as_it_is", seed)
+
+
+# ---------------------------------------------------------------------------------------------
+# The experiments: each gives the lines of its table
+
+
+def speech(settings):
+    """Chapter 0. How often speech names what is in view (10,000 sentences, 5,000 scenes)."""
+    from sources import toy
+
+    rng, named, said = np.random.RandomState(0), 0, {}
+    for _ in range(5000):
+        scene = toy.random_scene(rng, toy.THINGS)
+        for _ in range(2):
+            words = set(toy.utterance(scene, rng).split())
+            here = {thing.kind for thing in scene.things}
+            named += bool(words & here)
+            for kind in words & set(toy.THINGS):
+                said[kind] = said.get(kind, 0) + 1
+    counts = sorted(said.values())
+    return [
+        ["of 10,000 sentences", ""],
+        ["name a thing that is in view", f"{named / 1e4:.3f}"],
+        ["name the rarest thing", f"{counts[0] / 1e4:.4f}"],
+        ["name the most frequent thing", f"{counts[-1] / 1e4:.4f}"],
+    ]
+
+
+def words(settings):
+    """Chapter 1. A language model after more and fewer steps."""
+    lines = [["steps", "val_loss, nats a token", "bits per character"]]
+    for steps in (25, 75, 300):
+        values = []
+        for seed in settings.seeds:
+            parents(settings, seed, language=(f"--language_steps={steps}",))
+            out = RUNS / f"language_language_steps_{steps}" / str(seed)
+            launch("eval.py", f"--checkpoint={out}/language.pt", f"--data={settings.data}")
+            values.append(read_json(out / "results.json"))
+        row = [cell([one[key] for one in values]) for key in ("val_loss", "bits_per_character")]
+        lines.append([str(steps), *row])
+    return lines
+
+
+def seeing(settings):
+    """Chapter 2. The tower's linear probes."""
+    lines = [["tower", "kind (chance 0.06)", "colour (0.13)"]]
+    no_hue = "import dino; dino.recolour = lambda pixels, numbers, grey=0.4: pixels"
+    for label, flags, before in (
+        ("as initialised (one step)", ("--vision_steps=1",), ""),
+        ("250 steps", ("--vision_steps=250",), ""),
+        ("1,000 steps", (), ""),
+        ("1,000 steps, without the random hue", (), no_hue),
+    ):
+        values = []
+        for seed in settings.seeds:
+            folder = parents(settings, seed, vision=flags, before=before)
+            name = folder.parent.name.removesuffix("_language")
+            log = read_log(RUNS / name / str(seed) / "log.jsonl")
+            values.append([line for line in log if "kind" in line][-1])
+        lines.append([label, *(cell([one[key] for one in values]) for key in ("kind", "colour"))])
+    return lines
+
+
+def projector(settings):
+    """Chapter 3. Projectors, on the same tower and GPT."""
+
+    def of(kind, *flags, before=""):
+        return lambda seed: later(
+            settings, kind, seed, f"--projector={kind}", *flags, before=before
+        )
+
+    return compare(settings, {
+        "linear": of("linear"),
+        "mlp2x_gelu (the default)": as_it_is(settings),
+        "mlp4x_gelu": of("mlp4x_gelu"),
+        "16 learnt queries (course/resampler.py)": of(
+            "resampler16", "--image_pool=1", before="import resampler"
+        ),
+    })  # fmt: skip
+
+
+def phases(settings):
+    """Chapter 4. What is left out."""
+
+    def random_gpt(seed):
+        init = parents(settings, seed, language=("--language_steps=1",))
+        return later(settings, "random_gpt", seed, init=init)
+
+    return compare(settings, {
+        "as it is": as_it_is(settings),
+        "without phase 1 (one step)": lambda seed: later(
+            settings, "no_phase1", seed, "--phase1_steps=1"
+        ),
+        "without phase 2 (one step)": lambda seed: later(
+            settings, "no_phase2", seed, "--phase2_steps=1"
+        ),
+        "a GPT that never read (one step)": random_gpt,
+    })  # fmt: skip
+
+
+def asking(settings):
+    """Chapter 5. One model, asked in several ways."""
+
+    def asked(name, *flags):
+        def run(seed):
+            model, out = as_it_is(settings)(seed), RUNS / name / str(seed)
+            out.mkdir(parents=True, exist_ok=True)
+            launch("eval.py", f"--checkpoint={model}/phase2.pt", f"--data={settings.data}",
+                   f"--out={out}", *flags)  # fmt: skip
+            return out
+
+        return run
+
+    return compare(settings, {
+        "ties count as their share": as_it_is(settings),
+        "the first of a tie wins": asked("asked_published", "--ties=published"),
+        "random pictures": asked("asked_shuffled", "--shuffle=True"),
+        "a model that never saw (phase 2 of one step)": lambda seed: later(
+            settings, "no_phase2", seed, "--phase2_steps=1"
+        ),
+    })  # fmt: skip
+
+
+def kernels(settings):
+    """Chapter 6. Formula and kernel, in Triton's interpreter, fp32; numbers moved, one head."""
+    from importlib import util
+
+    if not util.find_spec("triton"):
+        raise UserError("this experiment needs Triton, which there is for Linux alone")
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, kernels\n"
+        "torch.manual_seed(0)\n"
+        "for T in (16, 64, 100):\n"
+        "    q, k, v = torch.randn(3, 1, T, 1, 32)\n"
+        "    a = kernels.attention_reference(q, k, v)\n"
+        "    b = kernels.attention(q, k, v, backend='triton')\n"
+        "    print('attention', T, float((a - b).abs().max()))\n"
+        "    x, w = torch.randn(T, 100), torch.randn(100)\n"
+        "    a = kernels.rms_norm_reference(x, w, 1e-5)\n"
+        "    b = kernels.rms_norm(x, w, 1e-5, backend='triton')\n"
+        "    print('RMSNorm', T, float((a - b).abs().max()))\n"
+    )
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], text=True, capture_output=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(done.stderr[-300:])
+    lines = [["", "positions", "largest difference", "numbers moved, formula", "kernel"]]
+    for line in done.stdout.splitlines():
+        name, T, far = line.split()
+        T = int(T)
+        # formula: q, k read and scores written; scores read and weights written, by mask and by
+        # softmax; weights and v read, y written. kernel: q, k, v read at least once, y written
+        attention = 2 * T * 32 + T * T + 4 * T * T + T * T + 2 * T * 32, 4 * T * 32
+        # square, mean, rsqrt, two products; then each number once
+        norm = 2 * T * 100 + T * 100 + 3 * T + 3 * T * 100 + 3 * T * 100, 2 * T * 100
+        moved = attention if name == "attention" else norm
+        lines.append([name, str(T), f"{float(far):.1e}", *(f"{count:,}" for count in moved)])
+    return lines
+
+
+def tiles(settings):
+    """Chapter 7. Questions about large and small pictures, with tiles and without."""
+    names = {"with tiles": "toy_tiles", "without": "toy_flat"}
+    lines, found = [["asked about", *names]], {}
+    for label, data in names.items():
+        if not Path("data", data, "meta.json").exists():
+            launch("data.py", "toy_chat", "--name", data, *TALKS[data])
+        for seed in settings.seeds:
+            start, out = as_it_is(settings)(seed) / "phase2.pt", RUNS / data / str(seed)
+            flags = [f"--data=data/{data}", f"--init={start}", f"--out={out}", f"--seed={seed}"]
+            own = [f"--{flag}" for flag in settings.flags]
+            if not (out / "phase3.pt").exists():
+                launch("train.py", str(ROOT / "configs/toy_next.py"), *flags,
+                       f"--phase3_steps={settings.steps}", *own)  # fmt: skip
+            launch("eval.py", f"--checkpoint={out}/phase3.pt", "--task=choice")
+            tasks = read_json(out / "results_choice.json")["tasks"]["choice"]
+            for subset, measures in tasks.items():
+                scores = found.setdefault(subset, {}).setdefault(label, [])
+                scores.append(measures["likelihood"]["score"])
+    for subset, values in found.items():
+        lines.append([subset.replace("_", " "), *(cell(values[label]) for label in names)])
+    return lines
+
+
+def processes(settings):
+    """Chapter 8. The language model, 30 steps: one process, two, and two micro-batches."""
+    import checkpoint
+
+    lines, first = [["", "largest difference of a weight", "seconds"]], None
+    for label, before, flags in (
+        ("one process", [], []),
+        ("two processes", ["-m", "torch.distributed.run", "--nproc_per_node=2"], []),
+        ("one process, two micro-batches", [], ["--grad_accum=2"]),
+    ):
+        out = RUNS / re.sub(r"\W+", "_", label)
+        shutil.rmtree(out, ignore_errors=True)
+        own = [f"--{flag}" for flag in settings.flags]
+        command = [sys.executable, *before, str(ROOT / "train.py"), str(ROOT / "configs/toy.py")]
+        command += [f"--data={settings.data}", f"--out={out}", "--phase=language"]
+        began = time.perf_counter()
+        done = subprocess.run(
+            [*command, "--language_steps=30", *flags, *own], text=True, capture_output=True
+        )
+        seconds = time.perf_counter() - began
+        if done.returncode:
+            raise UserError(done.stderr[-300:])
+        weights = checkpoint.read(out / "language.pt")["weights"]
+        first = first or weights
+        far = max(float((weights[name] - first[name]).abs().max()) for name in weights)
+        lines.append([label, f"{far:.1e}", f"{seconds:.1f}"])
+    return lines
+
+
+def towers(settings):
+    """Chapter 9. A tower as initialised; with the time that DINO takes given to phase 2."""
+
+    def blank(seed):
+        return parents(settings, seed, vision=("--vision_steps=1",))
+
+    # a step of DINO takes 1.5 times as long as one of phase 2
+    more = f"--phase2_steps={settings.steps * 7 // 2}"
+    return compare(settings, {
+        "DINO, 1,000 steps": as_it_is(settings),
+        "as initialised": lambda seed: later(settings, "blank", seed, init=blank(seed)),
+        "as initialised, 3.5 times as many steps of phase 2": lambda seed: later(
+            settings, "blank_longer", seed, more, init=blank(seed)
+        ),
+    })  # fmt: skip
+
+
+def attention(settings):
+    """Chapter 9. Image tokens that see one another."""
+    return compare(settings, {
+        "causal (the default)": as_it_is(settings),
+        "full among the tokens of a picture": lambda seed: later(
+            settings, "full_attention", seed, "--image_attention=full"
+        ),
+    })  # fmt: skip
+
+
+def drawn(settings, name, *flags):
+    """data/NAME, drawn if it is not there."""
+    if not Path("data", name, "meta.json").exists():
+        launch("data.py", "toy", "--name", name, *DRAWN, *flags)
+    return f"--data=data/{name}"
+
+
+def captions(settings):
+    """Chapter 9. Captions a picture; the number of steps is the same."""
+
+    def of(count):
+        data = drawn(settings, f"toy_captions{count}", "--captions", str(count))
+        return lambda seed: later(settings, f"captions{count}", seed, data)
+
+    return compare(settings, {
+        "one caption a picture": of(1),
+        "two (the default)": as_it_is(settings),
+        "four": of(4),
+    })  # fmt: skip
+
+
+def shuffled(settings):
+    """Chapter 9. Training with wrong pictures: what can words alone teach?"""
+    source, target = Path(settings.data), Path(f"{settings.data}_shuffled")
+    if not (target / "meta.json").exists():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("features", "meta.json"))
+        ids = np.fromfile(target / "train_image_ids.bin", np.int32)
+        np.random.RandomState(0).permutation(ids).tofile(target / "train_image_ids.bin")
+        shutil.copy(source / "meta.json", target)  # last: the folder is whole
+    return compare(settings, {
+        "right pictures": as_it_is(settings),
+        "shuffled in training": lambda seed: later(
+            settings, "shuffled", seed, f"--data={target}"
+        ),
+    })  # fmt: skip
+
+
+def growth(settings):
+    """Chapter 9. Shares of the scenes, with the same number of passes; and the share at which each
+    word is learnt: from there on its interval in Labeled-S (20 items a word) lies above chance."""
+    shares, lines = (1, 2, 4, 8), [["", *(name for name, _ in COLUMNS)]]
+    known = {}
+    for share in shares:
+        data = drawn(settings, f"toy_{share}of8", "--scenes", str(settings.scenes * share // 8))
+        steps = f"--phase2_steps={max(1, settings.steps * 3 * share // 8)}"
+        runs = [later(settings, f"grown_{share}of8", seed, data, steps) for seed in settings.seeds]
+        results = [read_json(run / "results.json") for run in runs]
+        row = [cell([look_up(one, path) for one in results]) for _, path in COLUMNS]
+        lines.append([f"{share}/8 of the scenes", *row])
+        trials = read_csv(Path(data.removeprefix("--data=")) / "eval/labeled_s.csv",
+                          ("trial_id", "target_category"))  # fmt: skip
+        targets = list({row["trial_id"]: row["target_category"] for row in trials}.values())
+        hits = [
+            read_json(run / "hits.json")["labeled_s"]["hits"]["all"]["accuracy"] for run in runs
+        ]
+        for word in sorted(set(targets)):
+            own = [hit for of in hits for hit, target in zip(of, targets) if target == word]
+            known.setdefault(word, []).append(wilson(sum(own), len(own))[0] > 0.25)
+    for i, share in enumerate(shares):
+        learnt = [w for w, is_known in known.items()
+                  if all(is_known[i:]) and not (i and all(is_known[i - 1:]))]  # fmt: skip
+        lines.append([f"learnt at {share}/8: {', '.join(learnt) or 'none'}", *[""] * len(COLUMNS)])
+    never = [word for word, is_known in known.items() if not is_known[-1]]
+    lines.append([f"not learnt: {', '.join(never) or 'none'}", *[""] * len(COLUMNS)])
+    return lines
+
+
+EXPERIMENTS = {  # {name: (its function, the chapter that has its table)}
+    "speech": (speech, "0_world"),
+    "words": (words, "1_words"),
+    "seeing": (seeing, "2_seeing"),
+    "projector": (projector, "3_projector"),
+    "phases": (phases, "4_together"),
+    "asking": (asking, "5_asking"),
+    "kernels": (kernels, "6_kernels"),
+    "tiles": (tiles, "7_family"),
+    "processes": (processes, "8_many"),
+    "towers": (towers, "9_research"),
+    "attention": (attention, "9_research"),
+    "captions": (captions, "9_research"),
+    "shuffled": (shuffled, "9_research"),
+    "growth": (growth, "9_research"),
+}
+
+
+def as_markdown(lines):
+    head, *rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
+
+
+def write_table(name, chapter, text):
+    """Put a table between its marks in a chapter."""
+    path = COURSE / f"{chapter}.md"
+    page = path.read_text()
+    marks = f"<!-- table: {name} -->\n", "<!-- end -->"
+    begin = page.index(marks[0]) + len(marks[0])
+    path.write_text(page[:begin] + text + "\n" + page[page.index(marks[1], begin) :])
+
+
+def main(argv):
+    if not argv:
+        for name, (function, _) in EXPERIMENTS.items():
+            print(f"{name:<11} {' '.join(function.__doc__.split())}")
+        return
+    name, *flags = argv
+    if name in ("-h", "--help"):
+        name, flags = "speech", ["--help"]
+    settings = config.load(Config, flags, __doc__)
+    if name not in EXPERIMENTS:
+        raise UserError(f"{name}: no such experiment; one of {', '.join(EXPERIMENTS)}")
+    function, chapter = EXPERIMENTS[name]
+    began = time.perf_counter()
+    text = as_markdown(function(settings))
+    seeds = ", ".join(map(str, settings.seeds))
+    minutes = (time.perf_counter() - began) / 60
+    version, day = torch.__version__.partition("+")[0], time.strftime("%Y-%m-%d")
+    text += f"\n\nSeeds {seeds}; torch {version}, {day}."
+    print(text)
+    print(f"({minutes:.0f} minutes)")
+    if settings.write:
+        write_table(name, chapter, text)
+
+
+if __name__ == "__main__":
+    config.run(main)
