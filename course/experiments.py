@@ -82,7 +82,7 @@ def cell(values):
 
 
 def cell_of(found, path):
-    """The cell of several results; "-" for what they do not have, as a loss with random pictures."""
+    """The cell of several results; "-" where they have none, as a loss with random pictures."""
     if path in found[0] or "." in path:
         return cell([look_up(one, path) for one in found])
     return "-"

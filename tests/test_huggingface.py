@@ -556,10 +556,21 @@ def agree(source, folder, picture):
     return loaded, ours
 
 
-def test_an_exported_folder_that_was_trained_elsewhere_is_not_taken_for_ours(tmp_path):
+@pytest.fixture
+def shipped(tmp_path):
+    """The model of the repository, with all 64 patches of the last block as tokens: a LLaVA does not
+    average them."""
+    saved = checkpoint.read(ROOT / "assets/toy.pt")
+    for settings in (saved["parts"]["seeing"], saved["inherited"]):
+        settings.update(image_pool=1, select_layer=-1)
+    checkpoint.save(tmp_path / "shipped.pt", saved)
+    return tmp_path / "shipped.pt"
+
+
+def test_an_exported_folder_that_was_trained_elsewhere_is_not_taken_for_ours(tmp_path, shipped):
     import safetensors.torch
 
-    export.main([str(ROOT / "assets/toy.pt"), str(tmp_path / "toy")])
+    export.main([str(shipped), str(tmp_path / "toy")])
     half = inference.open_model(tmp_path / "toy", dtype="bfloat16").model
     assert half.gpt.norm.weight.dtype == torch.bfloat16 and half.gpt.cos.dtype == torch.float32
     path = tmp_path / "toy/model.safetensors"
@@ -571,9 +582,11 @@ def test_an_exported_folder_that_was_trained_elsewhere_is_not_taken_for_ours(tmp
     assert one_line(error)
 
 
-def test_the_shipped_model_goes_there_and_back(tmp_path):
-    export.main([str(ROOT / "assets/toy.pt"), str(tmp_path / "toy")])
-    loaded, said = agree(ROOT / "assets/toy.pt", tmp_path / "toy", ROOT / "assets/scene.png")
+def test_the_shipped_model_goes_there_and_back(tmp_path, shipped):
+    with pytest.raises(UserError, match="image_pool"):
+        export.main([str(ROOT / "assets/toy.pt"), str(tmp_path / "pooled")])
+    export.main([str(shipped), str(tmp_path / "toy")])
+    loaded, said = agree(shipped, tmp_path / "toy", ROOT / "assets/scene.png")
     assert said[-1] == loaded.tokenizer.eos and len(said) > 3  # it stops by itself
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy")
     for text in ("look , a red ball !", "it 's an Ünknown\nword", "  two  spaces"):

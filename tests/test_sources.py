@@ -36,8 +36,11 @@ def test_what_is_kept_out_is_said(capsys):
 
 
 TWO_ASIDE = """
-import os, sys, time
+import os, signal, sys, time
 from common import cores
+
+# a shell that starts the tests in the background has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def beat(name):
     for _ in range(1000):

@@ -297,6 +297,19 @@ def test_two_processes_train_the_model_of_one(recipe, home):
     assert furthest(weights(home / "out/two/phase2.pt"), weights(folder / "phase2.pt")) < 1e-3
 
 
+def test_two_processes_take_the_same_steps_of_muon(home):
+    """Each computes the polar factors of the same averaged gradients, in fp32."""
+    phase = ["--phase=language", "--optimizer=muon", "--muon_rate=2"]
+    run(*phase, out="out/muon_one")
+    command = [str(ROOT / "train.py"), str(ROOT / "configs/toy.py"), "--data=data/tiny"]
+    command += [*SMALL, *phase, "--out=out/muon_two"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    for done in FORKS.run_group(2, command, home, env):
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (weights(home / f"out/muon_{name}/language.pt") for name in ("one", "two"))
+    assert furthest(one, two) < 2e-5
+
+
 @pytest.mark.parametrize("ranks, pieces", [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2)])
 def test_every_sample_is_seen_once_a_pass_however_many_share_it(recipe, home, ranks, pieces):
     """And from step 5 on by another number of processes, as after a resume."""
