@@ -558,8 +558,8 @@ def agree(source, folder, picture):
 
 @pytest.fixture
 def shipped(tmp_path):
-    """The model of the repository, with all 64 patches of the last block as tokens: a LLaVA does not
-    average them."""
+    """The model of the repository, with the 64 patches of the last block as tokens, not averaged:
+    a LLaVA averages none."""
     saved = checkpoint.read(ROOT / "assets/toy.pt")
     for settings in (saved["parts"]["seeing"], saved["inherited"]):
         settings.update(image_pool=1, select_layer=-1)
