@@ -38,7 +38,7 @@ def load(one):
 
 
 def last_line(error, path):
-    """ "NAME.py:12: ValueError: ...": where in the student's file an exception arose."""
+    """Where in the student's file an exception arose: NAME.py:12: ValueError: ..."""
     own = path.resolve()
     places = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == own]
     line = places[-1].lineno if places else getattr(error, "lineno", None)

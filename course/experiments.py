@@ -77,8 +77,8 @@ def cell(values):
     if len(values) == 1:
         return f"{mean:.3f}"
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    t = STUDENT.get(len(values), 1.96)
-    return f"{mean:.3f} ± {t * deviation / math.sqrt(len(values)):.3f}"
+    half = STUDENT[len(values)] * deviation / math.sqrt(len(values))
+    return f"{mean:.3f} ± {half:.3f}"
 
 
 def cell_of(found, path):
@@ -106,17 +106,16 @@ def launch(script, *arguments, before=""):
     return done.stdout
 
 
-def train(settings, out, seed, *flags, before=""):
-    """Train, unless it is done. flags: with their dashes."""
+def train(settings, out, seed, *flags, before="", recipe="toy.py"):
+    """Train by a config, unless the same is done already. flags: with their dashes."""
     done = out / "done.json"
-    asked = [*flags, *settings.flags, before, settings.data, settings.steps]
+    asked = [recipe, *flags, *settings.flags, before, settings.data]
     if done.exists() and read_json(done) == asked:
         return
     shutil.rmtree(out, ignore_errors=True)
     fixed = [f"--data={settings.data}", f"--out={out}", f"--seed={seed}"]
-    fixed += [f"--phase2_steps={settings.steps}"]
     own = [f"--{flag}" for flag in settings.flags]
-    launch("train.py", str(ROOT / "configs/toy.py"), *fixed, *flags, *own, before=before)
+    launch("train.py", str(ROOT / "configs" / recipe), *fixed, *flags, *own, before=before)
     done.write_text(json.dumps(asked))
 
 
@@ -139,7 +138,8 @@ def later(settings, name, seed, *flags, init=None, before=""):
     """Train phases 1 and 2 and test. Returns the run's folder."""
     out = RUNS / name / str(seed)
     init = init or parents(settings, seed)
-    train(settings, out, seed, f"--init={init}", *flags, before=before)
+    steps = f"--phase2_steps={settings.steps}"  # a later flag wins
+    train(settings, out, seed, f"--init={init}", steps, *flags, before=before)
     return out
 
 
@@ -333,11 +333,8 @@ def tiles(settings):
             launch("data.py", "toy_chat", "--name", data, *TALKS[data])
         for seed in settings.seeds:
             start, out = as_it_is(settings)(seed) / "phase2.pt", RUNS / data / str(seed)
-            flags = [f"--data=data/{data}", f"--init={start}", f"--out={out}", f"--seed={seed}"]
-            own = [f"--{flag}" for flag in settings.flags]
-            if not (out / "phase3.pt").exists():
-                launch("train.py", str(ROOT / "configs/toy_next.py"), *flags,
-                       f"--phase3_steps={settings.steps}", *own)  # fmt: skip
+            flags = [f"--data=data/{data}", f"--init={start}", f"--phase3_steps={settings.steps}"]
+            train(settings, out, seed, *flags, recipe="toy_next.py")
             launch("eval.py", f"--checkpoint={out}/phase3.pt", "--task=choice")
             tasks = read_json(out / "results_choice.json")["tasks"]["choice"]
             for subset, measures in tasks.items():
@@ -448,7 +445,8 @@ def growth(settings):
     shares, lines = (1, 2, 4, 8), [["", *(name for name, _ in COLUMNS)]]
     known = {}
     for share in shares:
-        data = drawn(settings, f"toy_{share}of8", "--scenes", str(settings.scenes * share // 8))
+        scenes = settings.scenes * share // 8
+        data = drawn(settings, f"toy_scenes{scenes}", "--scenes", str(scenes))
         steps = f"--phase2_steps={max(1, settings.steps * 3 * share // 8)}"
         runs = [later(settings, f"grown_{share}of8", seed, data, steps) for seed in settings.seeds]
         results = [read_json(run / "results.json") for run in runs]
@@ -518,6 +516,8 @@ def main(argv):
     settings = config.load(Config, flags, __doc__)
     if name not in EXPERIMENTS:
         raise UserError(f"{name}: no such experiment; one of {', '.join(EXPERIMENTS)}")
+    if not 1 <= len(settings.seeds) <= max(STUDENT):
+        raise UserError(f"--seeds: {len(settings.seeds)} of them; 1 to {max(STUDENT)}")
     function, chapter = EXPERIMENTS[name]
     began = time.perf_counter()
     text = as_markdown(function(settings))

@@ -81,7 +81,6 @@ def test_wrong_solutions_fail(number, answers):
         assert old in source, old
         found = fault(one, source.replace(old, new))
         assert found is not None, (old, new)
-        assert "\n" not in str(found).strip() or "Error" in str(found)
 
 
 @pytest.mark.parametrize("number", NUMBERS)

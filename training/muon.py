@@ -1,10 +1,10 @@
 """
 Muon, an optimizer for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-Gradients of a matrix are large along a few directions, and AdamW mostly learns those. Muon replaces
-the momentum M = U S V^T (singular values S) by U V^T: the same directions, all with the same size.
-The step is then scaled to the size of AdamW's, so that its rates and decay stay as they are (Liu et
-al. 2025, arXiv 2502.16982).
+A gradient is large along a few directions and small along the others. Muon replaces the momentum
+M = U S V^T (singular values S) by U V^T: the same directions, all with the same size. The step is
+then scaled to the size of AdamW's, so that its rates and decay stay as they are (Liu et al. 2025,
+arXiv 2502.16982).
 
 Letters: n matrices of one shape, R rows, C columns.
 """
