@@ -21,18 +21,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import config
+from common.files import read_csv, read_json, read_log
+from config import UserError
+from tasks.scores import wilson
+
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
-sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import config  # noqa: E402
-from common.files import read_csv, read_json, read_log  # noqa: E402
-from config import UserError  # noqa: E402
-from tasks.scores import wilson  # noqa: E402
-
 RUNS = Path("out/course")
 DRAWN = []  # flags for every toy world that is drawn
 TALKS = {  # for data.py toy_chat: {name: flags}
@@ -283,6 +283,24 @@ def asking(settings):
     })  # fmt: skip
 
 
+def moved_by_attention(T, D):
+    """How many numbers attention reads and writes: (by formula, by kernel). T positions, one head
+    of D numbers. By formula each operation reads its inputs and writes its result."""
+    vectors, scores = T * D, T * T
+    product = 2 * vectors + scores  # q, k read; scores written
+    scale = mask = softmax = 2 * scores
+    mean = scores + 2 * vectors  # weights, v read; y written
+    return product + scale + mask + softmax + mean, 4 * vectors  # kernel: q, k, v read, y written
+
+
+def moved_by_norm(T, C):
+    """The same for RMSNorm of T vectors of C numbers."""
+    square, mean, epsilon, rsqrt = 2 * T * C, T * C + T, 2 * T, 2 * T
+    times_rsqrt, times_weight = 2 * T * C + T, 2 * T * C + C
+    formula = square + mean + epsilon + rsqrt + times_rsqrt + times_weight
+    return formula, 2 * T * C + C
+
+
 def kernels(settings):
     """Chapter 6. Formula and kernel, in Triton's interpreter, fp32; numbers moved, one head."""
     from importlib import util
@@ -314,12 +332,7 @@ def kernels(settings):
     for line in done.stdout.splitlines():
         name, T, far = line.split()
         T = int(T)
-        # formula: q, k read and scores written; scores read and weights written, by mask and by
-        # softmax; weights and v read, y written. kernel: q, k, v read at least once, y written
-        attention = 2 * T * 32 + T * T + 4 * T * T + T * T + 2 * T * 32, 4 * T * 32
-        # square, mean, rsqrt, two products; then each number once
-        norm = 2 * T * 100 + T * 100 + 3 * T + 3 * T * 100 + 3 * T * 100, 2 * T * 100
-        moved = attention if name == "attention" else norm
+        moved = moved_by_attention(T, 32) if name == "attention" else moved_by_norm(T, 100)
         lines.append([name, str(T), f"{float(far):.1e}", *(f"{count:,}" for count in moved)])
     return lines
 
@@ -443,7 +456,7 @@ def growth(settings):
     """Chapter 9. Shares of the scenes, with the same number of passes; and the share at which each
     word is learnt: from there on its interval in Labeled-S (20 items a word) lies above chance."""
     shares, lines = (1, 2, 4, 8), [["", *(name for name, _ in COLUMNS)]]
-    known = {}
+    scores = {}  # {word: [(hits, items) at each share]}
     for share in shares:
         scenes = settings.scenes * share // 8
         data = drawn(settings, f"toy_scenes{scenes}", "--scenes", str(scenes))
@@ -452,22 +465,33 @@ def growth(settings):
         results = [read_json(run / "results.json") for run in runs]
         row = [cell([look_up(one, path) for one in results]) for _, path in COLUMNS]
         lines.append([f"{share}/8 of the scenes", *row])
-        trials = read_csv(Path(data.removeprefix("--data=")) / "eval/labeled_s.csv",
-                          ("trial_id", "target_category"))  # fmt: skip
-        targets = list({row["trial_id"]: row["target_category"] for row in trials}.values())
-        hits = [
-            read_json(run / "hits.json")["labeled_s"]["hits"]["all"]["accuracy"] for run in runs
-        ]
-        for word in sorted(set(targets)):
-            own = [hit for of in hits for hit, target in zip(of, targets) if target == word]
-            known.setdefault(word, []).append(wilson(sum(own), len(own))[0] > 0.25)
-    for i, share in enumerate(shares):
-        learnt = [w for w, is_known in known.items()
-                  if all(is_known[i:]) and not (i and all(is_known[i - 1:]))]  # fmt: skip
-        lines.append([f"learnt at {share}/8: {', '.join(learnt) or 'none'}", *[""] * len(COLUMNS)])
-    never = [word for word, is_known in known.items() if not is_known[-1]]
-    lines.append([f"not learnt: {', '.join(never) or 'none'}", *[""] * len(COLUMNS)])
-    return lines
+        for word, counts in word_scores(Path(data.removeprefix("--data=")), runs).items():
+            scores.setdefault(word, []).append(counts)
+    ages = {word: age(counts, shares) for word, counts in scores.items()}
+    (RUNS / "growth.json").write_text(json.dumps({"scores": scores, "ages": ages}))
+    words = [["learnt at", "words"]]
+    for share in (*shares, None):
+        of = ", ".join(word for word in ages if ages[word] == share)
+        words.append([f"{share}/8" if share else "not at all", of or "none"])
+    return [lines, words]
+
+
+def word_scores(data, runs):
+    """{word: (hits, items)} in Labeled-S, of several runs together."""
+    trials = read_csv(data / "eval/labeled_s.csv", ("trial_id", "target_category"))
+    targets = {row["trial_id"]: row["target_category"] for row in trials}.values()
+    found = dict.fromkeys(sorted(set(targets)), (0.0, 0))
+    for run in runs:
+        hits = read_json(run / "hits.json")["labeled_s"]["hits"]["all"]["accuracy"]
+        for hit, word in zip(hits, targets):
+            found[word] = found[word][0] + hit, found[word][1] + 1
+    return found
+
+
+def age(counts, shares):
+    """The first share from which on a word's interval lies above chance, 1/4; None if none."""
+    known = [wilson(*count)[0] > 0.25 for count in counts]
+    return next((share for i, share in enumerate(shares) if all(known[i:])), None)
 
 
 EXPERIMENTS = {  # {name: (its function, the chapter that has its table)}
@@ -492,6 +516,9 @@ WITHOUT_SEEDS = {"speech", "kernels", "processes"}
 
 
 def as_markdown(lines):
+    """A table, or several, from lists of cells."""
+    if isinstance(lines[0][0], list):
+        return "\n\n".join(map(as_markdown, lines))
     head, *rows = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
 

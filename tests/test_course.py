@@ -1,21 +1,30 @@
 """The course: each check accepts a right solution and finds typical wrong ones."""
 
+import contextlib
 import importlib
 import inspect
+import io
+import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, shell
+from PIL import Image
 
 sys.path.insert(0, str(ROOT / "course"))
 import check  # noqa: E402
 import course_solutions  # noqa: E402
 import exercise  # noqa: E402
 import experiments  # noqa: E402
+import figures  # noqa: E402
 import start  # noqa: E402
 
 from config import UserError  # noqa: E402
@@ -129,12 +138,6 @@ def test_a_chapter_names_code_and_exercises_that_exist(path):
         assert part in page
 
 
-def shell(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, text=True, capture_output=True
-    )
-
-
 def test_the_commands(tmp_path):
     folder = ROOT / "course"
     listed = shell(folder / "start.py", cwd=tmp_path).stdout.splitlines()
@@ -231,3 +234,168 @@ def test_a_changed_argument_is_said(answers):
     one = EXERCISES["1.1"]
     source = "def count_pairs(words):\n    found = {}\n    words[(1, 1)] = 1\n    return found\n"
     assert "argument 1 is changed" in str(fault(one, source))
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+
+
+@pytest.fixture
+def desk(tmp_path, world, monkeypatch):
+    """A folder with data/tiny and the logs that figures read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "DATA", str(world / "data/tiny"))
+    lines = [{"step": n, "loss": 5.0 - n, "kind": 0.1 * n, "val_loss": 4.0} for n in range(4)]
+    for name in ("vision", "language_language_steps_300"):
+        for seed in "123":
+            folder = experiments.RUNS / name / seed
+            folder.mkdir(parents=True)
+            (folder / "log.jsonl").write_text("".join(json.dumps(n) + "\n" for n in lines))
+    grown = {"scores": {"ball": [[1, 20], [9, 20], [18, 20], [20, 20]]}, "ages": {"ball": 4}}
+    (experiments.RUNS / "growth.json").write_text(json.dumps(grown))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", list(figures.FIGURES))
+def test_a_figure_is_drawn_light_and_dark(name, desk):
+    light, dark = figures.draw(name, desk)
+    assert light.read_bytes() != dark.read_bytes()
+    for path in (light, dark):
+        if path.suffix == ".png":
+            picture = Image.open(path)
+            assert picture.mode == "RGBA" and picture.width <= 890
+        else:
+            root = ElementTree.fromstring(path.read_text())
+            assert root.get("viewBox").startswith("0 0 890 ")
+            numbers = re.findall(r" (?:points|x|y|cx|cy)='([^']*)'", path.read_text())
+            assert all(math.isfinite(float(n)) for part in numbers for n in re.split("[ ,]", part))
+
+
+def test_chapters_show_their_figures():
+    """Each has at least one, in two forms, with words for those who cannot see it."""
+    shown = {}
+    for path in CHAPTERS:
+        for block in re.findall(r"<picture>.*?</picture>", path.read_text(), re.S):
+            dark = re.search(r'srcset="figures/(\w+)-dark\.(png|svg)"', block)
+            name, suffix = dark.groups()
+            assert f'src="figures/{name}-light.{suffix}"' in block
+            assert len(re.search(r'alt="([^"]*)"', block).group(1)) > 20
+            assert "prefers-color-scheme: dark" in block
+            shown[name] = path.stem
+            for theme in ("light", "dark"):
+                assert (ROOT / f"course/figures/{name}-{theme}.{suffix}").exists()
+    assert shown == {name: chapter for name, (_, chapter) in figures.FIGURES.items()}
+
+
+@pytest.mark.parametrize("name", ["stream", "intervals", "moved", "memory"])
+def test_figures_of_the_repository_are_of_this_code(name, tmp_path):
+    for path in figures.draw(name, tmp_path):
+        assert path.read_text() == (ROOT / "course/figures" / path.name).read_text()
+
+
+def test_axes_place_points():
+    axes = figures.Axes("light", 50, (0, 10), (1, 3), ("a", "b"), (200, 100))
+    assert axes.at(0, 1) == (50, 134) and axes.at(5, 2) == (150, 84)
+    axes = figures.Axes("light", 50, (10, 1000), (1, 100), ("a", "b"), (200, 100), log=True)
+    assert axes.at(100, 10) == pytest.approx((150, 84))
+
+
+def test_losses_of_counting_are_those_of_a_slow_loop():
+    train, val, V = [0, 1, 2, 1, 2, 0, 1], [1, 2, 0, 1, 1], 3
+    text = SimpleNamespace(
+        tokenizer=SimpleNamespace(vocab_size=V),
+        open=lambda split, kind: np.array({"train": train, "val": val}[split]),
+    )
+    single, double = [], []
+    for before, after in zip(val, val[1:]):
+        single.append(-math.log((train.count(after) + 1) / (len(train) + V)))
+        follows = [b for a, b in zip(train, train[1:]) if a == before]
+        double.append(-math.log((follows.count(after) + 1) / (len(follows) + V)))
+    wanted = math.log(V), sum(single) / 4, sum(double) / 4
+    assert figures.entropies(text) == pytest.approx(wanted)
+
+
+def test_numbers_moved_are_those_of_the_formula_step_by_step():
+    """Each operation reads its inputs and writes its result."""
+    T, D, C = 7, 4, 5
+    vectors, scores = T * D, T * T
+    # (read, written): q k^T, scale, mask, softmax, weights v
+    steps = [(2 * vectors, scores), *[(scores, scores)] * 3, (scores + vectors, vectors)]
+    assert experiments.moved_by_attention(T, D) == (sum(map(sum, steps)), 4 * vectors)
+    # square, mean, + eps, rsqrt, x * rsqrt, ... * weight
+    x = T * C
+    steps = [(x, x), (x, T), (T, T), (T, T), (x + T, x), (x + C, x)]
+    assert experiments.moved_by_norm(T, C) == (sum(map(sum, steps)), x + C + x)
+
+
+# ---------------------------------------------------------------------------------------------
+# The words of growth
+
+
+def test_an_age_is_where_a_word_stays_known():
+    shares = (1, 2, 4, 8)
+    known, unknown = (20, 20), (5, 20)
+    assert experiments.age([known] * 4, shares) == 1
+    assert experiments.age([known, unknown, known, known], shares) == 4
+    assert experiments.age([unknown, unknown, unknown, known], shares) == 8
+    assert experiments.age([known, known, known, unknown], shares) is None
+    # an interval that reaches chance is not above it: 9 of 20 begins at .26, 8 of 20 at .22
+    assert experiments.age([(8, 20), (9, 20), known, known], shares) == 2
+
+
+def test_scores_of_words_are_counted(tmp_path):
+    (tmp_path / "eval").mkdir()
+    rows = ["trial_id,target_category", "0,cup", "0,cup", "1,ball", "1,ball", "2,cup", "2,cup"]
+    (tmp_path / "eval/labeled_s.csv").write_text("\n".join(rows) + "\n")
+    for name, hits in (("a", [1.0, 0.0, 0.5]), ("b", [1.0, 1.0, 0.0])):
+        (tmp_path / name).mkdir()
+        own = {"labeled_s": {"hits": {"all": {"accuracy": hits}}}}
+        (tmp_path / name / "hits.json").write_text(json.dumps(own))
+    found = experiments.word_scores(tmp_path, [tmp_path / "a", tmp_path / "b"])
+    assert found == {"ball": (1.0, 2), "cup": (2.5, 4)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The notebook
+
+
+def test_the_notebook_runs(tmp_path, recipe, monkeypatch):
+    """Its cells, one after the other, with a tiny run in the place of out/toy."""
+    for name in ("assets", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "train.py").touch()
+    (tmp_path / "course").mkdir()
+    for name in ("data", "out"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(recipe, tmp_path / "out/toy")
+    (tmp_path / "data/toy").symlink_to(Path(recipe).resolve().parent.parent / "data/tiny")
+    monkeypatch.chdir(tmp_path / "course")
+    monkeypatch.setenv("STEPS", "2")
+
+    original = subprocess.run
+
+    def run(command, **options):
+        """subprocess.run; our scripts in this process, train.py with a tiny model."""
+        if command[0] != sys.executable:
+            return original(command, **options)
+        script, *arguments = command[1:]
+        if script == "train.py":
+            arguments += [*SMALL, "--phase1_steps=2"]
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            importlib.import_module(script.removesuffix(".py")).main(arguments)
+        return SimpleNamespace(stdout=output.getvalue(), stderr="", returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    notebook = json.loads((ROOT / "course/chapter_3.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    printed, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(printed):
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                assert not cell["outputs"]
+                exec("".join(cell["source"]), names)
+    assert "its first part is the picture: True" in printed.getvalue()
+    assert (tmp_path / "out/linear/phase1.pt").exists()
+    assert (tmp_path / "out/mlp2x_gelu/phase1.pt").exists()

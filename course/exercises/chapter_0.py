@@ -9,8 +9,8 @@ def count_words(lines):
     """How often each word is said.
 
     lines: utterances as data.py stores them, lower case, words and marks separated by spaces:
-    ["a red ball .", "look , a ball !"]. A word is what stands between two spaces and has a letter
-    in it: "it 's" has the words "it" and "'s"; "." is none.
+    ["a red ball .", "look , a ball !"]. A word is a piece between spaces that contains a letter:
+    "it 's" has the words "it" and "'s", and "." is not a word.
     Returns {word: how often}."""
 
 
@@ -29,7 +29,7 @@ def check_count_words(yours):
 def share_that_names(captions, things):
     """How often speech names what is in view. In SAYCam it often does not.
 
-    captions: n sentences as in 0.1; things: n sets of names, of all that is in view: {"ball"}.
+    captions: n sentences as in 0.1; things: n sets, the names of all things in view: {"ball"}.
     A caption names a thing if the name is one of its words; "football" does not name a ball.
     Returns the share of captions that name at least one thing of their own frame, 0 to 1; 0.0 if
     there are no captions."""
@@ -52,9 +52,10 @@ def check_share_that_names(yours):
 
 @exercise("0.3", "medium")
 def other_frames(clips):
-    """Which frames DINO may show beside each frame: the others of its clip (batches.ClipBatches).
+    """Which frames can form a pair with each frame: the other frames of its clip
+    (batches.ClipBatches).
 
-    clips: (F,) int array, the clip of each frame; a clip's frames need not lie side by side.
+    clips: (F,) int array, the clip of each frame; frames of a clip need not be neighbours.
     Returns a list of F int arrays: for frame i the numbers of the other frames of its clip, in
     ascending order; empty if it is alone."""
 
@@ -62,7 +63,7 @@ def other_frames(clips):
 @check(other_frames)
 def check_other_frames(yours):
     random = np.random.RandomState(0)
-    hint = "A frame is no other of itself; compare clips, not positions."
+    hint = "A frame is not its own partner. Compare clips, not positions."
     for clips in ([0, 0, 1, 1], [0, 1, 0, 2, 0], [7], random.randint(0, 5, 20).tolist()):
         clips = np.array(clips)
         wanted = []

@@ -11,8 +11,8 @@ from kernels import attention_weights
 
 @exercise("1.1", "easy")
 def count_pairs(words):
-    """The first half of a step of BPE (Sennrich et al. 2016, arXiv 1508.07909): which two tokens
-    stand side by side, and how often.
+    """The first half of a step of BPE (Sennrich et al. 2016, arXiv 1508.07909): count which two
+    tokens stand side by side.
 
     words: {tuple of token ids: how often this word occurs}: {(1, 2, 2): 5}.
     Returns {(left id, right id): how often}, pairs that overlap counted too: (2, 2, 2) has (2, 2)
@@ -34,7 +34,7 @@ def check_count_pairs(yours):
 
 @exercise("1.2", "easy")
 def merge(word, pair, new):
-    """The second half: a pair becomes one token.
+    """The second half of a step of BPE: a pair becomes one token.
 
     word: tuple of token ids; pair: two of them; new: the id of the new token.
     Returns the word with each occurrence of the pair replaced, from left to right: (2, 2, 2) with
@@ -61,11 +61,11 @@ def check_merge(yours):
 
 @exercise("1.3", "medium")
 def train_bpe(counts, merges):
-    """BPE from beginning to end: `merges` times the most frequent pair becomes a token. If several
-    are as frequent, the pair with the smallest ids.
+    """BPE from beginning to end: `merges` times, the most frequent pair becomes a token. Of equally
+    frequent pairs take the one with the smallest ids.
 
     counts: {word as bytes: how often}: {b"ball": 12}. Tokens 0 to 255 are the bytes; the first new
-    token is 256. It ends early when no pair is left.
+    token is 256. Stop early when no pair is left.
     Returns the list of merged pairs of ids, in order."""
 
 
@@ -107,10 +107,10 @@ def train_bpe_by_hand(counts, merges):
 
 @exercise("1.4", "easy")
 def bits_per_character(nll, characters):
-    """How well a text is predicted, whatever the tokenizer: a token of a larger vocabulary is
-    harder to guess, and there are fewer of them.
+    """A loss that does not depend on the tokenizer: how many bits a model needs for each character
+    of a text.
 
-    nll: (T,) tensor, -ln p of each token; characters: of the whole text.
+    nll: (T,) tensor, -ln p of each token; characters: their number in the whole text.
     Returns bits per character, a float: the sum of -log2 p over the number of characters."""
 
 
@@ -145,8 +145,9 @@ def check_cross_entropy(yours):
 
 @exercise("1.6", "medium")
 def causal_attention(q, k, v, prefix=0):
-    """Attention (Vaswani et al. 2017, arXiv 1706.03762), where position i sees the positions up to
-    i; all see the first `prefix` (kernels.attention_reference).
+    """Attention (Vaswani et al. 2017, arXiv 1706.03762) with a causal mask: position i sees the
+    positions 0 to i, and every position sees the first `prefix` ones
+    (kernels.attention_reference).
 
         y_i = sum over j of softmax_j(q_i . k_j / sqrt(D)) v_j
 
@@ -166,10 +167,12 @@ def check_causal_attention(yours):
 
 @exercise("1.7", "hard")
 def rotate(x, base=10000.0):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), halves paired as in Llama: at position t
-    the pair (x_i, x_(i + D/2)) is turned by the angle t * base^(-2 i / D).
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), with the pairs of Llama: at position t
+    the pair (a, b) = (x_i, x_(i + D/2)) is rotated by the angle w = t * base^(-2 i / D):
 
-    x: (T, D) float, D even. Returns (T, D)."""
+        a' = a cos w - b sin w,   b' = b cos w + a sin w
+
+    x: (T, D) float, D even; row t is position t. Returns (T, D)."""
 
 
 @check(rotate)

@@ -9,11 +9,11 @@ from vision import PatchEmbed
 
 @exercise("2.1", "easy")
 def patches(image, side):
-    """A picture as a sequence, as a ViT reads it (Dosovitskiy et al. 2021, arXiv 2010.11929).
+    """A picture as a sequence of patches (Dosovitskiy et al. 2021, arXiv 2010.11929).
 
     image: (3, S, S) float, S a multiple of side. Returns (P, 3 * side * side): the patches of side
-    x side pixels, row by row from the top left; in each first all pixels of red, row by row, then
-    green, then blue."""
+    x side pixels, row by row from the top left. Each patch lists its red values row by row, then
+    its green values, then its blue values."""
 
 
 @check(patches)
@@ -31,7 +31,8 @@ def check_patches(yours):
 
 @exercise("2.2", "easy")
 def embed_patches(flat, weight, bias):
-    """The convolution of a ViT is a product: its stride is its size (vision.PatchEmbed).
+    """The first layer of a ViT. It is written as a convolution whose stride is its size, so it is a
+    matrix product of patches (vision.PatchEmbed).
 
     flat: (P, 3 * side * side), as 2.1 gives them; weight: (E, 3, side, side) and bias (E,) of the
     convolution. Returns (P, E)."""

@@ -9,11 +9,11 @@ from model import make_projector
 
 @exercise("3.1", "easy")
 def mix(tokens, image_token, table, image_embeds):
-    """The embeddings of a sequence of words and pictures: a placeholder's is replaced by the next
-    image embedding (model.BabyLLaVA.embed).
+    """The embeddings of a sequence of words and pictures: each placeholder becomes the next image
+    token (model.BabyLLaVA.embed).
 
-    tokens: (T,) int; image_token: the id of the placeholder; table: (V, C), a word's embedding in
-    each row, V > all ids; image_embeds: (M, C), for the M placeholders in order.
+    tokens: (T,) int; image_token: the id of the placeholder; table: (V, C), row i is the embedding
+    of token i; image_embeds: (M, C), the image tokens for the M placeholders, in order.
     Returns (T, C)."""
 
 
@@ -71,12 +71,12 @@ def check_pool(yours):
 
 @exercise("3.4", "medium")
 def insert_placeholders(tokens, image_token, counts):
-    """Text names a picture by one placeholder; the model needs one for each of its image tokens
+    """Placeholders: a text has one for each picture, and the model needs one for each image token
     (tokenizer.expand).
 
-    tokens: list of ids with one image_token a picture; counts: how many tokens each picture has, in
-    order. Returns the list of ids. Raises ValueError if there are more or fewer placeholders than
-    counts."""
+    tokens: list of ids, one image_token for each picture; counts: how many image tokens each
+    picture has, in order. Returns the longer list of ids. Raises ValueError if the number of
+    placeholders is not the number of counts."""
 
 
 @check(insert_placeholders)
@@ -88,7 +88,7 @@ def check_insert_placeholders(yours):
         ([9, 9], [2, 1], [9, 9, 9]),
     ):
         given = {"tokens": tokens, "image_token": 9, "counts": counts}
-        hint = "Each placeholder has its own count; what you inserted is no placeholder any more."
+        hint = "Each placeholder has its own count. Do not expand the ones you have inserted."
         same(list(call(yours, tokens, 9, counts)), wanted, given, hint)
     for tokens, counts in (([9, 1], []), ([1], [2]), ([9, 9], [4])):
         try:
@@ -96,4 +96,4 @@ def check_insert_placeholders(yours):
         except ValueError:
             continue
         given = {"tokens": tokens, "counts": counts}
-        same(found, "a ValueError", given, "A wrong number must not pass without a word.")
+        same(found, "a ValueError", given, "A wrong number must raise an error.")

@@ -11,11 +11,10 @@ from training.muon import polar_factors
 
 @exercise("4.1", "easy")
 def targets_of(tokens, loss_mask):
-    """What each position has to predict: the next token, where the loss mask of that next token is
-    1; elsewhere -100.
+    """The target of each position: the next token if that token's loss mask is 1, else -100.
 
-    tokens, loss_mask: lists of T ids, and of 0 or 1. Returns a list of T targets; the last position
-    predicts nothing."""
+    tokens: list of T ids; loss_mask: list of T numbers, 0 or 1. Returns a list of T targets. The
+    last position has no next token, so its target is -100."""
 
 
 @check(targets_of)

@@ -10,11 +10,10 @@ from tasks.scores import wilson
 
 @exercise("5.1", "easy")
 def score(logits, tokens, first):
-    """How likely a phrase is: the mean of -ln p of its tokens, so that long phrases have no
-    disadvantage.
+    """The score of a phrase after a prompt: the mean over the phrase's tokens of -ln p.
 
-    logits: (T, V), position t predicts token t + 1; tokens: (T,) int, a prompt, then from place
-    `first` on (first >= 1) the phrase. Returns a scalar tensor; lower is likelier."""
+    logits: (T, V), position t predicts token t + 1; tokens: (T,) int, the prompt, then the phrase
+    from position `first` on (first >= 1). Returns a scalar tensor; the lower, the more likely."""
 
 
 @check(score)
@@ -31,11 +30,11 @@ def check_score(yours):
 
 @exercise("5.2", "easy")
 def hit(scores, right):
-    """Whether the right answer of several is the likeliest: 1.0 if its score is the lowest, 0.0 if
-    another's is lower, and if n answers share the lowest score, the right one among them, 1/n. So a
-    model that scores all alike has chance, and not 1 or 0.
+    """Whether the model chose the right answer, with ties counted fairly. 1.0 if the right answer
+    alone has the lowest score; 0.0 if another answer has a lower score; 1/n if the right answer is
+    one of n that share the lowest score. So a model that scores all answers alike gets chance.
 
-    scores: list of floats; right: the place of the right one. Returns a float."""
+    scores: list of floats; right: the index of the right answer. Returns a float."""
 
 
 @check(hit)
@@ -54,7 +53,7 @@ def wilson_interval(hits, n):
 
         (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),   p = hits / n
 
-    Returns (low, high), floats in 0 to 1."""
+    low has the minus, high the plus. Returns (low, high), floats from 0 to 1."""
 
 
 @check(wilson_interval)
@@ -73,11 +72,12 @@ def check_wilson_interval(yours):
 
 @exercise("5.4", "medium")
 def winoground_group(nll):
-    """Winoground's group score (Thrush et al. 2022): both pictures must prefer their own phrase,
-    and both phrases their own picture. An equal score is no preference here.
+    """Winoground's group score (Thrush et al. 2022). An item is right if each picture prefers its
+    own phrase and each phrase prefers its own picture, which are four comparisons. To prefer is to
+    have the lower loss; equal losses are no preference.
 
-    nll: (n, 2, 2) tensor, nll[:, p, t] the loss of phrase t with picture p; phrase 0 belongs to
-    picture 0. Returns the share of items that are right, a float."""
+    nll: (n, 2, 2) tensor, nll[:, p, t] is the loss of phrase t with picture p. Phrase 0 belongs to
+    picture 0, phrase 1 to picture 1. Returns the share of right items, a float."""
 
 
 @check(winoground_group)
@@ -101,15 +101,15 @@ def check_winoground_group(yours):
 
 @exercise("5.5", "hard")
 def bootstrap_difference(before, after, samples, seed):
-    """Is one model better than another on the same items? The 95 % interval of the difference of
-    their accuracies, by drawing items, with replacement, and always both models' answers to an
-    item.
+    """Is one model better than another on the same items? The bootstrap (Efron 1979) draws n of the
+    n items with replacement, many times. An item that is drawn brings the answers of both models.
+    The differences of accuracy in these samples give a 95 % interval.
 
-    before, after: (n,) numpy arrays of 0.0 to 1.0, the two models' hits on the same n items;
-    samples: how often n items are drawn; seed: of numpy.random.RandomState(seed), whose
-    randint(0, n, (samples, n)) says which items.
-    Returns (difference after - before, low, high), floats: the mean over the n items, and the 2.5th
-    and 97.5th percentile of the drawn differences (numpy.percentile)."""
+    before, after: (n,) numpy arrays of 0.0 to 1.0, the hits of the two models on the same n items;
+    samples: the number of samples; draw all items at once by
+    numpy.random.RandomState(seed).randint(0, n, (samples, n)).
+    Returns (difference, low, high), floats: the mean of after - before over the n items, and the
+    2.5th and 97.5th percentile of the samples' differences (numpy.percentile)."""
 
 
 @check(bootstrap_difference)

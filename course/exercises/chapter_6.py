@@ -32,7 +32,7 @@ def check_online_softmax(yours):
 def tiled_attention(q, k, v, block):
     """Attention without a matrix of scores (Dao et al. 2022, arXiv 2205.14135): for each query walk
     over the keys in blocks, with the m and l of exercise 6.1, and a sum of values that shrinks with
-    l. Causal: query i sees keys 0 to i; a block that it sees nothing of is not read.
+    l. Causal: query i sees keys 0 to i, and a block of later keys is not read.
 
     q, k, v: (T, D) float; block: keys at a time. Returns (T, D)."""
 

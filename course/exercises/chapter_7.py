@@ -15,8 +15,8 @@ def best_canvas(width, height, canvases):
     picture is scaled by min(canvas width / width, canvas height / height); kept is the number of
     its pixels then, int(width * scale) * int(height * scale), but at most width * height.
 
-    canvases: list of (width, height). Returns the one with the largest kept; among equals the one
-    with the fewest pixels beside the picture, then the first."""
+    canvases: list of (width, height). Returns the canvas that keeps the most. Of canvases that
+    keep equally many take the one with the least empty area, then the first."""
 
 
 @check(best_canvas)
@@ -61,8 +61,8 @@ def check_unpad(yours):
 
 @exercise("7.3", "easy")
 def merge_lora(weight, A, B, alpha):
-    """LoRA (Hu et al. 2021, arXiv 2106.09685) trains two thin factors beside a matrix:
-    y = x W^T + (alpha / rank) (x A^T) B^T. After training they are merged into it.
+    """Merge LoRA (Hu et al. 2021, arXiv 2106.09685). In training two thin matrices stand beside W:
+    y = x W^T + (alpha / rank) (x A^T) B^T. After training they become part of W.
 
     weight: (out, in); A: (rank, in); B: (out, rank). Returns the merged weight, (out, in)."""
 

@@ -9,12 +9,12 @@ from model import GPT, GPTConfig
 
 @exercise("8.1", "easy")
 def rows_of(rank, world, micro_batches, batch):
-    """Which rows of a batch a process reads, one micro-batch after the other: the batch is cut into
-    world * micro_batches equal pieces, and each process gets micro_batches of them that lie side by
-    side (train.read_batch).
+    """Which rows of a batch a process reads (train.read_batch). The batch is cut into world *
+    micro_batches equal pieces. Process 0 reads the first micro_batches pieces, one after the other,
+    process 1 the next, and so on.
 
-    batch: rows, a multiple of world * micro_batches; rank: 0 to world - 1.
-    Returns a list of micro_batches lists of row numbers."""
+    batch: the number of rows, a multiple of world * micro_batches; rank: the number of the process,
+    0 to world - 1. Returns a list of micro_batches lists of row numbers."""
 
 
 @check(rows_of)
@@ -30,11 +30,11 @@ def check_rows_of(yours):
 
 @exercise("8.2", "medium")
 def combine(losses, counts):
-    """The loss of a whole batch from those of its micro-batches, in whichever process: each target
-    has the same weight, so micro-batches with more targets count more (train.take_step).
+    """The loss of a whole batch from the losses of its micro-batches. Each target has the same
+    weight, so a micro-batch with more targets counts more (train.take_step).
 
     losses: list of floats, the mean loss over the targets of each micro-batch; counts: how many
-    targets each has; 0 is possible, and its loss is then 0. At least one has a target.
+    targets each has. Without targets the loss is 0. At least one micro-batch has a target.
     Returns the mean loss over all targets, a float."""
 
 
@@ -101,10 +101,10 @@ def check_training_memory(yours):
 
 @exercise("8.5", "hard")
 def ring_all_reduce(vectors):
-    """How GPUs add their gradients: in a ring, each sends to the next alone. Of W processes each
-    cuts its vector into W equal pieces. In W - 1 rounds process r sends one piece to r + 1, which
-    adds it to its own; then process r holds the whole sum of one piece. In W - 1 more rounds the
-    finished pieces go round.
+    """How GPUs add their gradients: in a ring, where each process sends only to the next one. Each
+    of W processes cuts its vector into W equal pieces. In each of W - 1 rounds every process sends
+    one piece to the next process, which adds it to its own. After these rounds every process has
+    the complete sum of one piece. In W - 1 more rounds the complete pieces travel round the ring.
 
     vectors: list of W tensors (W * n,). They are not changed. Returns (sums, sent): a list of W
     tensors, each the sum of all; and how many numbers each process has sent, a list of W ints."""

@@ -11,8 +11,8 @@ from tasks.scores import wilson
 
 @exercise("9.1", "easy")
 def over_seeds(scores):
-    """A score with its uncertainty over seeds: the mean, and the half width of its 95 % interval by
-    Student's t: t * s / sqrt(n), s the standard deviation with n - 1.
+    """A score with its uncertainty over seeds: the mean, and half the width of its 95 % interval by
+    Student's t, which is t * s / sqrt(n). s is the standard deviation with n - 1.
 
     scores: list of n >= 2 floats, n at most 5; t for n = 2, 3, 4, 5: 12.706, 4.303, 3.182, 2.776.
     Returns (mean, half width), floats."""
@@ -32,12 +32,13 @@ def check_over_seeds(yours):
 
 @exercise("9.2", "medium")
 def permutation_test(before, after):
-    """Could the difference of two runs be luck? If the two settings were alike, each pair's two
-    scores could as well be exchanged. Of all 2^n ways to exchange some pairs: in which share is the
-    absolute mean difference at least as large as the one seen?
+    """Could the difference of two settings be luck? If the settings were equally good, the two
+    scores of a seed could be exchanged. There are 2^n ways to exchange the scores of some seeds
+    (none and all of them included). In what share of these ways is the absolute mean difference at
+    least as large as the one measured?
 
-    before, after: lists of n <= 10 floats, a pair a seed. Returns that share, 0 to 1, a float; a
-    difference within 1e-12 counts as at least as large."""
+    before, after: lists of n <= 10 floats, the two scores of each seed. Returns the share, a float
+    from 0 to 1. Differences that agree within 1e-12 count as equal."""
 
 
 @check(permutation_test)
@@ -59,11 +60,13 @@ def check_permutation_test(yours):
 
 @exercise("9.3", "medium")
 def age_of_learning(hits, n, ages, chance):
-    """When is a word learnt? The first age from which on the model, at this and all later ages,
-    knows it: the whole 95 % interval of its accuracy (tasks.scores.wilson) lies above chance.
+    """When is a word learnt? A model knows a word if the whole 95 % interval of its accuracy
+    (tasks.scores.wilson) lies above chance. The word is learnt at the first age from which on the
+    model knows it, at this age and at all later ages.
 
-    hits: list, of n trials at each age, ascending; ages: list of floats, the share of the data seen
-    (or days, or months); chance: a float. Returns the age, or None if it is never learnt."""
+    hits: list, the right answers of n trials at each age; ages: list of floats, ascending, the
+    share of the data seen (or days, or months); chance: a float. Returns the age, or None if the
+    word is never learnt."""
 
 
 @check(age_of_learning)
@@ -86,17 +89,17 @@ def check_age_of_learning(yours):
         given = {"hits": hits, "n": 20, "ages": ages, "chance": 0.25}
         found = call(yours, hits, 20, ages, 0.25)
         found = found if found is None else float(found)
-        same(found, wanted, given, "A word that is lost again was not learnt yet.")
+        same(found, wanted, given, "A word that the model loses again is not learnt yet.")
 
 
 @exercise("9.4", "medium")
 def blind_control(seen, blind):
-    """Does a test need the picture? By how much do the model's answers with the right pictures beat
-    its answers with random ones, on the same items?
+    """Does a test need the picture? Compare the answers with the right pictures and with random
+    pictures, item by item.
 
-    seen, blind: (n,) numpy arrays of hits, 0.0 to 1.0. Returns (share of items that are right only
-    with the picture, share that are right only without, their difference), floats. Right: a hit
-    above 0.5."""
+    seen, blind: (n,) numpy arrays of hits, 0.0 to 1.0, with the right and with random pictures. An
+    answer is right if its hit is above 0.5. Returns (share of items that are right only with the
+    right picture, share that are right only with a random one, their difference), floats."""
 
 
 @check(blind_control)
