@@ -294,8 +294,11 @@ def page_tests(results, reports, loaded):
 def write(results, reports, loaded, out, task):
     """Write results.json, hits.json, report.html, captions.png, toolbox.png, and scores.json if all
     tests of the leaderboard were run, to the folder `out`; returns their names, which say if one
-    task was run alone, pictures were shuffled, or answers were read as published."""
+    task was run alone, pictures were shuffled, ties were counted or answers were read as
+    published."""
     how = "_shuffled" if results["shuffled"] else ""
+    how += "_published_ties" if results["ties"] == "published" else ""
+    other_scores = how
     how += "_published" if results["parse"] == "published" else ""
     suffix = (f"_{task}" if task else "") + how
     names = [f"results{suffix}.json", f"hits{suffix}.json", f"report{suffix}.html"]
@@ -316,7 +319,7 @@ def write(results, reports, loaded, out, task):
             with writing(out / names[-1]) as file:
                 sheet.save(file, "PNG")
     if len(results["board"]) == len(BOARD):
-        names.append(f"scores{'_shuffled' if results['shuffled'] else ''}.json")
+        names.append(f"scores{other_scores}.json")
         board.write(out / names[-1], results["board"])
     return names
 

@@ -4,7 +4,7 @@ The language model, the projector, and BabyLLaVA: a vision tower, a projector an
 An image enters the sequence as P placeholder tokens. Their embeddings are replaced by the projected
 features of the tower, and the words after them attend to these:
 
-    <image> x P   look , a red ball ! <eos>        loss on the words and <eos> only
+    <image> x P   look , a red cup ! <eos>         loss on the words and <eos> only
 
 Parameter names are those of Hugging Face's Llama, except that q, k and v are one matrix, and gate
 and up another. A new projector is a class here and an entry in PROJECTORS.

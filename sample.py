@@ -15,10 +15,10 @@ small model of the toy world that comes with the repository; the first line, on 
 For chat models the prompt is a question and is wrapped in the model's template.
 
     > what is this ?
-    a red ball .
+    a red cup .
     > /image b.png
     > is it the same ?
-    no , it 's a blue ball .
+    no , it 's a blue cup .
 
 In a conversation /image FILE shows another picture, /reset starts again, Ctrl-D ends it.
 """

@@ -6,9 +6,10 @@ writes it into its chapter.
     python course/experiments.py phases                  # seeds 1, 2, 3
     python course/experiments.py phases --seeds 1        # faster, without an interval
 
-A cell is the mean over seeds and the half width of its 95 % interval (Student's t). Runs lie in
-out/course; one that is finished is not repeated. All share one tower and one GPT for each seed,
-which the first experiment trains.
+A cell is the mean over seeds and half the width of its 95 % interval (Student's t). A star marks a
+cell that differs from the first row's: the interval of the differences, seed by seed, does not
+contain 0. Runs are written to out/course, and finished runs are not repeated. Most experiments use
+the same tower and GPT for each seed, which the first experiment trains.
 """
 
 import json
@@ -65,27 +66,36 @@ COLUMNS = (
 
 
 def look_up(results, path):
-    for key in path.split("."):
-        results = results[key]
-    return results
+    """The value at a path such as "tasks.vtwt.all"; None if results have no such key at the top."""
+    first, *keys = path.split(".")
+    value = results.get(first)
+    for key in keys:
+        value = value[key]
+    return value
 
 
 def cell(values):
-    """Mean and half width of the 95 % interval; the mean alone of one value."""
-    values = [float(value) for value in values]
-    mean = math.fsum(values) / len(values)
+    """Mean and half the width of the 95 % interval; of a single value the value."""
     if len(values) == 1:
-        return f"{mean:.3f}"
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    half = STUDENT[len(values)] * deviation / math.sqrt(len(values))
+        return f"{float(values[0]):.3f}"
+    mean, half = interval(values)
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def cell_of(found, path):
-    """The cell of several results; "-" where they have none, as a loss with random pictures."""
-    if path in found[0] or "." in path:
-        return cell([look_up(one, path) for one in found])
-    return "-"
+def interval(values):
+    """(mean, half the width of its 95 % interval) of several values, by Student's t."""
+    values = [float(value) for value in values]
+    mean = math.fsum(values) / len(values)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return mean, STUDENT[len(values)] * deviation / math.sqrt(len(values))
+
+
+def differ(values, others):
+    """Whether the interval of the differences, seed by seed, does not contain 0."""
+    if len(values) == 1:
+        return False
+    mean, half = interval([a - b for a, b in zip(values, others)])
+    return abs(mean) > half + 1e-9
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,19 +153,29 @@ def later(settings, name, seed, *flags, init=None, before=""):
     return out
 
 
-def compare(settings, rows):
+def compare(settings, rows, columns=COLUMNS):
     """The table of runs of phases 1 and 2. rows: {label: how(seed), the run's folder}."""
-    lines = [["", *(name for name, _ in COLUMNS)]]
+    lines, first = [["", *(name for name, _ in columns)]], None
     for label, how in rows.items():
         found = [read_results(how(seed)) for seed in settings.seeds]
-        lines.append([label, *(cell_of(found, path) for _, path in COLUMNS)])
+        # with random pictures there is no val_loss
+        values = [[look_up(one, path) for one in found] for _, path in columns]
+        first = first or values
+        lines.append([label, *map(cell_beside, values, first)])
     return lines
 
 
+def cell_beside(values, first):
+    """The cell of values, with a star if they differ from those of the first row."""
+    if None in values:
+        return "-"
+    return cell(values) + (" *" if differ(values, first) else "")
+
+
 def read_results(folder):
-    """What eval.py has written; with --shuffle its name is another."""
-    shuffled = folder / "results_shuffled.json"
-    return read_json(shuffled if shuffled.exists() else folder / "results.json")
+    """What eval.py has written; with --shuffle or --ties the file has another name."""
+    (path,) = folder.glob("results*.json")
+    return read_json(path)
 
 
 def as_it_is(settings):
@@ -181,7 +201,7 @@ def speech(settings):
                 said[kind] = said.get(kind, 0) + 1
     counts = sorted(said.values())
     return [
-        ["of 10,000 sentences", ""],
+        ["share of 10,000 sentences", ""],
         ["name a thing that is in view", f"{named / 1e4:.3f}"],
         ["name the rarest thing", f"{counts[0] / 1e4:.4f}"],
         ["name the most frequent thing", f"{counts[-1] / 1e4:.4f}"],
@@ -206,12 +226,12 @@ def words(settings):
 def seeing(settings):
     """Chapter 2. The tower's linear probes."""
     lines = [["tower", "kind (chance 0.06)", "colour (0.13)"]]
-    no_hue = "import dino; dino.recolour = lambda pixels, numbers, grey=0.4: pixels"
+    no_colours = "import dino; dino.recolour = lambda pixels, numbers, grey=0.4: pixels"
     for label, flags, before in (
         ("as initialised (one step)", ("--vision_steps=1",), ""),
         ("250 steps", ("--vision_steps=250",), ""),
         ("1,000 steps", (), ""),
-        ("1,000 steps, without the random hue", (), no_hue),
+        ("1,000 steps, without changes of colour", (), no_colours),
     ):
         values = []
         for seed in settings.seeds:
@@ -261,26 +281,42 @@ def phases(settings):
 
 
 def asking(settings):
-    """Chapter 5. One model, asked in several ways."""
+    """Chapter 5. One model, and a broken one, asked in several ways."""
 
-    def asked(name, *flags):
+    def asked(name, *flags, is_broken=False):
         def run(seed):
-            model, out = as_it_is(settings)(seed), RUNS / name / str(seed)
-            out.mkdir(parents=True, exist_ok=True)
-            launch("eval.py", f"--checkpoint={model}/phase2.pt", f"--data={settings.data}",
-                   f"--out={out}", *flags)  # fmt: skip
+            model, out = as_it_is(settings)(seed) / "phase2.pt", RUNS / name / str(seed)
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            if is_broken:
+                model = broken(model, out / "broken.pt")
+            data = f"--data={settings.data}"
+            launch("eval.py", f"--checkpoint={model}", data, f"--out={out}", *flags)
             return out
 
         return run
 
     return compare(settings, {
-        "ties count as their share": as_it_is(settings),
-        "the first of a tie wins": asked("asked_published", "--ties=published"),
+        "right pictures": as_it_is(settings),
         "random pictures": asked("asked_shuffled", "--shuffle=True"),
-        "a model that never saw (phase 2 of one step)": lambda seed: later(
+        "after phase 1 only (phase 2 of one step)": lambda seed: later(
             settings, "no_phase2", seed, "--phase2_steps=1"
         ),
+        "a broken model (all logits 0)": asked("asked_broken", is_broken=True),
+        "the same, ties as in the published code": asked(
+            "asked_published", "--ties=published", is_broken=True
+        ),
     })  # fmt: skip
+
+
+def broken(model, path):
+    """Write a checkpoint whose logits are all 0, so that all answers are equally likely."""
+    import checkpoint
+
+    content = checkpoint.read(model)
+    content["weights"]["gpt.embed_tokens.weight"].zero_()  # also the output layer
+    checkpoint.save(path, content)
+    return path
 
 
 def moved_by_attention(T, D):
@@ -422,7 +458,9 @@ def drawn(settings, name, *flags):
 
 
 def captions(settings):
-    """Chapter 9. Captions a picture; the number of steps is the same."""
+    """Chapter 9. Captions per picture; the number of steps is the same."""
+
+    # without val_loss, because the data for validation differ too
 
     def of(count):
         data = drawn(settings, f"toy_captions{count}", "--captions", str(count))
@@ -432,7 +470,7 @@ def captions(settings):
         "one caption a picture": of(1),
         "two (the default)": as_it_is(settings),
         "four": of(4),
-    })  # fmt: skip
+    }, COLUMNS[1:])  # fmt: skip
 
 
 def shuffled(settings):
@@ -453,9 +491,11 @@ def shuffled(settings):
 
 
 def growth(settings):
-    """Chapter 9. Shares of the scenes, with the same number of passes; and the share at which each
-    word is learnt: from there on its interval in Labeled-S (20 items a word) lies above chance."""
-    shares, lines = (1, 2, 4, 8), [["", *(name for name, _ in COLUMNS)]]
+    """Chapter 9. Phases 1 and 2 on shares of the scenes, with the same number of passes; and the
+    share at which each word is learnt: from there on its interval in Labeled-S (20 items a word)
+    lies above chance."""
+    columns = COLUMNS[1:]  # without val_loss, because the data for validation differ too
+    shares, lines = (1, 2, 4, 8), [["", *(name for name, _ in columns)]]
     scores = {}  # {word: [(hits, items) at each share]}
     for share in shares:
         scenes = settings.scenes * share // 8
@@ -463,8 +503,9 @@ def growth(settings):
         steps = f"--phase2_steps={max(1, settings.steps * 3 * share // 8)}"
         runs = [later(settings, f"grown_{share}of8", seed, data, steps) for seed in settings.seeds]
         results = [read_json(run / "results.json") for run in runs]
-        row = [cell([look_up(one, path) for one in results]) for _, path in COLUMNS]
-        lines.append([f"{share}/8 of the scenes", *row])
+        row = [cell([look_up(one, path) for one in results]) for _, path in columns]
+        steps_taken = steps.partition("=")[2]
+        lines.append([f"{share}/8 of the scenes, {steps_taken} steps", *row])
         for word, counts in word_scores(Path(data.removeprefix("--data=")), runs).items():
             scores.setdefault(word, []).append(counts)
     ages = {word: age(counts, shares) for word, counts in scores.items()}
@@ -477,15 +518,16 @@ def growth(settings):
 
 
 def word_scores(data, runs):
-    """{word: (hits, items)} in Labeled-S, of several runs together."""
+    """{word: (hits, items)} in Labeled-S. Hits are the mean over runs, because several answers to
+    one item are not several items."""
     trials = read_csv(data / "eval/labeled_s.csv", ("trial_id", "target_category"))
     targets = {row["trial_id"]: row["target_category"] for row in trials}.values()
     found = dict.fromkeys(sorted(set(targets)), (0.0, 0))
     for run in runs:
         hits = read_json(run / "hits.json")["labeled_s"]["hits"]["all"]["accuracy"]
         for hit, word in zip(hits, targets):
-            found[word] = found[word][0] + hit, found[word][1] + 1
-    return found
+            found[word] = found[word][0] + hit / len(runs), found[word][1] + 1 / len(runs)
+    return {word: (hits, round(items)) for word, (hits, items) in found.items()}
 
 
 def age(counts, shares):
@@ -513,6 +555,7 @@ EXPERIMENTS = {  # {name: (its function, the chapter that has its table)}
 
 
 WITHOUT_SEEDS = {"speech", "kernels", "processes"}
+WITHOUT_STEPS = {"words", "seeing", "growth"}  # the number of steps is in the rows
 
 
 def as_markdown(lines):
@@ -549,9 +592,11 @@ def main(argv):
     began = time.perf_counter()
     text = as_markdown(function(settings))
     version, day = torch.__version__.partition("+")[0], time.strftime("%Y-%m-%d")
-    seeds = f"Seeds {', '.join(map(str, settings.seeds))}; " if name not in WITHOUT_SEEDS else ""
+    how = f"Seeds {', '.join(map(str, settings.seeds))}; " if name not in WITHOUT_SEEDS else ""
+    if name not in WITHOUT_SEEDS | WITHOUT_STEPS:
+        how += f"{settings.steps:,} steps of phase {3 if name == 'tiles' else 2}; "
     minutes = (time.perf_counter() - began) / 60
-    text += f"\n\n{seeds}torch {version}, {day}."
+    text += f"\n\n{how}torch {version}, {day}."
     print(text)
     print(f"({minutes:.0f} minutes)")
     if settings.write:

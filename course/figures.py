@@ -243,7 +243,7 @@ def block(x, y, width, height, fill, line="none"):
 def stream(theme):
     """Chapter 3. 64 patches, 16 image tokens, and their places before the words."""
     ink, soft, _, blue, line = THEMES[theme]
-    scene = toy.Scene(0, (toy.Thing("ball", "red"),))
+    scene = toy.Scene(0, (toy.Thing("cup", "red"),))
     frame = toy.film(scene, np.random.RandomState(5), 64, toy.THINGS)
     parts = []
     for x, patches, title in ((20, 8, "64 features, projected"), (260, 4, "means of 2 x 2: 16")):
@@ -256,7 +256,7 @@ def stream(theme):
         parts.append(text(x + 64, 18, title, ink, 13))
     parts.append(text(204, 98, "→", soft, 24))
     parts.append(text(444, 98, "→", soft, 24))
-    words = ("a", "red", "ball", "<eos>")
+    words = ("a", "red", "cup", "<eos>")
     for n, mean in enumerate(means.reshape(-1, 3)):
         parts.append(block(20 + 34 * n, 190, 31, 34, "rgb({},{},{})".format(*mean)))
     for n, word in enumerate(words):
@@ -273,7 +273,7 @@ def mask(theme):
     """Chapter 4. Inputs, targets and the loss mask of a caption."""
     ink, soft, grey, blue, line = THEMES[theme]
     tokenizer = Data(DATA).tokenizer
-    tokens, loss_mask = caption_sample(tokenizer, "a red ball .")
+    tokens, loss_mask = caption_sample(tokenizer, "a red cup .")
     names = []
     for token in tokens:
         if token == tokenizer.image:

@@ -133,7 +133,7 @@ def merge(word, pair, new):
     ("key=lambda pair: (-seen[pair], pair)", "key=lambda pair: (-seen[pair], [-x for x in pair])"),
     ("+ n", "+ 1"),
     ("256 + step", "257 + step"),
-    ("if not seen", "if False"),
+    ("default=0) < 2", "default=0) < 1"),
     ("i += 2", "i += 1"),
     ("min(seen", "max(seen"),
 )
@@ -144,7 +144,7 @@ def train_bpe(counts, merges):
         for word, n in words.items():
             for pair in zip(word, word[1:]):
                 seen[pair] = seen.get(pair, 0) + n
-        if not seen:
+        if max(seen.values(), default=0) < 2:
             break
         best = min(seen, key=lambda pair: (-seen[pair], pair))
         found.append(best)

@@ -230,6 +230,29 @@ def test_a_cell_has_students_interval():
     assert experiments.cell([0.91, 0.94, 0.98]) == "0.943 ± 0.087"
 
 
+def test_a_star_marks_a_difference_seed_by_seed():
+    """Beside the p of a paired t-test, from the density of Student's t."""
+    random = np.random.RandomState(0)
+    stars = 0
+    for _ in range(60):
+        n, shift = random.randint(2, 6), random.choice([0.0, 0.1, 0.4])
+        a = random.rand(n)
+        differences = shift + 0.1 * random.randn(n)
+        t = abs(differences.mean()) / (differences.std(ddof=1) / math.sqrt(n))
+        angle = np.linspace(0, math.atan(t / math.sqrt(n - 1)), 100_001)  # x = sqrt(n - 1) tan
+        inside = np.trapezoid(np.cos(angle) ** (n - 2), angle)
+        scale = 2 * math.gamma(n / 2) / (math.sqrt(math.pi) * math.gamma((n - 1) / 2))
+        stars += scale * inside > 0.95
+        found = experiments.differ((a + differences).tolist(), a.tolist())
+        assert found == (scale * inside > 0.95)
+        assert experiments.cell_beside(a.tolist(), a.tolist()) == experiments.cell(a.tolist())
+    assert 10 < stars < 50
+    assert experiments.differ([0.5, 0.6], [0.4, 0.5])  # by 0.1 in each
+    assert experiments.cell_beside([0.5, 0.6], [0.4, 0.5]).endswith(" *")
+    assert experiments.cell_beside([0.9], [0.1]) == "0.900"
+    assert experiments.cell_beside([None, None], [0.4, 0.5]) == "-"
+
+
 def test_a_changed_argument_is_said(answers):
     one = EXERCISES["1.1"]
     source = "def count_pairs(words):\n    found = {}\n    words[(1, 1)] = 1\n    return found\n"
@@ -352,7 +375,7 @@ def test_scores_of_words_are_counted(tmp_path):
         own = {"labeled_s": {"hits": {"all": {"accuracy": hits}}}}
         (tmp_path / name / "hits.json").write_text(json.dumps(own))
     found = experiments.word_scores(tmp_path, [tmp_path / "a", tmp_path / "b"])
-    assert found == {"ball": (1.0, 2), "cup": (2.5, 4)}
+    assert found == {"ball": (0.5, 1), "cup": (1.25, 2)}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ def count_words(lines):
     """How often each word is said.
 
     lines: utterances as data.py stores them, lower case, words and marks separated by spaces:
-    ["a red ball .", "look , a ball !"]. A word is a piece between spaces that contains a letter:
+    ["a red cup .", "look , a cup !"]. A word is a piece between spaces that contains a letter:
     "it 's" has the words "it" and "'s", and "." is not a word.
     Returns {word: how often}."""
 
@@ -52,8 +52,8 @@ def check_share_that_names(yours):
 
 @exercise("0.3", "medium")
 def other_frames(clips):
-    """Which frames can form a pair with each frame: the other frames of its clip
-    (batches.ClipBatches).
+    """Which frames can form a pair with each frame: the other frames of its clip, which are the
+    frames filmed of one scene.
 
     clips: (F,) int array, the clip of each frame; frames of a clip need not be neighbours.
     Returns a list of F int arrays: for frame i the numbers of the other frames of its clip, in
@@ -80,7 +80,7 @@ def leaks(training, held_out):
     """Which training sentences give away a held-out pair of colour and thing.
 
     training: sentences as in 0.1; held_out: a set of pairs (colour, thing): {("red", "star")}.
-    A sentence leaks if it has the colour and, as the very next word, the thing. "a red ball and a
+    A sentence leaks if it has the colour and, as the very next word, the thing. "a red cup and a
     star ." does not leak ("red", "star").
     Returns the numbers of the leaking sentences, in ascending order."""
 

@@ -65,7 +65,7 @@ def train_bpe(counts, merges):
     frequent pairs take the one with the smallest ids.
 
     counts: {word as bytes: how often}: {b"ball": 12}. Tokens 0 to 255 are the bytes; the first new
-    token is 256. Stop early when no pair is left.
+    token is 256. Stop early when no pair occurs twice.
     Returns the list of merged pairs of ids, in order."""
 
 
@@ -92,7 +92,7 @@ def train_bpe_by_hand(counts, merges):
         for word, n in words:
             for pair in itertools.pairwise(word):
                 seen[pair] = seen.get(pair, 0) + n
-        if not seen:
+        if max(seen.values(), default=0) < 2:
             break
         best = min(seen, key=lambda pair: (-seen[pair], pair))
         found.append(best)
@@ -110,7 +110,7 @@ def bits_per_character(nll, characters):
     """A loss that does not depend on the tokenizer: how many bits a model needs for each character
     of a text.
 
-    nll: (T,) tensor, -ln p of each token; characters: their number in the whole text.
+    nll: (T,) tensor, -ln p of each token; characters: how many characters the text has.
     Returns bits per character, a float: the sum of -log2 p over the number of characters."""
 
 
@@ -124,7 +124,8 @@ def check_bits_per_character(yours):
 
 @exercise("1.5", "easy")
 def cross_entropy(logits, targets):
-    """The loss of a language model: the mean of -ln p(target), p the softmax of the logits.
+    """The loss of a language model: the mean of -ln p(target), where p is the softmax of the
+    logits.
 
     logits: (K, V) float, may be as large as 1e4; targets: (K,) int, -100 where there is no target.
     Returns a scalar tensor; 0 if no position has a target."""

@@ -31,8 +31,8 @@ def check_patches(yours):
 
 @exercise("2.2", "easy")
 def embed_patches(flat, weight, bias):
-    """The first layer of a ViT. It is written as a convolution whose stride is its size, so it is a
-    matrix product of patches (vision.PatchEmbed).
+    """The first layer of a ViT. It is written as a convolution whose stride is the side of its
+    kernel, so it is a matrix product of patches (vision.PatchEmbed).
 
     flat: (P, 3 * side * side), as 2.1 gives them; weight: (E, 3, side, side) and bias (E,) of the
     convolution. Returns (P, E)."""
@@ -111,8 +111,8 @@ def entropies(logits):
 
     logits: (n, K), the teacher's outputs for n pictures, centred and divided by the temperature.
     Returns (entropy of the mean distribution, mean entropy of the distributions), floats in nats.
-    One prototype wins for all pictures: both are 0. All prototypes win equally for each: both are
-    ln K. Healthy: the first near ln K, the second near 0."""
+    If one prototype wins for all pictures, both are 0. If all prototypes are equally likely for
+    each picture, both are ln K. In a healthy run the first is near ln K and the second near 0."""
 
 
 @check(entropies)

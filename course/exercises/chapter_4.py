@@ -34,10 +34,11 @@ def check_targets_of(yours):
 
 @exercise("4.2", "easy")
 def learning_rate(step, steps, warmup):
-    """The factor of the highest rate: (step + 1) / warm during the first warm = max(1, int(warmup *
-    steps)) steps, then half a cosine from 1 down towards 0:
+    """The learning rate of a step as a share of the highest rate. It rises during the first warm =
+    max(1, int(warmup * steps)) steps, then falls along half a cosine:
 
-        (1 + cos(pi (step - warm) / max(steps - warm, 1))) / 2
+        (step + 1) / warm                                           if step < warm
+        (1 + cos(pi (step - warm) / max(steps - warm, 1))) / 2      otherwise
 
     step: 0 to steps - 1. Returns a float."""
 
@@ -55,8 +56,8 @@ def check_learning_rate(yours):
 
 @exercise("4.3", "medium")
 def clip(gradients, largest):
-    """Clipping: all gradients times min(1, largest / norm), norm the root of the sum of all their
-    squares, in place.
+    """Clipping: multiply all gradients by min(1, largest / norm), in place. The norm is the root of
+    the sum of the squares of all numbers in all gradients.
 
     gradients: list of tensors. Returns the norm before, a float."""
 
@@ -106,9 +107,9 @@ def check_adamw(yours):
 
 @exercise("4.5", "hard")
 def orthogonalise(matrix):
-    """Muon's step (training/muon.py): of G = U S V^T the polar factor U V^T, nearly, by products
-    alone. X = G / |G|, |G| the root of the sum of squares; if G is taller than wide, work with its
-    transpose. Five times:
+    """Muon's step (training/muon.py): a matrix G = U S V^T becomes about U V^T, by matrix products
+    only. Start with X = G / |G|, where |G| is the root of the sum of squares. If G has more rows
+    than columns, use its transpose, and transpose the result back. Five times:
 
         X <- a X + b (X X^T) X + c (X X^T)^2 X        a, b, c = 3.4445, -4.7750, 2.0315
 

@@ -8,9 +8,9 @@ from kernels import attention_reference
 
 @exercise("6.1", "easy")
 def online_softmax(x, block):
-    """Softmax in one pass (Milakov & Gimelshein 2018, arXiv 1805.02867): walk over x in blocks and
-    keep m, the largest so far, and l, the sum of exp(x - m) so far. When m grows, l shrinks by
-    exp(old m - new m).
+    """The maximum and the sum of a softmax in one pass (Milakov & Gimelshein 2018, arXiv
+    1805.02867): walk over x in blocks and keep m, the largest so far, and l, the sum of exp(x - m)
+    so far. When m grows, l is multiplied by exp(old m - new m).
 
     x: (N,) float, may be as large as 1e4; block: how many numbers are read at a time; the last
     block may be shorter. Returns (m, l), scalar tensors, from which softmax is exp(x - m) / l."""
@@ -31,8 +31,9 @@ def check_online_softmax(yours):
 @exercise("6.4", "hard")
 def tiled_attention(q, k, v, block):
     """Attention without a matrix of scores (Dao et al. 2022, arXiv 2205.14135): for each query walk
-    over the keys in blocks, with the m and l of exercise 6.1, and a sum of values that shrinks with
-    l. Causal: query i sees keys 0 to i, and a block of later keys is not read.
+    over the keys in blocks, with the m and l of exercise 6.1, and a sum of values that is
+    multiplied by the same factor as l. Scores are q . k / sqrt(D). Causal: query i sees keys 0 to
+    i, and a block of later keys is not read.
 
     q, k, v: (T, D) float; block: keys at a time. Returns (T, D)."""
 

@@ -19,10 +19,11 @@ def roomy(x, block):
 @exercise("6.2", "medium")
 @triton.jit
 def softmax_kernel(X, Y, columns, BLOCK: tl.constexpr):
-    """Softmax of each row in Triton; program i computes row i.
+    """Softmax of each row in Triton; program i reads row i of X and writes row i of Y.
 
     X, Y: pointers to (rows, columns) float32, rows one after the other; BLOCK: a power of two, at
-    least columns. Reads past the end of a row must be masked, and count as -inf."""
+    least columns. Reads past the end of a row must be masked, and count as -inf; writes must be
+    masked too."""
 
 
 @check(softmax_kernel)

@@ -16,7 +16,7 @@ def best_canvas(width, height, canvases):
     its pixels then, int(width * scale) * int(height * scale), but at most width * height.
 
     canvases: list of (width, height). Returns the canvas that keeps the most. Of canvases that
-    keep equally many take the one with the least empty area, then the first."""
+    keep equally many take the smallest (canvas width * canvas height), then the first."""
 
 
 @check(best_canvas)
@@ -87,7 +87,7 @@ def conversation(turns, image_token, end):
     each answer followed by `end`; only answers and their ends are learnt.
 
     turns: list of (question, answer), each a list of ids; a question may hold image_token.
-    Returns (tokens, loss_mask), two lists of one length. Raises ValueError if an answer holds an
+    Returns (tokens, loss_mask), two lists of equal length. Raises ValueError if an answer holds an
     image_token, or is empty."""
 
 

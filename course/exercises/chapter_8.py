@@ -34,7 +34,8 @@ def combine(losses, counts):
     weight, so a micro-batch with more targets counts more (train.take_step).
 
     losses: list of floats, the mean loss over the targets of each micro-batch; counts: how many
-    targets each has. Without targets the loss is 0. At least one micro-batch has a target.
+    targets each has. The loss of a micro-batch without targets is given as 0. At least one
+    micro-batch has a target.
     Returns the mean loss over all targets, a float."""
 
 
@@ -79,9 +80,9 @@ def check_count_parameters(yours):
 
 @exercise("8.4", "easy")
 def training_memory(parameters, processes, sharded):
-    """The least memory of AdamW in fp32, in bytes a process, without activations: 4 bytes each for
-    a parameter, its gradient and the optimizer's two moments. Sharded (ZeRO-3, arXiv 1910.02054),
-    each process holds an equal part of all four.
+    """The least memory of AdamW in fp32, in bytes for each process, without activations: 4 bytes
+    each for a parameter, its gradient and the optimizer's two moments. Sharded (ZeRO-3, arXiv
+    1910.02054), each process holds an equal part of all four.
 
     Returns a float."""
 
