@@ -277,8 +277,8 @@ def page_tests(results, reports, loaded):
     if results["shuffled"]:
         notes.append(
             "Pictures were shuffled: these are no results, but a check that nothing is above "
-            "chance. Winoground falls below it: its chance is that of independent scores, and here "
-            "one caption, or one picture, is preferred in both comparisons."
+            "chance. Winoground falls below it: its chance is that of scores in random order, and "
+            "here one caption, or one picture, is preferred in both comparisons."
         )
     return page.Tests(
         tiles=report.tiles_of(tasks),
@@ -366,7 +366,10 @@ def main(argv):
     if results["tasks"]:
         print(*report.table(results["tasks"]), sep="\n")
     else:
-        print(f"no tests: there are none in {results['data']}/eval")
+        why = f"there are none in {results['data']}/eval"
+        if loaded.model.tower is None:
+            why = f"{settings.checkpoint} cannot see; bits_per_character compares language models"
+        print(f"no tests: {why}")
     if results["board"] and (settings.scores or len(results["board"]) == len(BOARD)):
         print("", *board.table(results["board"]), "", sep="\n")
     if settings.scores:

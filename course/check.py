@@ -2,12 +2,16 @@
 Check exercises: is your function right, and if not, where does it go wrong?
 
     python course/check.py 2.3          # answers/2_3_NAME.py
-    python course/check.py              # all: right, wrong, not begun
+    python course/check.py              # all: right, wrong, not written yet, not begun
 
-The exit code is 1 if one that was asked for is wrong.
+The exit code is 1 if one that was asked for is not right. An answer may import numpy, torch, triton
+and Python's own modules, and none of this repository. It has a minute.
 """
 
+import ast
+import contextlib
 import importlib.util
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +22,10 @@ from exercise import Wrong, choose, find_exercises
 
 import config
 
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 60
+NOT_WRITTEN = "not written yet"
+
 
 def load(one):
     """The student's function. Raises UserError, Wrong."""
@@ -25,6 +33,7 @@ def load(one):
         raise config.UserError(
             f"{one.path}: no such file; `python course/start.py {one.number}` writes it"
         )
+    refuse_imports(one)
     where = one.path.resolve()
     spec = importlib.util.spec_from_file_location(f"answer_{one.path.stem}", where)
     module = importlib.util.module_from_spec(spec)
@@ -35,6 +44,42 @@ def load(one):
     if not callable(getattr(module, one.name, None)):
         raise Wrong(f"{one.path} has no function {one.name}")
     return getattr(module, one.name)
+
+
+def refuse_imports(one):
+    """Raises Wrong if an answer imports a module of this repository, which may have the answer."""
+    try:
+        tree = ast.parse(one.path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise Wrong(last_line(error, one.path)) from error
+    for node in ast.walk(tree):
+        names = [alias.name for alias in getattr(node, "names", ()) if isinstance(node, ast.Import)]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            top = name.split(".")[0]
+            if any((ROOT / folder / top).exists() or (ROOT / folder / f"{top}.py").exists()
+                   for folder in ("", "course")):  # fmt: skip
+                raise Wrong(f"{one.path}:{node.lineno}: it imports {name}; write it yourself")
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises Wrong in a block that takes longer. Windows has no such signal, and no limit."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_):
+        raise Wrong(f"it still runs after {seconds} seconds", "Is there a loop that never ends?")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def last_line(error, path):
@@ -53,9 +98,10 @@ def fault_of(one, function):
     except Wrong as wrong:
         return wrong
     except NotImplementedError:
-        return Wrong("it is not written yet")
+        return Wrong(NOT_WRITTEN)
     except Exception as error:
-        return Wrong(last_line(error, one.path))
+        given = getattr(error, "given", "")
+        return Wrong(last_line(error, one.path) + (f"; with {given}" if given else ""))
     return None
 
 
@@ -63,12 +109,16 @@ def report(number):
     """Print whether an exercise is right. Returns whether it is."""
     one = choose(number)
     try:
-        wrong = fault_of(one, load(one))
+        with time_limit(SECONDS):
+            wrong = fault_of(one, load(one))
     except Wrong as found:
         wrong = found
     if wrong is None:
         print(f"{number} {one.name}: right")
         return True
+    if str(wrong) == NOT_WRITTEN:
+        print(f"{number} {one.name}: {wrong}")
+        return False
     print(f"{number} {one.name}: wrong: {wrong}")
     if wrong.hint:
         print(f"  hint: {wrong.hint}")
@@ -84,11 +134,13 @@ def main(argv):
         if not all(are_right):
             sys.exit(1)
         return
-    for number, one in find_exercises().items():
+    exercises, right = find_exercises(), 0
+    for number, one in exercises.items():
         if one.path.exists():
-            report(number)
+            right += report(number)
         else:
             print(f"{number} {one.name}: not begun ({one.level})")
+    print(f"{right} of {len(exercises)} right")
 
 
 if __name__ == "__main__":

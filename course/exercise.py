@@ -132,14 +132,26 @@ class Wrong(Exception):
         self.hint = hint
 
 
-def call(function, *arguments):
-    """What a function gives; its arguments may not be changed by it. Raises Wrong."""
+def call(function, *arguments, may_be_none=False):
+    """What a function gives. It must return something, and leave its arguments as they are. Raises
+    Wrong; an exception of the function has the arguments as its attribute `given`."""
     before = copy.deepcopy(arguments)
-    result = function(*arguments)
+    try:
+        result = function(*arguments)
+    except Exception as error:
+        names = inspect.signature(function).parameters
+        error.given = describe_arguments(dict(zip(names, before)))
+        raise
+    if result is None and not may_be_none:
+        raise Wrong("it returned nothing", "Is there a return?")
     for number, (was, now) in enumerate(zip(before, arguments), 1):
         if difference(now, was, 0.0):
             raise Wrong(f"argument {number} is changed", "Work on a copy, or on a new tensor.")
     return result
+
+
+def describe_arguments(given):
+    return ", ".join(f"{name} = {shorten(value)}" for name, value in given.items())
 
 
 def is_array(value):
@@ -164,7 +176,8 @@ def difference(found, wanted, tolerance):
             return ""
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         where = f"[{', '.join(map(str, place))}] " if place else ""
-        return f"{where}is {a[place]:.6g}, not {b[place]:.6g} ({wrong.mean():.0%} are wrong)"
+        share = f" ({wrong.mean():.0%} of the numbers are wrong)" if where else ""
+        return f"{where or 'it '}is {a[place]:.6g}, not {b[place]:.6g}{share}"
     if isinstance(wanted, dict):
         if not isinstance(found, dict):
             return f"it is a {type(found).__name__}, not a dict"
@@ -179,7 +192,7 @@ def difference(found, wanted, tolerance):
             return f"it is {shorten(found)}, not {shorten(wanted)}"
         for i, (a, b) in enumerate(zip(found, wanted)):
             if inner := difference(a, b, tolerance):
-                return f"at place {i} {inner}"
+                return f"item {i}: {inner}"
         return ""
     if isinstance(wanted, float):
         try:
@@ -192,7 +205,7 @@ def difference(found, wanted, tolerance):
     return "" if same_value else f"it is {shorten(found)}, not {shorten(wanted)}"
 
 
-def shorten(value, most=60):
+def shorten(value, most=160):
     text = repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
 
@@ -202,7 +215,7 @@ def same(found, wanted, given, hint, tolerance=1e-5):
     how = difference(found, wanted, tolerance)
     if how:
         if isinstance(given, dict):
-            given = ", ".join(f"{name} = {shorten(value)}" for name, value in given.items())
+            given = describe_arguments(given)
         raise Wrong(f"with {given}: {how}", hint)
 
 

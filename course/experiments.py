@@ -1,10 +1,10 @@
 """
-The experiments of the course. Each trains a few settings with several seeds, prints a table, and
-writes it into its chapter.
+The experiments of the course. Each trains a few settings with several seeds and prints a table.
 
     python course/experiments.py                         # the list
     python course/experiments.py phases                  # seeds 1, 2, 3
     python course/experiments.py phases --seeds 1        # faster, without an interval
+    python course/experiments.py phases --write          # the table into its chapter
 
 A cell is the mean over seeds and half the width of its 95 % interval (Student's t). A star marks a
 cell that differs from the first row's: the interval of the differences, seed by seed, does not
@@ -14,11 +14,15 @@ the same tower and GPT for each seed, which the first experiment trains.
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +32,9 @@ import numpy as np
 import torch
 
 import config
-from common.files import read_csv, read_json, read_log
+from common.files import read_csv, read_json, read_log, writing
 from config import UserError
-from tasks.scores import wilson
+from tasks.scores import lowest, wilson
 
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
@@ -40,7 +44,9 @@ TALKS = {  # for data.py toy_chat: {name: flags}
     "toy_tiles": ["--canvases", "128x64", "64x128", "128x128"],
     "toy_flat": ["--fit", "squash"],
 }
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t of 95 %, by the number of seeds
+STUDENT = {  # t of 95 %, by the number of seeds
+    2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262
+}  # fmt: skip
 
 
 @dataclass
@@ -50,7 +56,8 @@ class Config(config.Options):
     data: str = "data/toy"
     scenes: int = config.option(6000, low=8)  # of all data, for growth
     flags: tuple[str, ...] = ()  # for every training, without their dashes: n_layer=2
-    write: bool = True  # the table into its chapter
+    workers: int = config.option(0, low=0, high=64)  # runs at a time; 0: one a core
+    write: bool = False  # put the table into its chapter
 
 
 # (heading, path in results.json)
@@ -66,12 +73,10 @@ COLUMNS = (
 
 
 def look_up(results, path):
-    """The value at a path such as "tasks.vtwt.all"; None if results have no such key at the top."""
-    first, *keys = path.split(".")
-    value = results.get(first)
-    for key in keys:
-        value = value[key]
-    return value
+    """The value at a path such as "tasks.vtwt.all"; None if there is none."""
+    for key in path.split("."):
+        results = results.get(key) if results else None
+    return results
 
 
 def cell(values):
@@ -101,6 +106,9 @@ def differ(values, others):
 # ---------------------------------------------------------------------------------------------
 # Running
 
+RUNNING = {"workers": 1}  # how many runs at a time; main() sets it
+LOCKS = defaultdict(threading.Lock)  # {folder of a run: its lock}
+
 
 def launch(script, *arguments, before=""):
     """Run one of our scripts. before: Python that changes the code first, as a reader would in an
@@ -110,23 +118,36 @@ def launch(script, *arguments, before=""):
         head = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(COURSE)!r}]; {before}; "
         run = f"import {script.removesuffix('.py')} as script; script.main(sys.argv[1:])"
         command = [sys.executable, "-c", head + run]
-    done = subprocess.run([*command, *arguments], text=True, capture_output=True)
+    threads = str(max(1, (os.cpu_count() or 1) // RUNNING["workers"]))
+    done = subprocess.run(
+        [*command, *arguments], text=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+    )  # fmt: skip
     if done.returncode:
         raise UserError(f"{script} {' '.join(arguments)}: {done.stderr[-300:].strip()}")
     return done.stdout
+
+
+def side_by_side(function, *lists):
+    """function(a, b, ...) for each a, b, ... of the lists, several at a time. A list of results."""
+    if RUNNING["workers"] == 1:
+        return list(map(function, *lists))
+    with ThreadPoolExecutor(RUNNING["workers"]) as pool:
+        return list(pool.map(function, *lists))
 
 
 def train(settings, out, seed, *flags, before="", recipe="toy.py"):
     """Train by a config, unless the same is done already. flags: with their dashes."""
     done = out / "done.json"
     asked = [recipe, *flags, *settings.flags, before, settings.data]
-    if done.exists() and read_json(done) == asked:
-        return
-    shutil.rmtree(out, ignore_errors=True)
-    fixed = [f"--data={settings.data}", f"--out={out}", f"--seed={seed}"]
-    own = [f"--{flag}" for flag in settings.flags]
-    launch("train.py", str(ROOT / "configs" / recipe), *fixed, *flags, *own, before=before)
-    done.write_text(json.dumps(asked))
+    with LOCKS[out]:  # two rows of a table may need the same run
+        if done.exists() and read_json(done) == asked:
+            return
+        shutil.rmtree(out, ignore_errors=True)
+        fixed = [f"--data={settings.data}", f"--out={out}", f"--seed={seed}"]
+        own = [f"--{flag}" for flag in settings.flags]
+        launch("train.py", str(ROOT / "configs" / recipe), *fixed, *flags, *own, before=before)
+        done.write_text(json.dumps(asked))
 
 
 def parents(settings, seed, vision=(), language=(), before=""):
@@ -138,9 +159,11 @@ def parents(settings, seed, vision=(), language=(), before=""):
         change = before if phase == "vision" else ""
         train(settings, parts[phase], seed, f"--phase={phase}", *flags, before=change)
     folder = RUNS / "_".join(part.parent.name for part in parts.values()) / str(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for phase, part in parts.items():
-        shutil.copy(part / f"{phase}.pt", folder)
+    with LOCKS[folder]:
+        folder.mkdir(parents=True, exist_ok=True)
+        for phase, part in parts.items():
+            with writing(folder / f"{phase}.pt") as file:  # whole, while others read it
+                file.write((part / f"{phase}.pt").read_bytes())
     return folder
 
 
@@ -156,9 +179,12 @@ def later(settings, name, seed, *flags, init=None, before=""):
 def compare(settings, rows, columns=COLUMNS):
     """The table of runs of phases 1 and 2. rows: {label: how(seed), the run's folder}."""
     lines, first = [["", *(name for name, _ in columns)]], None
-    for label, how in rows.items():
-        found = [read_results(how(seed)) for seed in settings.seeds]
-        # with random pictures there is no val_loss
+    pairs = [(label, seed) for label in rows for seed in settings.seeds]
+    folders = side_by_side(lambda pair: rows[pair[0]](pair[1]), pairs)
+    by_row = {pair: read_results(folder) for pair, folder in zip(pairs, folders)}
+    for label in rows:
+        found = [by_row[label, seed] for seed in settings.seeds]
+        # a GPT that cannot see has the score of one test alone
         values = [[look_up(one, path) for one in found] for _, path in columns]
         first = first or values
         lines.append([label, *map(cell_beside, values, first)])
@@ -211,13 +237,15 @@ def speech(settings):
 def words(settings):
     """Chapter 1. A language model after more and fewer steps."""
     lines = [["steps", "val_loss, nats a token", "bits per character"]]
+
+    def results(steps, seed):
+        parents(settings, seed, language=(f"--language_steps={steps}",))
+        out = RUNS / f"language_language_steps_{steps}" / str(seed)
+        launch("eval.py", f"--checkpoint={out}/language.pt", f"--data={settings.data}")
+        return read_json(out / "results.json")
+
     for steps in (25, 75, 300):
-        values = []
-        for seed in settings.seeds:
-            parents(settings, seed, language=(f"--language_steps={steps}",))
-            out = RUNS / f"language_language_steps_{steps}" / str(seed)
-            launch("eval.py", f"--checkpoint={out}/language.pt", f"--data={settings.data}")
-            values.append(read_json(out / "results.json"))
+        values = side_by_side(lambda seed, steps=steps: results(steps, seed), settings.seeds)
         row = [cell([one[key] for one in values]) for key in ("val_loss", "bits_per_character")]
         lines.append([str(steps), *row])
     return lines
@@ -233,12 +261,14 @@ def seeing(settings):
         ("1,000 steps", (), ""),
         ("1,000 steps, without changes of colour", (), no_colours),
     ):
-        values = []
-        for seed in settings.seeds:
+
+        def probe(seed, flags=flags, before=before):
             folder = parents(settings, seed, vision=flags, before=before)
             name = folder.parent.name.removesuffix("_language")
             log = read_log(RUNS / name / str(seed) / "log.jsonl")
-            values.append([line for line in log if "kind" in line][-1])
+            return [line for line in log if "kind" in line][-1]
+
+        values = side_by_side(probe, settings.seeds)
         lines.append([label, *(cell([one[key] for one in values]) for key in ("kind", "colour"))])
     return lines
 
@@ -296,9 +326,12 @@ def asking(settings):
 
         return run
 
+    vtwt = [("VTWT, seen", "tasks.vtwt.seen.accuracy.score"),
+            ("held-out", "tasks.vtwt.held_out.accuracy.score")]  # fmt: skip
     return compare(settings, {
         "right pictures": as_it_is(settings),
         "random pictures": asked("asked_shuffled", "--shuffle=True"),
+        "no pictures (the GPT of phase 0)": lambda seed: without_pictures(settings, seed),
         "after phase 1 only (phase 2 of one step)": lambda seed: later(
             settings, "no_phase2", seed, "--phase2_steps=1"
         ),
@@ -306,7 +339,26 @@ def asking(settings):
         "the same, ties as in the published code": asked(
             "asked_published", "--ties=published", is_broken=True
         ),
-    })  # fmt: skip
+    }, [*COLUMNS[1:3], *vtwt, *COLUMNS[3:6]])  # fmt: skip
+
+
+def without_pictures(settings, seed):
+    """Ask the GPT of phase 0 which phrase of VTWT is more likely after <eos>. Returns a folder with
+    results.json."""
+    import inference
+
+    loaded = inference.open_model(parents(settings, seed) / "language.pt", dtype="float32")
+    tokenizer, hits = loaded.tokenizer, {}
+    names = ("positive_phrase", "negative_phrase")
+    for row in read_csv(Path(settings.data) / "eval/vtwt.csv", (*names, "subset")):
+        phrases = [tokenizer.encode(row[name]) for name in names]
+        scores = inference.nll_after(loaded, [[tokenizer.eos]] * 2, None, phrases)
+        hits.setdefault(row["subset"], []).append(lowest(scores, 0, "fair"))
+    out = RUNS / "asked_without_pictures" / str(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    found = {name: {"accuracy": {"score": sum(own) / len(own)}} for name, own in hits.items()}
+    (out / "results.json").write_text(json.dumps({"tasks": {"vtwt": found}}))
+    return out
 
 
 def broken(model, path):
@@ -356,8 +408,6 @@ def kernels(settings):
         "    b = kernels.rms_norm(x, w, 1e-5, backend='triton')\n"
         "    print('RMSNorm', T, float((a - b).abs().max()))\n"
     )
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", script], text=True, capture_output=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -380,12 +430,15 @@ def tiles(settings):
     for label, data in names.items():
         if not Path("data", data, "meta.json").exists():
             launch("data.py", "toy_chat", "--name", data, *TALKS[data])
-        for seed in settings.seeds:
+
+        def scores_of(seed, data=data):
             start, out = as_it_is(settings)(seed) / "phase2.pt", RUNS / data / str(seed)
             flags = [f"--data=data/{data}", f"--init={start}", f"--phase3_steps={settings.steps}"]
             train(settings, out, seed, *flags, recipe="toy_next.py")
             launch("eval.py", f"--checkpoint={out}/phase3.pt", "--task=choice")
-            tasks = read_json(out / "results_choice.json")["tasks"]["choice"]
+            return read_json(out / "results_choice.json")["tasks"]["choice"]
+
+        for tasks in side_by_side(scores_of, settings.seeds):
             for subset, measures in tasks.items():
                 scores = found.setdefault(subset, {}).setdefault(label, [])
                 scores.append(measures["likelihood"]["score"])
@@ -492,8 +545,8 @@ def shuffled(settings):
 
 def growth(settings):
     """Chapter 9. Phases 1 and 2 on shares of the scenes, with the same number of passes; and the
-    share at which each word is learnt: from there on its interval in Labeled-S (20 items a word)
-    lies above chance."""
+    share at which each word is learnt: from there on its interval in Labeled-S is above
+    chance."""
     columns = COLUMNS[1:]  # without val_loss, because the data for validation differ too
     shares, lines = (1, 2, 4, 8), [["", *(name for name, _ in columns)]]
     scores = {}  # {word: [(hits, items) at each share]}
@@ -501,7 +554,11 @@ def growth(settings):
         scenes = settings.scenes * share // 8
         data = drawn(settings, f"toy_scenes{scenes}", "--scenes", str(scenes))
         steps = f"--phase2_steps={max(1, settings.steps * 3 * share // 8)}"
-        runs = [later(settings, f"grown_{share}of8", seed, data, steps) for seed in settings.seeds]
+
+        def run(seed, name=f"grown_{share}of8", data=data, steps=steps):
+            return later(settings, name, seed, data, steps)
+
+        runs = side_by_side(run, settings.seeds)
         results = [read_json(run / "results.json") for run in runs]
         row = [cell([look_up(one, path) for one in results]) for _, path in columns]
         steps_taken = steps.partition("=")[2]
@@ -569,10 +626,11 @@ def as_markdown(lines):
 def write_table(name, chapter, text):
     """Put a table between its marks in a chapter."""
     path = COURSE / f"{chapter}.md"
-    page = path.read_text()
+    page = path.read_text(encoding="utf-8")
     marks = f"<!-- table: {name} -->\n", "<!-- end -->"
     begin = page.index(marks[0]) + len(marks[0])
-    path.write_text(page[:begin] + text + "\n" + page[page.index(marks[1], begin) :])
+    page = page[:begin] + text + "\n" + page[page.index(marks[1], begin) :]
+    path.write_text(page, encoding="utf-8")
 
 
 def main(argv):
@@ -588,6 +646,7 @@ def main(argv):
         raise UserError(f"{name}: no such experiment; one of {', '.join(EXPERIMENTS)}")
     if not 1 <= len(settings.seeds) <= max(STUDENT):
         raise UserError(f"--seeds: {len(settings.seeds)} of them; 1 to {max(STUDENT)}")
+    RUNNING["workers"] = settings.workers or os.cpu_count() or 1
     function, chapter = EXPERIMENTS[name]
     began = time.perf_counter()
     text = as_markdown(function(settings))

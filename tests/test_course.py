@@ -10,6 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -145,7 +148,7 @@ def test_the_commands(tmp_path):
     done = shell(folder / "start.py", "1.1", cwd=tmp_path)
     assert done.returncode == 0 and "answers/1_1_count_pairs.py" in done.stdout
     done = shell(folder / "check.py", "1.1", cwd=tmp_path)
-    assert done.returncode == 1 and "it is not written yet" in done.stdout
+    assert done.returncode == 1 and "not written yet" in done.stdout
     done = shell(folder / "check.py", "1.2", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: answers/1_2_merge.py: no such")
     done = shell(folder / "check.py", "7.9", cwd=tmp_path)
@@ -158,6 +161,56 @@ def test_the_commands(tmp_path):
     done = shell(folder / "check.py", cwd=tmp_path)
     assert done.returncode == 0 and "1.1 count_pairs: right" in done.stdout
     assert "1.2 merge: not begun (easy)" in done.stdout
+    assert done.stdout.endswith(f"1 of {len(NUMBERS)} right\n")
+
+
+def test_an_answer_may_not_import_the_repository(answers):
+    one = EXERCISES["1.2"]
+    for line in (
+        "from tokenizer import merge",
+        "import tasks.scores",
+        "def f():\n    from exercises.chapter_1 import train_bpe_by_hand",
+        "import exercise as e",
+    ):
+        one.path.write_text(line + "\n")
+        with pytest.raises(exercise.Wrong, match=r":\d+: it imports .*; write it yourself"):
+            check.load(one)
+    one.path.write_text("import torch.nn.functional as F\nfrom math import pi\n")
+    with pytest.raises(exercise.Wrong, match="has no function merge"):
+        check.load(one)
+    one.path.write_text("def merge(:\n")
+    with pytest.raises(exercise.Wrong, match="1_2_merge.py:1: SyntaxError"):
+        check.load(one)
+
+
+def test_a_loop_without_end_is_stopped(answers, monkeypatch, capsys):
+    monkeypatch.setattr(check, "SECONDS", 1)
+    one = EXERCISES["1.2"]
+    one.path.write_text("def merge(word, pair, new):\n    while True:\n        pass\n")
+    assert not check.report("1.2")
+    assert "wrong: it still runs after 1 seconds" in capsys.readouterr().out
+
+
+def test_a_run_that_two_rows_need_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(experiments.RUNNING, "workers", 4)
+    monkeypatch.setattr(experiments, "LOCKS", defaultdict(threading.Lock))
+    made, at_once, most = [], set(), []
+
+    def launch(script, *arguments, before=""):
+        out = next(a for a in arguments if a.startswith("--out=")).removeprefix("--out=")
+        at_once.add(out)
+        most.append(len(at_once))
+        time.sleep(0.05)
+        Path(out).mkdir(parents=True)
+        at_once.discard(out)
+        made.append(out)
+
+    monkeypatch.setattr(experiments, "launch", launch)
+    settings = experiments.Config()
+    run = lambda name, seed: experiments.train(settings, Path(name) / str(seed), seed)
+    experiments.side_by_side(run, list("aabbaabb"), [1, 1, 1, 2, 2, 2, 2, 1])
+    assert sorted(made) == ["a/1", "a/2", "b/1", "b/2"] and max(most) > 1
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +259,7 @@ def test_an_experiment_runs_in_a_tiny_form(name, laboratory, monkeypatch, capsys
             "--steps=3",
             "--data=data/tiny",
             "--scenes=16",
-            "--write=False",
+            "--workers=1",
             "--flags",
             *flags,
         ]

@@ -311,15 +311,21 @@ def test_a_mistaken_command_is_one_clear_line(recipe, home, flags, message):
     assert one_line(error)
 
 
-def test_shuffled_results_do_not_overwrite_the_others(recipe, home, tmp_path):
-    evaluation.main(["--checkpoint=out/full/phase2.pt", f"--out={tmp_path}", "--shuffle"])
+@pytest.mark.parametrize(
+    "flags, suffix", [(["--shuffle"], "_shuffled"), (["--ties=published"], "_published_ties")]
+)
+def test_results_asked_in_another_way_do_not_overwrite_the_others(
+    flags, suffix, recipe, home, tmp_path
+):
+    evaluation.main(["--checkpoint=out/full/phase2.pt", f"--out={tmp_path}", *flags])
     assert {path.name for path in tmp_path.iterdir()} == {
-        "results_shuffled.json",
-        "hits_shuffled.json",
-        "report_shuffled.html",
-        "captions_shuffled.png",
+        f"results{suffix}.json",
+        f"hits{suffix}.json",
+        f"report{suffix}.html",
+        f"captions{suffix}.png",
     }
-    assert "Pictures were shuffled" in (tmp_path / "report_shuffled.html").read_text()
+    report = (tmp_path / f"report{suffix}.html").read_text()
+    assert ("Pictures were shuffled" in report) == ("--shuffle" in flags)
 
 
 def test_results_name_chance_interval_and_subsets(recipe):

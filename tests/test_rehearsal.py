@@ -365,6 +365,11 @@ def test_the_time_left_follows_the_arithmetic():
         ([], "phase2", "python sample.py YOUR_PICTURE.jpg --checkpoint out/toy/phase2.pt"),
         (["--phase=1", "--data=data/x"], "phase1", "python train.py --phase=2 --data=data/x"),
         (["CONFIGS/phase0.py"], "language", "python train.py CONFIGS/phase1.py"),
+        (
+            ["CONFIGS/toy.py", "--phase", "language", "--out", "out/words"],
+            "language",
+            "python train.py CONFIGS/toy.py --phase vision --out out/words",
+        ),
         (["CONFIGS/toy.py", "--phase", "2"], "phase2", "python train.py CONFIGS/toy.py --phase 3"),
     ],
 )

@@ -51,7 +51,12 @@ def next_commands(settings, name, last, phases):
             f"python eval.py --checkpoint {last} --shuffle  # random pictures: at chance or below"
         )
     elif following and settings.phase != "all":
-        commands.append(following_command(settings, phase_flag(following[0])))
+        others = []
+        if settings.phase == name:  # phase 1 starts from vision and from language
+            others = [one for one in phases[following[0]].starts_from if one != name]
+            others = [one for one in others if not (Path(last).parent / f"{one}.pt").exists()]
+            others = [one for one in others if not getattr(settings, f"{one}_weights", "")]
+        commands.append(following_command(settings, phase_flag((others or following)[0])))
     commands = [command for command in commands if command]
     return "next: " + "\n      ".join(commands) if commands else ""
 

@@ -27,7 +27,7 @@ def check_mix(yours):
         for token in tokens:
             rows.append(next(others) if token == 9 else table[token])
         found = call(yours, torch.tensor(tokens), 9, table, embeds)
-        hint = "Placeholders may stand anywhere, and there may be none."
+        hint = "A tensor. Placeholders may stand anywhere, and there may be none."
         same(found, torch.stack(rows), {"tokens": tokens, "image_token": 9}, hint)
 
 
@@ -47,7 +47,7 @@ def check_project(yours):
         pairs = [(m.weight.detach(), m.bias.detach()) for m in module if hasattr(m, "weight")]
         features = 3 * torch.randn(P, E)
         given = f"P = {P}, E = {E}, C = {C}, beside model.make_projector"
-        hint = "x W^T + b. GELU stands between the two, not after them; not its tanh form."
+        hint = "Is each weight used as nn.Linear uses it? Where is GELU? Not its tanh form."
         same(call(yours, features, *pairs), module(features).detach(), given, hint)
 
 
@@ -65,7 +65,7 @@ def check_pool(yours):
     for side, window in ((4, 2), (6, 3), (3, 1), (8, 4)):
         x = torch.randn(side * side, 3)
         wanted = F.avg_pool2d(x.T.reshape(1, 3, side, side), window)[0].flatten(1).T
-        hint = "Four neighbours of the picture, not four neighbours of the sequence."
+        hint = "A mean. Of neighbours in the picture, not in the sequence. Row by row."
         same(call(yours, x, window), wanted, {"side": side, "window": window}, hint)
 
 

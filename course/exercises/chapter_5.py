@@ -19,13 +19,18 @@ def score(logits, tokens, first):
 @check(score)
 def check_score(yours):
     torch.manual_seed(0)
-    for T, first in ((5, 3), (4, 1), (6, 5)):
-        logits, tokens = torch.randn(T, 7), torch.randint(7, (T,))
-        p = logits.double().softmax(-1)
-        terms = [-p[t - 1, tokens[t]].log() for t in range(first, T)]
-        hint = "Token t is predicted at position t - 1. The mean over the phrase alone."
-        given = {"tokens": tokens.tolist(), "first": first}
-        same(call(yours, logits, tokens, first), sum(terms) / len(terms), given, hint)
+    for T, first, scale in ((5, 3, 1.0), (4, 1, 1.0), (6, 5, 1.0), (6, 2, 1e4)):
+        logits, tokens = scale * torch.randn(T, 7), torch.randint(7, (T,))
+        log_p = logits.double().log_softmax(-1)
+        terms = [-log_p[t - 1, tokens[t]] for t in range(first, T)]
+        hint = "Which position predicts a token? The mean is over the phrase alone."
+        given = {"tokens": tokens.tolist(), "first": first, "largest logit": scale}
+        same(
+            torch.as_tensor(call(yours, logits, tokens, first)),
+            sum(terms) / len(terms),
+            given,
+            hint,
+        )
 
 
 @exercise("5.2", "easy")
@@ -39,7 +44,7 @@ def hit(scores, right):
 
 @check(hit)
 def check_hit(yours):
-    for scores in itertools.product((1.0, 2.0, 3.0), repeat=3):
+    for scores in itertools.product((1.0, 1.0001, 3.0), repeat=3):
         for right in range(3):
             best = [i for i, s in enumerate(scores) if s == min(scores)]
             wanted = float(right in best) / len(best)
@@ -49,9 +54,9 @@ def check_hit(yours):
 
 @exercise("5.3", "medium")
 def wilson_interval(hits, n):
-    """The 95 % interval of an accuracy (Wilson 1927), z = 1.96:
+    """The 95 % interval of an accuracy p = hits / n (Wilson 1927), with z = 1.96:
 
-        (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),   p = hits / n
+        (p + z^2 / (2 n)  -+  z sqrt(p (1 - p) / n + z^2 / (4 n^2))) / (1 + z^2 / n)
 
     low has the minus, high the plus. Returns (low, high), floats from 0 to 1."""
 
@@ -65,7 +70,7 @@ def check_wilson_interval(yours):
             found,
             wilson(hits, n),
             given,
-            "Beside tasks.scores.wilson. Is z^2/n added below too?",
+            "Is everything divided by 1 + z^2 / n? Compare with the formula, term by term.",
             1e-3,
         )
 
@@ -74,7 +79,8 @@ def check_wilson_interval(yours):
 def winoground_group(nll):
     """Winoground's group score (Thrush et al. 2022). An item is right if each picture prefers its
     own phrase and each phrase prefers its own picture, which are four comparisons. To prefer is to
-    have the lower loss; equal losses are no preference.
+    have the lower loss. This is the published rule, where equal losses are no preference; eval.py
+    averages over the orders of equal losses instead.
 
     nll: (n, 2, 2) tensor, nll[:, p, t] is the loss of phrase t with picture p. Phrase 0 belongs to
     picture 0, phrase 1 to picture 1. Returns the share of right items, a float."""
@@ -82,7 +88,7 @@ def winoground_group(nll):
 
 @check(winoground_group)
 def check_winoground_group(yours):
-    hint = "Four comparisons: along phrases for each picture, along pictures for each phrase."
+    hint = "Four comparisons: phrases for each picture, pictures for each phrase. Equal fails."
     torch.manual_seed(0)
     ordered = torch.tensor(
         [[[a, b], [c, d]] for a, b, c, d in itertools.permutations((1.0, 2, 3, 4))]
@@ -125,5 +131,5 @@ def check_bootstrap_difference(yours):
             drawn.append(np.mean([after[i] - before[i] for i in row]))
         wanted = (float((after - before).mean()), *map(float, np.percentile(drawn, (2.5, 97.5))))
         found = tuple(map(float, call(yours, before, after, 300, 7)))
-        hint = "Draw items once, for both models. Differences first, then percentiles."
+        hint = "Draw items once, for both models. Percentiles are 2.5 and 97.5 of 100."
         same(found, wanted, f"n = {n}, after - before = {wanted[0]:.3g}", hint, 1e-9)
