@@ -425,7 +425,7 @@ def kernels(settings):
 
 def tiles(settings):
     """Chapter 7. Questions about large and small pictures, with tiles and without."""
-    names = {"with tiles": "toy_tiles", "without": "toy_flat"}
+    names = {"without tiles": "toy_flat", "with tiles": "toy_tiles"}
     lines, found = [["asked about", *names]], {}
     for label, data in names.items():
         if not Path("data", data, "meta.json").exists():
@@ -443,7 +443,8 @@ def tiles(settings):
                 scores = found.setdefault(subset, {}).setdefault(label, [])
                 scores.append(measures["likelihood"]["score"])
     for subset, values in found.items():
-        lines.append([subset.replace("_", " "), *(cell(values[label]) for label in names)])
+        first = values["without tiles"]
+        lines.append([subset.replace("_", " "), *(cell_beside(values[n], first) for n in names)])
     return lines
 
 

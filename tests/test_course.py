@@ -264,8 +264,10 @@ def test_an_experiment_runs_in_a_tiny_form(name, laboratory, monkeypatch, capsys
             *flags,
         ]
     )
-    head, _, *rows = table_of(capsys.readouterr().out)
-    assert rows and all(len(row) == len(head) for row in rows)
+    tables = [table_of(part) for part in capsys.readouterr().out.split("\n\n")]
+    for head, _, *rows in filter(None, tables):
+        assert rows and all(len(row) == len(head) for row in rows)
+    assert len(list(filter(None, tables))) == (2 if name == "growth" else 1)
 
 
 def test_a_table_is_written_into_its_chapter(tmp_path, monkeypatch):
