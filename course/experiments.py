@@ -146,7 +146,10 @@ def train(settings, out, seed, *flags, before="", recipe="toy.py"):
         shutil.rmtree(out, ignore_errors=True)
         fixed = [f"--data={settings.data}", f"--out={out}", f"--seed={seed}"]
         own = [f"--{flag}" for flag in settings.flags]
+        print(f"{out}: training", file=sys.stderr)
+        began = time.perf_counter()
         launch("train.py", str(ROOT / "configs" / recipe), *fixed, *flags, *own, before=before)
+        print(f"{out}: done in {time.perf_counter() - began:.0f} s", file=sys.stderr)
         done.write_text(json.dumps(asked))
 
 
@@ -394,7 +397,7 @@ def kernels(settings):
     from importlib import util
 
     if not util.find_spec("triton"):
-        raise UserError("this experiment needs Triton, which there is for Linux alone")
+        raise UserError("this experiment needs Triton, which is for Linux only")
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, kernels\n"
         "torch.manual_seed(0)\n"
@@ -585,7 +588,7 @@ def word_scores(data, runs):
         hits = read_json(run / "hits.json")["labeled_s"]["hits"]["all"]["accuracy"]
         for hit, word in zip(hits, targets):
             found[word] = found[word][0] + hit / len(runs), found[word][1] + 1 / len(runs)
-    return {word: (hits, round(items)) for word, (hits, items) in found.items()}
+    return {word: (round(hits, 9), round(items)) for word, (hits, items) in found.items()}
 
 
 def age(counts, shares):
