@@ -533,6 +533,7 @@ def captions(settings):
 def shuffled(settings):
     """Chapter 9. Training with wrong pictures: what can words alone teach?"""
     source, target = Path(settings.data), Path(f"{settings.data}_shuffled")
+    parents(settings, settings.seeds[0])  # also draws data/toy if it is missing
     if not (target / "meta.json").exists():
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("features", "meta.json"))

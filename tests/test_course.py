@@ -192,6 +192,28 @@ def test_a_loop_without_end_is_stopped(answers, monkeypatch, capsys):
     assert "wrong: it still runs after 1 seconds" in capsys.readouterr().out
 
 
+def test_shuffled_data_have_other_pictures_and_the_same_words(tmp_path, monkeypatch):
+    """Also when the toy world is not drawn yet."""
+    monkeypatch.chdir(tmp_path)
+    settings = experiments.Config(data="world")
+
+    def parents(*_):
+        if not Path("world").exists():
+            Path("world/features").mkdir(parents=True)
+            Path("world/meta.json").write_text("{}")
+            Path("world/train_tokens.bin").write_bytes(b"words")
+            np.arange(100, dtype=np.int32).tofile("world/train_image_ids.bin")
+
+    monkeypatch.setattr(experiments, "parents", parents)
+    monkeypatch.setattr(experiments, "compare", lambda settings, rows: rows)
+    experiments.shuffled(settings)
+    ids = np.fromfile("world_shuffled/train_image_ids.bin", np.int32)
+    assert sorted(ids) == list(range(100)) and (ids == np.arange(100)).sum() < 10
+    assert Path("world_shuffled/train_tokens.bin").read_bytes() == b"words"
+    assert not Path("world_shuffled/features").exists()
+    assert Path("world_shuffled/meta.json").exists()
+
+
 def test_a_run_that_two_rows_need_is_made_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(experiments.RUNNING, "workers", 4)
