@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, shell
+from conftest import FORKS, ROOT, SMALL, shell
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "course"))
@@ -258,6 +259,16 @@ def in_this_process(script, *arguments, before=""):
         importlib.import_module(script.removesuffix(".py")).main([*arguments])
 
 
+def in_forks(command, **_):
+    """subprocess.run of experiments.processes(), in forks of a process that has imported torch."""
+    script, env = command[1:], {**os.environ, "PYTHONPATH": ""}
+    if script[0] == "-m":  # torchrun --nproc_per_node=2
+        assert script[1:3] == ["torch.distributed.run", "--nproc_per_node=2"]
+        first, second = FORKS.run_group(2, script[3:], Path.cwd(), env)
+        return second if second.returncode else first
+    return FORKS.run(script, Path.cwd(), env)
+
+
 def table_of(text):
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
@@ -267,13 +278,15 @@ def table_of(text):
 def test_an_experiment_runs_in_a_tiny_form(name, laboratory, monkeypatch, capsys):
     monkeypatch.chdir(laboratory)
     monkeypatch.setattr(experiments, "launch", in_this_process)
+    if name == "processes":
+        monkeypatch.setattr(experiments.subprocess, "run", in_forks)
     tiny = ["--size=16", "--lines=200", "--vocab_size=300"]
     monkeypatch.setattr(experiments, "DRAWN", [*tiny, "--scenes=16", "--trials=0.1"])
     talks = [*tiny, "--talks=24", "--questions=2"]
     how = {"toy_tiles": [*talks, "--canvases", "32x16", "16x32"], "toy_flat": talks}
     monkeypatch.setattr(experiments, "TALKS", how)
     flags = [flag.removeprefix("--") for flag in SMALL if "phase2_steps" not in flag]
-    flags.append("block_size=300")  # a conversation of tiles
+    flags += ["block_size=300", "eval_every=50", "save_every=50"]  # a conversation of tiles; quick
     experiments.main(
         [
             name,
