@@ -298,7 +298,7 @@ def write(results, reports, loaded, out, task):
     published."""
     how = "_shuffled" if results["shuffled"] else ""
     how += "_published_ties" if results["ties"] == "published" else ""
-    other_scores = how
+    board_suffix = how  # scores.json has its own rules of reading
     how += "_published" if results["parse"] == "published" else ""
     suffix = (f"_{task}" if task else "") + how
     names = [f"results{suffix}.json", f"hits{suffix}.json", f"report{suffix}.html"]
@@ -319,7 +319,7 @@ def write(results, reports, loaded, out, task):
             with writing(out / names[-1]) as file:
                 sheet.save(file, "PNG")
     if len(results["board"]) == len(BOARD):
-        names.append(f"scores{other_scores}.json")
+        names.append(f"scores{board_suffix}.json")
         board.write(out / names[-1], results["board"])
     return names
 

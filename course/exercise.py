@@ -14,8 +14,8 @@ independent truth: a slow loop, fp64, a counted set, or the product's own functi
         for a, b in ((1, 2), (0, 0)):
             same(call(yours, a, b), a + b, given={"a": a, "b": b}, hint="What does + do?")
 
-`python course/start.py 1.1` writes the stub, `python course/check.py 1.1` checks what the student
-made of it.
+`python course/start.py 1.1` writes the stub, `python course/check.py 1.1` checks the
+student's file.
 """
 
 import copy

@@ -84,33 +84,33 @@ class Axes:
         across, up = (x - left) / (right - left), (y - low) / (high - low)
         return self.left + self.width * across, self.top + self.height * (1 - up)
 
-    def curve(self, points, colour, dots=False, width=1.8):
+    def curve(self, points, colour, dots=False):
         places = [self.at(*point) for point in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        style = f"fill='none' stroke='{colour}' stroke-width='{width}'"
+        style = f"fill='none' stroke='{colour}' stroke-width='1.8'"
         self.parts.append(f"<polyline points='{line}' {style}/>")
         for x, y in places if dots else ():
             self.parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{colour}'/>")
 
-    def level(self, value, words, at=1.0):
-        """A dashed line across, with words above it, which end at a share of the width."""
+    def level(self, value, words):
+        """A dashed line across, with words above its right end."""
         x, y = self.at(self.x[0], value)
         style = f"stroke='{self.soft}' stroke-dasharray='4 4'"
         self.parts.append(f"<path d='M{x:.1f} {y:.1f}h{self.width}' {style}/>")
-        self.parts.append(text(x + at * self.width, f"{y - 5:.1f}", words, self.soft, 11, "end"))
+        self.parts.append(text(x + self.width, f"{y - 5:.1f}", words, self.soft, 11, "end"))
 
-    def label(self, x, y, words, colour, anchor="start"):
+    def label(self, x, y, words, colour):
         """Words beside a point."""
         x, y = self.at(x, y)
-        self.parts.append(text(f"{x:.1f}", f"{y:.1f}", words, colour, 12, anchor))
+        self.parts.append(text(f"{x:.1f}", f"{y:.1f}", words, colour, 12, "start"))
 
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
 
 
-def lettering(size=13):
-    return ImageFont.load_default(size)
+def lettering():
+    return ImageFont.load_default(13)
 
 
 def scenes(theme):

@@ -51,12 +51,16 @@ def next_commands(settings, name, last, phases):
             f"python eval.py --checkpoint {last} --shuffle  # random pictures: at chance or below"
         )
     elif following and settings.phase != "all":
-        others = []
-        if settings.phase == name:  # phase 1 starts from vision and from language
-            others = [one for one in phases[following[0]].starts_from if one != name]
-            others = [one for one in others if not (Path(last).parent / f"{one}.pt").exists()]
-            others = [one for one in others if not getattr(settings, f"{one}_weights", "")]
-        commands.append(following_command(settings, phase_flag((others or following)[0])))
+        # phase 1 starts from vision and from language, and one of them may be missing
+        parents = phases[following[0]].starts_from if settings.phase == name else ()
+        missing = [
+            one
+            for one in parents
+            if one != name
+            and not (Path(last).parent / f"{one}.pt").exists()
+            and not getattr(settings, f"{one}_weights", "")
+        ]
+        commands.append(following_command(settings, phase_flag((missing or following)[0])))
     commands = [command for command in commands if command]
     return "next: " + "\n      ".join(commands) if commands else ""
 
